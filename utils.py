@@ -1,0 +1,340 @@
+"""What every script needs: settings from the command line, errors, files, checkpoints, pictures, devices.
+
+Nothing here knows about captions or models; every other module may import this one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import inspect
+import json
+import os
+import re
+import sys
+import types
+import typing
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+PICTURE_EXTENSIONS = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".jfif",
+    ".ppm",
+    ".pgm",
+)
+
+
+class UserError(Exception):
+    """Wrong input. The message is one line that names the file or value and says how to mend it."""
+
+
+# --- settings -----------------------------------------------------------------------------------------------
+
+
+def run_script(main: Callable, settings_class: type) -> typing.NoReturn:
+    """Run `main(settings)` as a command: the settings come from the command line.
+
+    Exit status: what `main` returns (None is 0); 2 with one line on stderr for wrong input; 130 after Ctrl-C.
+    """
+    try:
+        status = main(parse_settings(settings_class, description=sys.modules[main.__module__].__doc__))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except torch.OutOfMemoryError:
+        print(
+            "error: the GPU's memory is full: lower --batch_size, or use a smaller encoder", file=sys.stderr
+        )
+        status = 2
+    except OSError as error:
+        if error.errno not in (
+            errno.EACCES,
+            errno.ENOSPC,
+            errno.EROFS,
+            errno.ENOTDIR,
+            errno.EISDIR,
+            errno.EDQUOT,
+        ):
+            raise  # not the user's doing: show where it comes from
+        print(f"error: {error.strerror}: {error.filename or 'while writing'}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("\ninterrupted: finished files are kept, unfinished ones are removed", file=sys.stderr)
+        status = 130
+    sys.exit(status or 0)
+
+
+def parse_settings(settings_class: type, argv: list[str] | None = None, description: str | None = None):
+    """An instance of the dataclass `settings_class` with the values of `argv` (default: the command line).
+
+    Every field is an option `--name value`; its type comes from the annotation (str, int, float, bool,
+    Literal, each also `| None`), its help text from the comment at the end of the field's line. A bool may
+    stand alone (`--flag`) or with a value (`--flag False`).
+
+    Raises:
+        UserError: for an unknown option, a value of the wrong type or a setting that the class refuses.
+    """
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.allow_abbrev = False
+    hints = typing.get_type_hints(settings_class)
+    comments = _field_comments(settings_class)
+    for name, field in settings_class.__dataclass_fields__.items():
+        kind, optional, choices = _resolve_type(hints[name])
+        options = {
+            "default": field.default,
+            "type": _converter(kind, optional),
+            "metavar": kind.__name__.upper(),
+        }
+        if choices:
+            options |= {"choices": choices, "metavar": "|".join(choices)}
+        if kind is bool:
+            options |= {"nargs": "?", "const": True}
+        help_text = comments.get(name, "").replace("%", "%%")
+        parser.add_argument(f"--{name}", help=f"{help_text} (default: {field.default})", **options)
+    return settings_class(**vars(parser.parse_args(argv)))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message}; {self.prog} --help lists the settings")
+
+
+def _resolve_type(hint) -> tuple[type, bool, tuple]:
+    """(type, may it be None, allowed values) of an annotation such as `int`, `str | None`, `Literal["a",
+    "b"]`."""
+    optional = False
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        optional = True
+        (hint,) = [argument for argument in typing.get_args(hint) if argument is not type(None)]
+    if typing.get_origin(hint) is typing.Literal:
+        return str, optional, typing.get_args(hint)
+    return hint, optional, ()
+
+
+def _converter(kind: type, optional: bool) -> Callable[[str], object]:
+    def convert(text: str):
+        if optional and text.lower() == "none":
+            return None
+        if kind is bool:
+            try:
+                return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
+                    text.lower()
+                ]
+            except KeyError:
+                raise ValueError from None
+        return kind(text)
+
+    convert.__name__ = kind.__name__  # argparse names it in its message
+    return convert
+
+
+def _field_comments(settings_class: type) -> dict[str, str]:
+    """The comment at the end of each field's line in the source of the dataclass."""
+    try:
+        source = inspect.getsource(settings_class)
+    except (OSError, TypeError):  # typed into an interpreter
+        return {}
+    return dict(re.findall(r"^\s+(\w+)\s*:[^#\n]*#\s*(.+)$", source, flags=re.MULTILINE))
+
+
+def check_at_least(settings, smallest: float, *names: str) -> None:
+    """Raise UserError unless each named setting is a number of at least `smallest`."""
+    for name in names:
+        if not getattr(settings, name) >= smallest:  # written so that nan is refused
+            raise UserError(f"--{name} is {getattr(settings, name)}: give {smallest} or more")
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def written_aside(path: str | Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write to; it takes `path`'s place only when the block ends well.
+
+    A crash or Ctrl-C leaves the old file as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value) -> None:
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+
+
+def read_json(path: str | Path):
+    """The content of a JSON file. Raises UserError where it is missing or no JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a JSON file ({error})") from None
+
+
+def natural_order(name: str) -> list:
+    """Sort key by which img2 comes before img10."""
+    return [
+        (0, int(part), part) if part.isdecimal() else (1, 0, part)
+        for part in re.split(r"(\d+)", name)
+        if part
+    ]
+
+
+def parallel_map(function: Callable, items: Iterable, workers: int) -> Iterator:
+    """`map(function, items)` on `workers` threads: in order, few results waiting, so that memory stays flat.
+
+    For work that leaves the interpreter lock, as Pillow's decoding and resizing does.
+    """
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        waiting: deque = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > 4 * max(workers, 1):
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def progress_bar(*args, **options) -> tqdm:
+    """tqdm; where the output is no terminal, such as a log file, it writes a line every ten seconds at
+    most."""
+    return tqdm(*args, mininterval=0.2 if sys.stderr.isatty() else 10, **options)
+
+
+# --- pictures -----------------------------------------------------------------------------------------------
+
+
+def read_picture(path: str | Path, size: int | None = None) -> np.ndarray:
+    """A picture file as RGB, uint8 in [0, 255], (3, height, width); (3, size, size) where a size is given.
+
+    The whole picture is kept and stretched to the square, as the encoder's training data was in Xu et al.
+    and its successors. EXIF rotation is applied, transparency is laid on white, 16 bits become 8, and of an
+    animation the first frame is taken.
+
+    Raises:
+        UserError: the file is missing or holds no readable picture.
+    """
+    try:
+        with Image.open(path) as image:
+            if size:
+                image.draft(
+                    None, (2 * size, 2 * size)
+                )  # a JPEG decodes at a fraction of its size, never below
+            image = _to_rgb(ImageOps.exif_transpose(image))
+            if size:
+                image = image.resize((size, size), Image.Resampling.BILINEAR)
+            return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such picture") from None
+    except (MemoryError, PermissionError):
+        raise
+    except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
+        reason = "no picture format that Pillow knows" if "cannot identify" in str(error) else error
+        raise UserError(f"{path}: not a readable picture ({reason}); replace or remove it") from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode[0] in "IF":  # one channel of 16 or 32 bits
+        values = np.asarray(image).astype(np.float64)
+        largest = values.max(initial=0)
+        white = next((white for white in (1.0, 255.0, 65535.0) if largest <= white), largest)
+        if image.mode[0] == "I":
+            white = max(white, 65535.0)  # integers: a dark 16-bit picture is dark, not an 8-bit one
+        image = Image.fromarray((values.clip(0) * (255.0 / white)).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white_page = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white_page, image)
+    return image.convert("RGB")
+
+
+def normalize_pictures(pictures: torch.Tensor) -> torch.Tensor:
+    """uint8 pictures (N, 3, H, W) in [0, 255] -> float32 with ImageNet's mean 0 and deviation 1 per
+    channel."""
+    mean = torch.tensor(IMAGENET_MEAN, device=pictures.device).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=pictures.device).view(3, 1, 1)
+    return (pictures.float() / 255 - mean) / std
+
+
+def list_pictures(folder: str | Path) -> list[Path]:
+    """The picture files of a folder (by extension) in natural order. Raises UserError where there are
+    none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder of pictures")
+    paths = [
+        path for path in folder.iterdir() if path.suffix.lower() in PICTURE_EXTENSIONS and path.is_file()
+    ]
+    if not paths:
+        raise UserError(f"{folder}: no pictures in it ({', '.join(PICTURE_EXTENSIONS)})")
+    return sorted(paths, key=lambda path: natural_order(path.name))
+
+
+# --- devices and checkpoints --------------------------------------------------------------------------------
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
+    """Write a dictionary of tensors and plain values such that `torch.load(path, weights_only=True)` reads
+    it."""
+    with written_aside(path) as aside:
+        torch.save(checkpoint, aside)
+
+
+def load_checkpoint(path: str | Path, *needed: str) -> dict:
+    """Read a checkpoint onto the CPU without running anything that the file says.
+
+    Args:
+        needed: keys that it must have, such as "encoder", "decoder".
+
+    Raises:
+        UserError: no such file, no checkpoint of this project, or one without the `needed` parts.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such checkpoint; train.py writes them to output_models/")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        Exception
+    ) as error:  # a file that is no checkpoint fails in any of pickle's, zipfile's or torch's ways
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path}: not a checkpoint that train.py wrote ({first_line[:120]})") from None
+    keys = ("settings", "word_map", *needed)
+    missing = [
+        key for key in keys if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), dict)
+    ]
+    if missing:
+        raise UserError(f"{path}: not a checkpoint that train.py wrote: it has no {', '.join(missing)}")
+    return checkpoint
