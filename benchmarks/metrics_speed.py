@@ -1,0 +1,215 @@
+"""Time of `score_captions` beside pycocoevalcap's run on the same captions, and rate of the CIDEr-D reward.
+
+    python benchmarks/metrics_speed.py
+
+Both score N_PICTURES hypotheses against five references each: first without METEOR (theirs with its Java
+tokenizer), then with it (theirs in Java). The scores must agree to 1e-9, METEOR's to 1e-6, or the script
+stops with an error. Without pycocoevalcap or `java` only our times are printed. No caption comes twice, as
+the second time would be cheap for us. METEOR's data are prepared before the clock starts, as on any run but
+a user's first.
+"""
+
+import contextlib
+import csv
+import io
+import random
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import metrics  # noqa: E402
+from meteor import Meteor, MeteorDataError  # noqa: E402
+from metrics import CiderD, score_captions, tokenize  # noqa: E402
+
+# Settings
+N_PICTURES = 5000
+N_REFERENCES = 5
+N_SAMPLES = 5  # hypotheses a picture in one batch of the reward, as in self-critical training
+BATCH = 64  # pictures
+SEED = 0
+CAPTIONS = ROOT.parent / "shared" / "flickr8k_small" / "captions.txt"  # else they are made up
+
+
+def main() -> None:
+    references, hypotheses, origin = make_pictures()
+    print(f"{len(references)} hypotheses, {N_REFERENCES} references each, {origin}")
+    tokenizer_rate([caption for captions in references.values() for caption in captions])
+
+    try:
+        meteor = Meteor()
+    except MeteorDataError as error:
+        meteor = None
+        print(error)
+    with without_meteor():
+        result, seconds = timed(lambda: score_captions(references, hypotheses))
+    print(f"BLEU, ROUGE-L, CIDEr: {seconds:.2f} s")
+    theirs = official_scores(references, hypotheses) if shutil.which("java") else None
+    if theirs:
+        expected, words, guesses, their_seconds = theirs
+        print(f"    pycocoevalcap: {their_seconds:.2f} s, {their_seconds / seconds:.1f} times as long")
+        check(result, expected, 1e-9)
+    if meteor:
+        result, all_seconds = timed(lambda: score_captions(references, hypotheses, meteor))
+        print(f"with METEOR: {all_seconds:.2f} s")
+        if theirs:
+            expected["METEOR"], java_seconds = official_meteor(words, guesses)
+            their_seconds += java_seconds
+            print(
+                f"    pycocoevalcap: {their_seconds:.2f} s, {their_seconds / all_seconds:.1f} times as long"
+            )
+            check(result, expected, 1e-6)
+    reward_rate(references, hypotheses)
+
+
+def make_pictures() -> tuple[dict[int, list[str]], dict[int, str], str]:
+    """References and hypotheses, and in words where they come from.
+
+    A hypothesis is a caption of the picture; its other captions are references, filled up with any caption.
+    Words are exchanged until each text is new.
+    """
+    generator = random.Random(SEED)
+    if CAPTIONS.exists():
+        origin = "real captions"
+        captions: dict[str, list[str]] = {}
+        with CAPTIONS.open(newline="") as file:
+            for row in csv.DictReader(file):
+                captions.setdefault(row["image"], []).append(row["caption"])
+        groups = [group for group in captions.values() if len(group) == 5]
+    else:
+        origin = "made-up captions"
+        groups = [[make_caption(generator) for _ in range(5)] for _ in range(N_PICTURES)]
+    vocabulary = [word for group in groups for caption in group for word in caption.split()]
+    used = set()
+
+    def unused(caption: str) -> str:
+        words = caption.split()
+        while (text := " ".join(words)) in used:
+            words[generator.randrange(len(words))] = generator.choice(vocabulary)
+        used.add(text)
+        return text
+
+    references, hypotheses = {}, {}
+    for number in range(N_PICTURES):
+        hypothesis, *others = generator.sample(generator.choice(groups), 5)
+        while len(others) < N_REFERENCES:
+            others.append(generator.choice(generator.choice(groups)))
+        hypotheses[number] = unused(hypothesis)
+        references[number] = [unused(caption) for caption in others[:N_REFERENCES]]
+    return references, hypotheses, origin
+
+
+def make_caption(generator: random.Random) -> str:
+    parts = [
+        ["A", "The", "Two", "A young", "A small", "One"],
+        ["man", "woman", "child", "dog", "boys", "people", "cyclist"],
+        ["runs", "is running", "plays", "are jumping", "sits", "doesn't stand", "climbing"],
+        ["in", "on", "next to", "in front of", "near", "over", "through"],
+        ["a", "the", "some", "a large", "the green", "somebody's"],
+        ["field.", "grass", "beach .", "house", "t-shirt", "street, far away.", "snow"],
+    ]
+    return " ".join(map(generator.choice, parts))
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.perf_counter()
+    return work(), time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def without_meteor():
+    def missing():
+        raise MeteorDataError("not asked for")
+
+    real, metrics.Meteor = metrics.Meteor, missing
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        metrics.Meteor = real
+
+
+def tokenizer_rate(captions: list[str]) -> None:
+    metrics._tokens_of_chunk.cache_clear()
+    _, ours = timed(lambda: [tokenize(caption) for caption in captions])
+    line = f"tokenizer: {len(captions) / ours:,.0f} captions a second"
+    with contextlib.suppress(ImportError):
+        from nltk.tokenize import TreebankWordTokenizer
+
+        split = TreebankWordTokenizer().tokenize
+        _, nltk = timed(lambda: [split(caption.lower()) for caption in captions])
+        line += f"; NLTK's Treebank tokenizer takes {nltk / ours:.1f} times as long"
+    print(line)
+
+
+def official_scores(references: dict[int, list[str]], hypotheses: dict[int, str]):
+    """pycocoevalcap's scores but METEOR, its tokens, and the time of both; None where it is not installed."""
+    try:
+        from pycocoevalcap.bleu.bleu import Bleu
+        from pycocoevalcap.cider.cider import Cider
+        from pycocoevalcap.rouge.rouge import Rouge
+        from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+    except ImportError:
+        return None
+
+    def work():
+        with contextlib.redirect_stdout(io.StringIO()):
+            split = PTBTokenizer().tokenize
+            words = split({key: [{"caption": c} for c in captions] for key, captions in references.items()})
+            guesses = split({key: [{"caption": caption}] for key, caption in hypotheses.items()})
+            overall, columns = Bleu(4).compute_score(words, guesses, verbose=0)
+        expected = {f"Bleu_{n}": pair for n, pair in enumerate(zip(overall, columns), 1)}
+        expected["ROUGE_L"] = Rouge().compute_score(words, guesses)
+        expected["CIDEr"] = Cider().compute_score(words, guesses)
+        return expected, words, guesses
+
+    result, seconds = timed(work)
+    return *result, seconds
+
+
+def official_meteor(words: dict[int, list[str]], guesses: dict[int, list[str]]):
+    from pycocoevalcap.meteor.meteor import Meteor as OfficialMeteor
+
+    return timed(lambda: OfficialMeteor().compute_score(words, guesses))
+
+
+def check(result: metrics.Scores, expected: dict[str, tuple[float, list[float]]], tolerance: float) -> None:
+    largest = 0.0
+    for name, (score, column) in expected.items():
+        own = [picture[name] for picture in result.per_picture.values()]
+        differences = [abs(a - b) for a, b in zip(own, column, strict=True)]
+        largest = max(largest, abs(result.overall[name] - score), *differences)
+    print(f"    largest difference of a score, overall or of a picture: {largest:.1e}")
+    if not largest <= tolerance:
+        sys.exit("the scores differ")
+
+
+def reward_rate(references: dict[int, list[str]], hypotheses: dict[int, str]) -> None:
+    words = {key: [tokenize(caption) for caption in captions] for key, captions in references.items()}
+    guesses = {key: tokenize(caption) for key, caption in hypotheses.items()}
+
+    def rate(cider: CiderD, keys: list[int]) -> float:
+        start = time.perf_counter()
+        for first in range(0, len(keys), BATCH):
+            batch = keys[first : first + BATCH]
+            cider.score([words[key] for key in batch], [guesses[key] for key in batch])
+        return len(keys) / (time.perf_counter() - start)
+
+    keys = list(words)
+    cider = CiderD.from_references(words.values())
+    print("CIDEr-D reward, captions a second:")
+    print(f"    one hypothesis a picture, its references not seen before: {rate(cider, keys):,.0f}")
+    print(f"    one hypothesis a picture, its references seen before: {rate(cider, keys[-BATCH:] * 20):,.0f}")
+    cider = CiderD.from_references(words.values())
+    samples = [key for key in keys for _ in range(N_SAMPLES)]
+    print(
+        f"    {N_SAMPLES} hypotheses a picture, its references not seen before: {rate(cider, samples):,.0f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
