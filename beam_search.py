@@ -1,0 +1,161 @@
+"""Beam search over one attention decoder, or several at once, for a whole batch of pictures.
+
+The rule, as in the published Show, Attend and Tell programs: hypotheses are ranked by summed
+log-probability; one that ends is set aside and its picture's beam narrows by one; when the beam is used up
+the best ended one wins; where none ended within the step limit, the best unfinished one does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from models import DecoderWithAttention, Pixels
+from utils import UserError
+
+
+class Hypothesis(NamedTuple):
+    words: list[int]  # without <start> and <end>
+    score: float  # summed log-probability, that of <end> included; divided where length is normalized
+    alphas: Tensor | None  # (number of words, 196), where they were asked for
+    finished: bool  # False: the step limit came before <end>
+
+
+@torch.inference_mode()
+def beam_search(
+    decoders: Sequence[DecoderWithAttention],
+    grids: Sequence[Tensor],
+    start: int,
+    end: int,
+    beam_size: int = 3,
+    max_steps: int = 50,
+    forbidden: Collection[int] = (),
+    length_penalty: float = 0.0,
+    keep_alphas: bool = False,
+) -> list[Hypothesis]:
+    """The best caption of each of N pictures.
+
+    A picture's caption does not depend on the others in the batch. One beam is greedy decoding.
+
+    Args:
+        decoders: in eval mode, with one word map. Of several, the word distributions are averaged at every
+            step.
+        grids: for each decoder the pictures as its own encoder sees them, (N, h, w, D).
+        start, end: indices of `<start>` and `<end>`.
+        beam_size: hypotheses a picture, at least 1.
+        max_steps: steps of the search, at least 1; a caption that has not ended by then has that many words.
+        forbidden: indices of words that captions must not have.
+        length_penalty: ended hypotheses are compared by score / words ** length_penalty, `<end>` counted as
+            a word; 0 is the plain sum.
+        keep_alphas: return attention too (of several decoders, the mean).
+    """
+    pictures, device = len(grids[0]), grids[0].device
+    best: list[Hypothesis | None] = [None] * pictures
+    beams = _Beams(decoders, grids, start, beam_size, keep_alphas)
+    for step in range(1, max_steps + 1):
+        log_probs, alphas = beams.advance()  # (n, K, V), (n, K, P)
+        vocabulary = log_probs.shape[2]
+        log_probs[:, :, list(forbidden)] = -torch.inf
+        totals = (beams.scores.unsqueeze(2) + log_probs).flatten(1)  # (n, K * V)
+        scores, chosen = totals.topk(min(beam_size, totals.shape[1]), dim=1)  # falling
+        rank = torch.arange(scores.shape[1], device=device)
+        scores = scores.masked_fill(rank >= beams.room.unsqueeze(1), -torch.inf)
+        parents, words = chosen // vocabulary, chosen % vocabulary
+        ended = (words == end) & scores.isfinite()
+
+        divisor = step**length_penalty
+        for i, k in ended.nonzero().tolist():  # few: at most beam_size a picture over the whole search
+            picture, score = beams.picture[i], float(scores[i, k]) / divisor
+            if best[picture] is None or score > best[picture].score:
+                best[picture] = beams.hypothesis(i, int(parents[i, k]), score, finished=True)
+        beams.follow(parents, words, scores.masked_fill(ended, -torch.inf), ended.sum(dim=1), alphas)
+
+        # scores only fall, so a plain sum that trails the best ended one can never win
+        leading = beams.scores[:, 0].tolist()
+        open_ = [
+            i for i, (picture, lead) in enumerate(zip(beams.picture, leading))
+            if lead > (-math.inf if best[picture] is None or length_penalty else best[picture].score)
+        ]  # fmt: skip
+        if not open_:
+            break
+        beams.keep(open_)
+    for i, picture in enumerate(beams.picture):
+        score = float(beams.scores[i, 0]) / max_steps**length_penalty
+        if best[picture] is None and math.isfinite(score):  # follow() left the best unfinished one first
+            best[picture] = beams.hypothesis(i, 0, score, finished=False)
+    if None in best:
+        raise UserError(
+            "the decoder's word scores are not numbers: its training went astray, take another checkpoint"
+        )
+    return best
+
+
+class _Beams:
+    """The live hypotheses of the pictures still searched: n pictures, K hypotheses each, best first."""
+
+    def __init__(self, decoders, grids: Sequence[Tensor], start: int, beam_size: int, keep_alphas: bool):
+        n, device = len(grids[0]), grids[0].device
+        self.decoders = decoders
+        self.pixels: list[Pixels] = [d.attention.project(grid) for d, grid in zip(decoders, grids)]
+        self.states = [
+            d.init_hidden_state(pixels) for d, pixels in zip(decoders, self.pixels)
+        ]  # h, c (n, K, H)
+        self.weights = [d.step_weights() for d in decoders]
+        self.picture = list(range(n))  # index in the batch
+        self.room = torch.full((n,), beam_size, device=device)  # hypotheses that may still live
+        self.scores = torch.zeros(n, 1, device=device)  # -inf: no hypothesis
+        self.words = torch.full((n, 1, 1), start, device=device)  # (n, K, length + 1)
+        self.alphas = (
+            torch.zeros(n, 1, 0, self.pixels[0].projection.shape[1], device=device) if keep_alphas else None
+        )
+
+    def advance(self) -> tuple[Tensor, Tensor]:
+        """Put the last words in: log-probabilities of the next ones (n, K, V), alphas (n, K, P)."""
+        last = self.words[:, :, -1]
+        log_probs, alphas = [], []
+        for j, (decoder, pixels, weights) in enumerate(zip(self.decoders, self.pixels, self.weights)):
+            h, c, alpha = decoder.step(decoder.word_gates(last), pixels, *self.states[j], weights)
+            self.states[j] = (h, c)
+            log_probs.append(decoder.fc(h).float().log_softmax(dim=2))
+            alphas.append(alpha)
+        if len(log_probs) == 1:
+            return log_probs[0], alphas[0]
+        mean = torch.stack(log_probs).logsumexp(dim=0) - math.log(len(log_probs))
+        return mean, torch.stack(alphas).mean(dim=0)
+
+    def follow(self, parents: Tensor, words: Tensor, scores: Tensor, ended: Tensor, alphas: Tensor) -> None:
+        """Take the chosen continuations (n, K), live ones first, in as many columns as any picture needs."""
+        self.room = self.room - ended
+        width = max(int(self.room.max()), 1)
+        scores, order = scores.sort(dim=1, descending=True, stable=True)
+        self.scores, order = scores[:, :width], order[:, :width]
+        parents, words = parents.gather(1, order), words.gather(1, order)
+        self.words = torch.cat([_pick(self.words, parents), words.unsqueeze(2)], dim=2)
+        self.states = [(_pick(h, parents), _pick(c, parents)) for h, c in self.states]
+        if self.alphas is not None:
+            self.alphas = torch.cat([_pick(self.alphas, parents), _pick(alphas, parents).unsqueeze(2)], dim=2)
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these pictures only."""
+        if len(rows) == len(self.picture):
+            return
+        self.picture = [self.picture[row] for row in rows]
+        index = torch.tensor(rows, device=self.scores.device)
+        self.room, self.scores, self.words = self.room[index], self.scores[index], self.words[index]
+        self.states = [(h[index], c[index]) for h, c in self.states]
+        self.pixels = [Pixels(p.cells[index], p.projection[index], p.pooling) for p in self.pixels]
+        if self.alphas is not None:
+            self.alphas = self.alphas[index]
+
+    def hypothesis(self, row: int, column: int, score: float, finished: bool) -> Hypothesis:
+        alphas = None if self.alphas is None else self.alphas[row, column].cpu()
+        return Hypothesis(self.words[row, column, 1:].tolist(), score, alphas, finished)
+
+
+def _pick(values: Tensor, parents: Tensor) -> Tensor:
+    """values (n, K, ...) at parents (n, K') -> (n, K', ...)."""
+    return values[torch.arange(len(parents), device=parents.device).unsqueeze(1), parents]

@@ -1,0 +1,130 @@
+"""The batched search against a plain one that follows the published rule to the letter."""
+
+import pytest
+import torch
+
+from beam_search import beam_search
+from models import DecoderWithAttention
+from utils import UserError
+
+START, END, VOCABULARY = 38, 39, 40
+
+
+def make_decoder(seed: int = 0) -> DecoderWithAttention:
+    torch.manual_seed(seed)
+    decoder = DecoderWithAttention(16, 16, 24, VOCABULARY, encoder_dim=32).eval()
+    for parameter in decoder.parameters():
+        parameter.data.mul_(4)
+    decoder.fc.bias.data[END] = 0.5  # captions of various lengths, some never ending
+    return decoder
+
+
+def plain_beam_search(decoder, encoding, beam_size, max_steps, length_penalty=0.0):
+    """encoding (196, D) -> (words, score), with no tensors across hypotheses."""
+    mean = encoding.mean(dim=0)
+    live = [([], 0.0, decoder.init_h(mean), decoder.init_c(mean))]
+    ended = []
+    for _ in range(max_steps):
+        continuations = []
+        for words, score, h, c in live:
+            context, _ = decoder.attention(encoding.unsqueeze(0), h.unsqueeze(0))
+            context = torch.sigmoid(decoder.f_beta(h)) * context[0]
+            word = torch.cat([decoder.embedding(torch.tensor(words[-1] if words else START)), context])
+            h2, c2 = decoder.decode_step(word.unsqueeze(0), (h.unsqueeze(0), c.unsqueeze(0)))
+            log_probs = decoder.fc(h2[0]).log_softmax(dim=0)
+            continuations += [
+                ([*words, w], score + log_probs[w].item(), h2[0], c2[0]) for w in range(VOCABULARY)
+            ]
+        continuations.sort(key=lambda continuation: -continuation[1])
+        best = continuations[: beam_size - len(ended)]
+        ended += [continuation for continuation in best if continuation[0][-1] == END]
+        live = [continuation for continuation in best if continuation[0][-1] != END]
+        if not live:
+            break
+    if ended:
+        words, score, _, _ = max(ended, key=lambda e: e[1] / len(e[0]) ** length_penalty)
+        return words[:-1], score / len(words) ** length_penalty
+    return live[0][0], live[0][1] / max_steps**length_penalty
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("beam_size", [1, 2, 3, 5, 10])
+@pytest.mark.parametrize("length_penalty", [0.0, 0.7])
+def test_equals_plain_search(beam_size, length_penalty):
+    decoder, encoding = make_decoder(), torch.rand(12, 14, 14, 32) * 3
+    found = beam_search(
+        [decoder], [encoding], START, END, beam_size, max_steps=15, length_penalty=length_penalty
+    )
+    for picture, hypothesis in zip(encoding, found):
+        words, score = plain_beam_search(decoder, picture.flatten(0, 1), beam_size, 15, length_penalty)
+        assert hypothesis.words == words
+        assert hypothesis.score == pytest.approx(score, abs=1e-4)
+    if beam_size == 1:
+        lengths = {len(hypothesis.words) for hypothesis in found}
+        assert len(lengths) > 1  # the pictures are not all alike
+
+
+@pytest.mark.parametrize("beam_size", [1, 3, 5])
+def test_batches_of_1_and_32_give_the_same_captions(beam_size):
+    decoder, grid = make_decoder(), torch.rand(32, 8, 8, 32) * 3
+    together = beam_search([decoder], [grid], START, END, beam_size, max_steps=20)
+    alone = [beam_search([decoder], [g.unsqueeze(0)], START, END, beam_size, max_steps=20)[0] for g in grid]
+    assert [hypothesis.words for hypothesis in together] == [hypothesis.words for hypothesis in alone]
+    backwards = beam_search([decoder], [grid.flip(0)], START, END, beam_size, max_steps=20)
+    assert [h.words for h in backwards[::-1]] == [h.words for h in together]
+
+
+def test_alphas_are_those_of_the_words():
+    decoder, grid = make_decoder(), torch.rand(6, 8, 8, 32) * 3
+    found = beam_search([decoder], [grid], START, END, beam_size=4, max_steps=12, keep_alphas=True)
+    for picture, hypothesis in zip(grid, found):
+        caption = torch.tensor([[START, *hypothesis.words, END]])
+        _, _, _, alphas, _ = decoder(picture.unsqueeze(0), caption, torch.tensor([[caption.shape[1]]]))
+        torch.testing.assert_close(
+            hypothesis.alphas, alphas[0, : len(hypothesis.words)], atol=1e-5, rtol=1e-4
+        )
+
+
+def test_the_same_member_twice_changes_nothing():
+    decoder, grid = make_decoder(), torch.rand(6, 8, 8, 32) * 3
+    single = beam_search([decoder], [grid], START, END, max_steps=12)
+    double = beam_search([decoder, decoder], [grid, grid], START, END, max_steps=12)
+    assert [h.words for h in double] == [h.words for h in single]
+
+
+def test_members_are_averaged_in_probability():
+    members, grid = [make_decoder(1), make_decoder(2)], torch.rand(1, 8, 8, 32)
+    (found,) = beam_search(members, [grid, grid], START, END, beam_size=1, max_steps=1)
+    first_scores = [
+        member(grid, torch.tensor([[START, 0]]), torch.tensor([[2]]))[0][0, 0].softmax(dim=0)
+        for member in members
+    ]
+    mean = torch.stack(first_scores).mean(dim=0)
+    assert found.score == pytest.approx(mean.max().log().item(), abs=1e-5)
+
+
+def test_unfinished_captions_are_returned():
+    decoder, grid = make_decoder(), torch.rand(3, 8, 8, 32)
+    decoder.fc.bias.data[END] = -1e4
+    found = beam_search([decoder], [grid], START, END, beam_size=3, max_steps=7, keep_alphas=True)
+    assert all(len(h.words) == 7 and not h.finished and h.alphas.shape == (7, 196) for h in found)
+
+
+def test_forbidden_words_do_not_occur():
+    decoder, grid = make_decoder(), torch.rand(8, 8, 8, 32) * 3
+    free = beam_search([decoder], [grid], START, END, max_steps=12)
+    used = {word for hypothesis in free for word in hypothesis.words}
+    bound = beam_search([decoder], [grid], START, END, max_steps=12, forbidden=used)
+    assert used.isdisjoint(word for hypothesis in bound for word in hypothesis.words)
+
+
+def test_a_beam_wider_than_the_vocabulary():
+    decoder, grid = make_decoder(), torch.rand(2, 8, 8, 32)
+    assert len(beam_search([decoder], [grid], START, END, beam_size=60, max_steps=3)) == 2
+
+
+def test_scores_that_are_no_numbers():
+    decoder, grid = make_decoder(), torch.rand(2, 8, 8, 32)
+    decoder.fc.weight.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="not numbers"):
+        beam_search([decoder], [grid], START, END)
