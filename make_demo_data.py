@@ -1,0 +1,283 @@
+"""Draw the demonstration data set: coloured shapes on grass, gravel and brick, with captions -> demo/.
+
+    python make_demo_data.py
+
+The layout is that of a Kaggle download: train.csv (image_id,caption), train/train/, test.csv (image_id),
+test/test/; and beside it test_captions.csv, the references of the test pictures, and boxes.json, where each
+shape is. Test scenes show combinations that no training scene shows. The same seed gives the same files.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import skimage.data
+from PIL import Image, ImageDraw, ImageFilter
+
+from utils import UserError, check_at_least, progress_bar, run_script, write_json, written_aside
+
+SIZE = 256  # pixels, width and height
+COLOURS = {
+    "red": (225, 25, 25),
+    "blue": (70, 150, 255),
+    "yellow": (255, 225, 30),
+    "white": (250, 250, 250),
+    "black": (10, 10, 12),
+}
+SHAPES = ("circle", "square", "triangle", "star")
+RADII = {"small": (27, 30), "large": (54, 58)}  # pixels
+TINTS = {
+    "grass": (0.75, 0.90, 0.65),
+    "gravel": (0.85, 0.83, 0.80),
+    "brick": (0.97, 0.80, 0.75),
+}  # the photographs are grey
+RELATIONS = {  # direction x, y of the first shape seen from the second
+    "to the left of": (-1, 0),
+    "to the right of": (1, 0),
+    "above": (0, -1),
+    "below": (0, 1),
+}
+INVERSES = dict(zip(RELATIONS, ("to the right of", "to the left of", "below", "above")))
+GAP = 24  # pixels between shapes, at least
+NUMBERS = ("zero", "one", "two", "three")
+
+
+@dataclass
+class Settings:
+    output_folder: str = "demo"  # where the data set goes
+    train_pictures: int = 1000  # scenes to train on
+    test_pictures: int = 100  # held-out scenes
+    seed: int = 7  # fixes every scene and caption
+
+    def __post_init__(self):
+        check_at_least(self, 10, "train_pictures", "test_pictures")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Equal shapes: "two small red circles"."""
+
+    count: int
+    size: str
+    colour: str
+    shape: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One group, or a large shape in a relation to small ones, on a ground."""
+
+    ground: str
+    first: Group
+    relation: str | None = None
+    second: Group | None = None
+
+
+def main(settings: Settings) -> None:
+    make_demo_data(settings)
+
+
+def make_demo_data(settings: Settings) -> None:
+    output = Path(settings.output_folder)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output}: is a file; give another --output_folder")
+    rng = random.Random(settings.seed)
+    train, test = choose_scenes(settings, rng)
+    textures = {name: getattr(skimage.data, name)() for name in TINTS}  # uint8 (512, 512)
+    boxes = {}
+    for split, scenes in (("train", train), ("test", test)):
+        folder = output / split / split
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier drawing with other settings
+        folder.mkdir(parents=True)
+        rows = []
+        for number, scene in enumerate(
+            progress_bar(scenes, desc=f"drawing {split} scenes", unit="picture"), start=1
+        ):
+            image_id = f"{split}_{number:04d}"
+            picture, boxes[image_id] = draw(scene, textures[scene.ground], TINTS[scene.ground], rng)
+            picture.save(folder / f"{image_id}.jpg", quality=90)
+            rows += [(image_id, caption) for caption in describe(scene, rng)]
+        if split == "test":
+            write_csv(output / "test.csv", ("image_id",), [(image_id,) for image_id, _ in rows[::5]])
+        write_csv(
+            output / ("train.csv" if split == "train" else "test_captions.csv"), ("image_id", "caption"), rows
+        )
+    write_json(output / "boxes.json", boxes)
+    print(f"{len(train)} training and {len(test)} test scenes drawn in {output}/")
+
+
+def choose_scenes(settings: Settings, rng: random.Random) -> tuple[list[Scene], list[Scene]]:
+    """Training and test scenes; half show one group, half a relation. No test scene is a training scene.
+
+    One in seven combinations of a group and a ground is kept out of training, so that "two small red circles
+    on gravel" can be new though such circles were seen on grass.
+    """
+    alone = [
+        Scene(ground, Group(*group))
+        for ground in TINTS
+        for group in itertools.product((1, 2, 3), RADII, COLOURS, SHAPES)
+        if group[0] == 1 or group[1] == "small"  # several large ones would cover the ground
+    ]
+    rng.shuffle(alone)
+    held_out, known = alone[: len(alone) // 7], alone[len(alone) // 7 :]
+
+    def choose(alone: list[Scene]) -> Scene:
+        if rng.random() < 0.5:
+            return rng.choice(alone)
+        first = Group(1, "large", rng.choice(list(COLOURS)), rng.choice(SHAPES))
+        second = Group(1, "small", rng.choice(list(COLOURS)), rng.choice(SHAPES))
+        return Scene(rng.choice(list(TINTS)), first, rng.choice(list(RELATIONS)), second)
+
+    train = [choose(known) for _ in range(settings.train_pictures)]
+    seen, test = set(train), []
+    while len(test) < settings.test_pictures:
+        scene = choose(held_out)
+        if scene not in seen:
+            test.append(scene)
+    return train, test
+
+
+# --- drawing ------------------------------------------------------------------------------------------------
+
+
+def draw(
+    scene: Scene, texture: np.ndarray, tint: tuple[float, float, float], rng: random.Random
+) -> tuple[Image.Image, list[dict]]:
+    """The picture and, for each shape, its name and box [left, top, right, bottom] in pixels."""
+    picture = photograph(texture, tint, rng)
+    boxes = []
+    for group, (x, y), radius in place(scene, rng):
+        outline = corners(group.shape, x, y, radius, rng)
+        light = rng.uniform(0.85, 1.1)
+        colour = tuple(min(int(value * light), 255) for value in COLOURS[group.colour])
+        picture = paint(picture, outline, colour)
+        left, top = outline.min(axis=0)
+        right, bottom = outline.max(axis=0)
+        box = [round(float(value), 1) for value in (left, top, right, bottom)]
+        boxes.append({"size": group.size, "colour": group.colour, "shape": group.shape, "box": box})
+    return picture, boxes
+
+
+def photograph(texture: np.ndarray, tint: tuple[float, float, float], rng: random.Random) -> Image.Image:
+    """A random piece of the texture, perhaps mirrored, in colour."""
+    side = rng.randint(300, 512)
+    left, top = rng.randint(0, 512 - side), rng.randint(0, 512 - side)
+    piece = Image.fromarray(texture).crop((left, top, left + side, top + side)).resize((SIZE, SIZE))
+    if rng.random() < 0.5:
+        piece = piece.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    grey = np.asarray(piece, dtype=np.float32)[:, :, None] * rng.uniform(0.8, 1.1)
+    return Image.fromarray((grey * np.array(tint, dtype=np.float32)).clip(0, 255).astype(np.uint8))
+
+
+def place(scene: Scene, rng: random.Random) -> list[tuple[Group, tuple[float, float], float]]:
+    """Centre and radius of each shape: equal shapes in a row, groups apart and in their relation."""
+    groups = [scene.first] if scene.second is None else [scene.first, scene.second]
+    while True:
+        placed, centres = [], []
+        for group in groups:
+            radius = rng.uniform(*RADII[group.size])
+            pitch = 2.5 * radius
+            reach = (group.count - 1) / 2 * pitch  # from the middle of the row to its outer centres
+            margin = radius + 4
+            x, y = rng.uniform(reach + margin, SIZE - reach - margin), rng.uniform(margin, SIZE - margin)
+            centres.append((x, y))
+            row = [
+                (group, (x - reach + i * pitch, y + rng.uniform(-4, 4)), radius) for i in range(group.count)
+            ]
+            if any(
+                np.hypot(a[0] - b[0], a[1] - b[1]) < r + radius + GAP for _, a, r in placed for _, b, _ in row
+            ):
+                break
+            placed += row
+        else:
+            if scene.second is None or related(*centres, scene.relation):
+                return placed
+
+
+def related(first: tuple[float, float], second: tuple[float, float], relation: str) -> bool:
+    """Does the first shape lie clearly in the relation's direction from the second?"""
+    step, towards = np.subtract(first, second), np.array(RELATIONS[relation])
+    along, across = step @ towards, abs(step @ towards[::-1])
+    return bool(along > 3 * across)
+
+
+def corners(shape: str, x: float, y: float, radius: float, rng: random.Random) -> np.ndarray:
+    """The outline as a polygon (corners, 2)."""
+    if shape == "circle":
+        angles, radii = np.linspace(0, 2 * np.pi, 64, endpoint=False), 0.9
+    elif shape == "star":
+        angles, radii = np.arange(10) * np.pi / 5 - np.pi / 2, np.where(np.arange(10) % 2, 0.45, 1.1)
+    else:
+        sides = {"square": 4, "triangle": 3}[shape]
+        angles = np.arange(sides) * 2 * np.pi / sides + {"square": np.pi / 4, "triangle": -np.pi / 2}[shape]
+        radii = 1.1
+    angles = angles + rng.uniform(-0.15, 0.15)
+    return np.stack([x + radius * radii * np.cos(angles), y + radius * radii * np.sin(angles)], axis=1)
+
+
+def paint(picture: Image.Image, outline: np.ndarray, colour: tuple[int, ...]) -> Image.Image:
+    """Lay the shape and its soft shadow on the picture; drawn at four times the size for smooth edges."""
+    mask = Image.new("L", (4 * SIZE, 4 * SIZE))
+    ImageDraw.Draw(mask).polygon([tuple(corner) for corner in outline * 4], fill=255)
+    mask = mask.resize((SIZE, SIZE), Image.Resampling.BOX)
+    shadow = mask.transform(mask.size, Image.Transform.AFFINE, (1, 0, -3, 0, 1, -4))
+    shadow = shadow.filter(ImageFilter.GaussianBlur(3)).point(lambda value: value // 2)
+    picture.paste((0, 0, 0), mask=shadow)
+    picture.paste(colour, mask=mask)
+    return picture
+
+
+# --- captions -----------------------------------------------------------------------------------------------
+
+
+def describe(scene: Scene, rng: random.Random) -> list[str]:
+    """Five captions, each of another form."""
+    first, ground = phrase(scene.first, rng), scene.ground
+    is_, lies = ("is", "lies") if scene.first.count == 1 else ("are", "lie")
+    if scene.second is None:
+        forms = [
+            f"{first} on {ground}",
+            f"{first} on the {ground}",
+            f"there {is_} {phrase(scene.first, rng)} on {ground}",
+            f"{phrase(scene.first, rng)} {lies} on {ground}",
+            f"a picture of {phrase(scene.first, rng)} on {ground}",
+            f"on the {ground} {lies} {phrase(scene.first, rng)}",
+        ]
+    else:
+        second, relation, inverse = phrase(scene.second, rng), scene.relation, INVERSES[scene.relation]
+        again = phrase(scene.first, rng)
+        forms = [
+            f"{first} {relation} {second} on {ground}",
+            f"{first} {relation} {second} on the {ground}",
+            f"{again} {is_} {relation} {phrase(scene.second, rng)} on {ground}",
+            f"there {is_} {first} {relation} {phrase(scene.second, rng)}",
+            f"{phrase(scene.second, rng)} {inverse} {again} on {ground}",
+            f"on {ground} , {again} {relation} {second}",
+        ]
+    chosen = rng.sample(forms, 5)
+    return [f"{form[0].upper()}{form[1:]} ." for form in chosen]
+
+
+def phrase(group: Group, rng: random.Random) -> str:
+    """ "a small red circle", "two big blue squares"."""
+    size = rng.choices([group.size, {"small": "little", "large": "big"}[group.size]], weights=[4, 1])[0]
+    if group.count > 1:
+        return f"{NUMBERS[group.count]} {size} {group.colour} {group.shape}s"
+    return f"a {size} {group.colour} {group.shape}"
+
+
+def write_csv(path: Path, header: tuple[str, ...], rows: list[tuple]) -> None:
+    with written_aside(path) as aside, aside.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    run_script(main, Settings)
