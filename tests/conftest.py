@@ -1,0 +1,53 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import create_input_files
+import make_demo_data
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory) -> Path:
+    """A small demonstration set, drawn as users draw it."""
+    folder = tmp_path_factory.mktemp("data") / "demo"
+    make_demo_data.make_demo_data(make_demo_data.Settings(str(folder), train_pictures=40, test_pictures=12))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(demo) -> Path:
+    """The demonstration set, prepared; small pictures, so that a real network runs quickly."""
+    output = demo.parent / "data_output"
+    settings = create_input_files.Settings(
+        annotations=str(demo / "train.csv"),
+        image_folder=str(demo / "train" / "train"),
+        output_folder=str(output),
+        min_word_freq=1,
+        image_size=64,
+        val_fraction=0.2,
+    )
+    create_input_files.create_input_files(settings)
+    return output
+
+
+@pytest.fixture
+def run_script():
+    """Run a real script from the repository root: run_script("train.py", "--epochs", 1)."""
+
+    def run(*arguments, cwd=ROOT) -> subprocess.CompletedProcess:
+        script, *rest = [str(argument) for argument in arguments]
+        command = [sys.executable, str(ROOT / script), *rest]
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+    return run

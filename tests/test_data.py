@@ -1,0 +1,319 @@
+"""Annotation readers, pictures and preparation, on real files."""
+
+import csv
+import json
+import random
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED
+from PIL import Image
+
+import create_input_files as preparation
+from datasets import CaptionDataset, cache_features, read_annotations
+from models import Encoder
+from utils import UserError, list_pictures, natural_order, parallel_map, read_picture
+
+FLICKR, COCO = SHARED / "flickr8k_small", SHARED / "coco_small"
+needs_flickr = pytest.mark.skipif(not FLICKR.is_dir(), reason="no real photographs here")
+needs_coco = pytest.mark.skipif(not COCO.is_dir(), reason="no real photographs here")
+
+
+# --- pictures -----------------------------------------------------------------------------------------------
+
+
+def colourful(width: int = 40, height: int = 24) -> Image.Image:
+    """Left half red, right half blue."""
+    values = np.zeros((height, width, 3), np.uint8)
+    values[:, : width // 2], values[:, width // 2 :] = (255, 0, 0), (0, 0, 255)
+    return Image.fromarray(values)
+
+
+KINDS = "a.png RGB, a.jpg RGB, a.png P, a.jpg CMYK, a.png RGBA, a.webp RGB, a.gif P, a.tif RGB"
+
+
+@pytest.mark.parametrize("name, mode", [kind.split() for kind in KINDS.split(", ")])
+def test_every_kind_of_picture_keeps_its_colours(tmp_path, name, mode):
+    colourful().convert(mode).save(tmp_path / name)
+    pixels = read_picture(tmp_path / name)
+    assert pixels.dtype == np.uint8 and pixels.shape == (3, 24, 40)
+    expected = np.asarray(colourful()).transpose(2, 0, 1).astype(int)
+    inner = np.s_[:, 4:-4, [4, 10, 30, 36]]  # away from the edge, where JPEG blurs
+    assert np.abs(pixels[inner].astype(int) - expected[inner]).max() < 16
+
+
+def test_grey_and_deep_pictures(tmp_path):
+    grey = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    Image.fromarray((grey.astype(np.uint16) // 4) * 257).save(tmp_path / "dark.png")
+    Image.fromarray((grey / 255).astype(np.float32)).save(tmp_path / "float.tif")
+    assert (read_picture(tmp_path / "grey.png") == grey).all()
+    assert (read_picture(tmp_path / "deep.png") == grey).all()
+    assert (read_picture(tmp_path / "dark.png") == grey // 4).all()
+    assert (read_picture(tmp_path / "float.tif") == grey).all()
+
+
+def test_transparency_is_laid_on_white(tmp_path):
+    picture = colourful().convert("RGBA")
+    picture.putalpha(Image.new("L", picture.size, 0))
+    picture.save(tmp_path / "clear.png")
+    assert (read_picture(tmp_path / "clear.png") == 255).all()
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned right by 90 degrees
+    colourful(64, 32).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    pixels = read_picture(tmp_path / "turned.jpg")
+    assert pixels.shape == (3, 64, 32)
+    assert pixels[0, 5, 16] > 150 and pixels[2, 58, 16] > 150  # red above, blue below
+
+
+def test_large_jpeg_is_reduced_like_any_other(tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    picture = Image.fromarray(values).resize((1600, 1200), Image.Resampling.BICUBIC)
+    picture.save(tmp_path / "a.jpg", quality=95)
+    picture.save(tmp_path / "a.png")
+    a, b = (
+        read_picture(tmp_path / "a.jpg", 256).astype(int),
+        read_picture(tmp_path / "a.png", 256).astype(int),
+    )
+    assert a.shape == (3, 256, 256) and np.abs(a - b).mean() < 2
+
+
+@pytest.mark.parametrize("content", [b"this is text", b"", b"\xff\xd8\xff\xe0 broken"])
+def test_no_picture(tmp_path, content):
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.jpg") as error:
+        read_picture(tmp_path / "a.jpg", 64)
+    assert "\n" not in str(error.value)
+
+
+def test_truncated_picture(tmp_path):
+    colourful(300, 300).save(tmp_path / "a.jpg", quality=95)
+    (tmp_path / "b.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:1500])
+    with pytest.raises(UserError, match=r"b\.jpg"):
+        read_picture(tmp_path / "b.jpg", 64)
+
+
+def test_natural_order_and_listing(tmp_path):
+    for name in ("img10.jpg", "img2.jpg", "img1.JPG", "notes.txt"):
+        colourful().save(tmp_path / name, "JPEG") if not name.endswith("txt") else (tmp_path / name).touch()
+    assert [path.name for path in list_pictures(tmp_path)] == ["img1.JPG", "img2.jpg", "img10.jpg"]
+    assert sorted(["b", "a10", "a9", "9"], key=natural_order) == ["9", "a9", "a10", "b"]
+
+
+def test_parallel_map_keeps_order_and_few_results():
+    started = []
+
+    def square(value):
+        started.append(value)
+        return value * value
+
+    results = parallel_map(square, range(1000), workers=2)
+    assert [next(results) for _ in range(5)] == [0, 1, 4, 9, 16]
+    assert len(started) < 30
+    assert list(results) == [value * value for value in range(5, 1000)]
+
+
+# --- annotations --------------------------------------------------------------------------------------------
+
+
+@needs_flickr
+def test_three_layouts_of_the_same_data_agree():
+    kaggle = read_annotations(FLICKR / "train.csv", FLICKR / "train" / "train")
+    flickr = read_annotations(FLICKR / "captions.txt", FLICKR / "train" / "train")
+    karpathy = read_annotations(FLICKR / "dataset_flickr8k_small.json", FLICKR / "train" / "train")
+    karpathy_train = [picture for picture in karpathy if picture.split != "test"]
+    assert len(kaggle) == len(flickr) == len(karpathy_train) == 750
+    assert {p.path for p in kaggle} == {p.path for p in flickr} == {p.path for p in karpathy_train}
+    assert all(p.path for p in kaggle) and all(len(p.captions) == 5 for p in kaggle)
+    captions = {p.path: sorted(p.captions) for p in kaggle}
+    assert captions == {p.path: sorted(p.captions) for p in flickr}
+    assert kaggle[0].image_id + ".jpg" == flickr[0].image_id
+    assert {p.split for p in karpathy} == {"train", "val", "test"}
+
+
+@needs_coco
+def test_coco_layout():
+    pictures = read_annotations(COCO / "captions_train2017.json", COCO / "train2017")
+    assert pictures and all(p.path and len(p.captions) >= 5 and p.image_id.isdecimal() for p in pictures)
+
+
+def test_karpathy_details(tmp_path):
+    (tmp_path / "val2014").mkdir()
+    colourful().save(tmp_path / "val2014" / "x.jpg")
+    sentence = {"tokens": ["A", "Dog"], "raw": "A Dog."}
+    image = {"filename": "x.jpg", "filepath": "val2014", "split": "restval", "sentences": [sentence]}
+    (tmp_path / "d.json").write_text(json.dumps({"images": [image], "dataset": "coco"}))
+    (picture,) = read_annotations(tmp_path / "d.json", tmp_path)
+    assert picture.path.endswith("val2014/x.jpg") and picture.split == "train"
+    assert picture.tokens == [["a", "dog"]] and picture.captions == ["A Dog."]
+
+
+def test_csv_details(tmp_path):
+    file = tmp_path / "train.csv"
+    file.write_bytes(
+        '\ufeffimage_id,caption\r\n007,"A dog, running."\r\n8,Two dogs, one cat\r\n007,\r\n'.encode()
+    )
+    colourful().save(tmp_path / "007.PNG")
+    first, second = read_annotations(file, tmp_path)
+    assert (
+        first.image_id == "007" and first.path.endswith("007.PNG") and first.captions == ["A dog, running."]
+    )
+    assert second.path is None and second.captions == ["Two dogs, one cat"]
+
+
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        ("", "is empty"),
+        ("id,text\n1,a\n", "id,text"),
+        ("image_id,caption\n", "no pictures"),
+        ("{}", "neither"),
+        ("{", "not a JSON file"),
+        ('{"images": [{"id": 1}], "annotations": []}', "damaged"),
+        ('{"images": [1]}', "damaged"),
+    ],
+)
+def test_wrong_annotation_files(tmp_path, content, problem):
+    (tmp_path / "file.csv").write_text(content)
+    with pytest.raises(UserError, match=problem) as error:
+        read_annotations(tmp_path / "file.csv", tmp_path)
+    assert "file.csv" in str(error.value) and "\n" not in str(error.value)
+
+
+# --- preparation --------------------------------------------------------------------------------------------
+
+
+def read_record(folder):
+    return json.loads((folder / "prepared.json").read_text())
+
+
+def test_prepared_files_fit_each_other(demo, prepared):
+    record, word_map = read_record(prepared), json.loads((prepared / "word_map.json").read_text())
+    assert record["splits"]["train"]["pictures"] == 32 and record["splits"]["val"]["pictures"] == 8
+    assert record["splits"]["test"]["pictures"] == 12 and record["skipped"] == []
+    assert word_map["<pad>"] == 0 and list(word_map)[-3:] == ["<unk>", "<start>", "<end>"]
+    words = {index: word for word, index in word_map.items()}
+    truth = {p.path: p for p in read_annotations(demo / "train.csv", demo / "train" / "train")}
+    for split, pictures in (("train", 32), ("val", 8)):
+        paths = json.loads((prepared / f"{split}_image_paths.json").read_text())
+        dataset = CaptionDataset(prepared, split)
+        assert len(dataset) == len(paths) == pictures
+        for i in (0, pictures - 1):
+            pixels, captions, lengths = dataset[i]
+            assert torch.equal(pixels, torch.from_numpy(read_picture(paths[i], 64)))
+            for caption, length in zip(captions.tolist(), lengths.tolist()):
+                text = [words[index] for index in caption]
+                assert (
+                    text[0] == "<start>" and text[length - 1] == "<end>" and set(text[length:]) <= {"<pad>"}
+                )
+                if split == "train":  # min_word_freq is 1
+                    assert text[1 : length - 1] in truth[paths[i]].tokens
+
+
+def test_words_are_counted_on_the_training_split_alone(tmp_path):
+    colourful().save(tmp_path / "a.png")
+    images = [
+        {"filename": "a.png", "split": split, "sentences": [{"tokens": tokens}]}
+        for split, tokens in (("train", ["a", "dog"]), ("val", ["a", "cat"]), ("test", ["a", "cat"]))
+    ]
+    (tmp_path / "d.json").write_text(json.dumps({"images": images}))
+    settings = preparation.Settings(
+        str(tmp_path / "d.json"),
+        str(tmp_path),
+        output_folder=str(tmp_path / "out"),
+        min_word_freq=1,
+        image_size=32,
+    )
+    record = preparation.create_input_files(settings)
+    word_map = json.loads((tmp_path / "out" / "word_map.json").read_text())
+    assert list(word_map) == ["<pad>", "a", "dog", "<unk>", "<start>", "<end>"]
+    assert record["splits"]["train"]["unknown_share"] == 0 and record["splits"]["val"]["unknown_share"] == 0.5
+
+
+def test_validation_split_does_not_depend_on_the_order_of_the_file(demo, tmp_path):
+    with (demo / "train.csv").open() as stream:
+        header, *rows = list(csv.reader(stream))
+    random.Random(0).shuffle(rows)
+    with (tmp_path / "shuffled.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([header, *rows])
+    held_out = []
+    for file in (demo / "train.csv", tmp_path / "shuffled.csv"):
+        splits = preparation.read_splits(preparation.Settings(str(file), str(demo / "train" / "train")))
+        held_out.append({picture.image_id for picture in splits["val"]})
+        assert held_out[-1].isdisjoint(picture.image_id for picture in splits["train"])
+    assert held_out[0] == held_out[1] and len(held_out[0]) == 4
+
+
+def test_bad_pictures_are_named_and_skipped(tmp_path, run_script):
+    rows = ["image_id,caption"]
+    for name in ("a", "b", "c", "d"):
+        colourful().save(tmp_path / f"{name}.png")
+        rows += [f"{name},a red and blue picture"] * 2
+    (tmp_path / "b.png").write_text("text")
+    (tmp_path / "d.png").unlink()
+    (tmp_path / "train.csv").write_text("\n".join(rows))
+    command = ["create_input_files.py", "--annotations", tmp_path / "train.csv", "--image_folder", tmp_path,
+               "--output_folder", tmp_path / "out", "--min_word_freq", 1, "--val_fraction", 0]  # fmt: skip
+    result = run_script(*command)
+    assert result.returncode == 0 and "b.png" in result.stderr and "d: no picture" in result.stderr
+    assert "skipped 2" in result.stdout
+    record = read_record(tmp_path / "out")
+    assert record["splits"]["train"]["pictures"] == 2
+    assert [name for name, _ in record["skipped"]] == ["b", "d"]
+    result = run_script(*command, "--strict", "--output_folder", tmp_path / "strict")
+    assert result.returncode == 2 and "b.png" in result.stderr and not (tmp_path / "strict").exists()
+
+
+def test_interrupted_preparation_keeps_the_earlier_one(demo, tmp_path, monkeypatch):
+    settings = preparation.Settings(
+        str(demo / "train.csv"),
+        str(demo / "train" / "train"),
+        output_folder=str(tmp_path / "out"),
+        image_size=32,
+    )
+    preparation.create_input_files(settings)
+    before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preparation, "write_captions", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        preparation.create_input_files(settings)
+    assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()} == before
+
+
+def test_preparation_does_not_depend_on_workers(demo, tmp_path):
+    digests = []
+    for workers in (1, 4):
+        settings = preparation.Settings(
+            str(demo / "train.csv"),
+            str(demo / "train" / "train"),
+            output_folder=str(tmp_path / str(workers)),
+            image_size=32,
+            workers=workers,
+        )
+        preparation.create_input_files(settings)
+        with h5py.File(tmp_path / str(workers) / "train_images.hdf5") as file:
+            digests.append((file.attrs["digest"], file["images"][:].sum()))
+    assert digests[0] == digests[1]
+
+
+def test_feature_cache_is_made_once_and_never_stale(prepared):
+    encoder = Encoder("resnet18", "none")
+    file = cache_features(encoder, prepared, "val", torch.device("cpu"))
+    with h5py.File(file) as cache, h5py.File(prepared / "val_images.hdf5") as pictures:
+        truth = encoder.encode(torch.from_numpy(pictures["images"][:]))
+        difference = np.abs(cache["features"][:] - truth.numpy()).max()
+        assert difference < 1e-3 * truth.abs().max()
+    made = file.stat().st_mtime_ns
+    assert cache_features(encoder, prepared, "val", torch.device("cpu")).stat().st_mtime_ns == made
+    torch.manual_seed(1)
+    other = Encoder("resnet18", "none")
+    assert cache_features(other, prepared, "val", torch.device("cpu")).stat().st_mtime_ns != made
