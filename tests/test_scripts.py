@@ -1,0 +1,244 @@
+"""The scripts as users type them: what they write, and what they say of wrong input."""
+
+import csv
+import shutil
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import train
+from caption import caption_image_beam_search, caption_images, load_models
+from utils import UserError, parse_settings, read_picture
+
+
+@pytest.fixture(scope="module")
+def models(prepared, tmp_path_factory):
+    """A model after four epochs: bad captions, good files."""
+    output = tmp_path_factory.mktemp("models")
+    sizes = {"emb_dim": 16, "attention_dim": 16, "decoder_dim": 32, "decoder_lr": 1e-2}
+    train.train(
+        train.Settings(str(prepared), str(output), "efficientnet_lite0", epochs=4, workers=0, **sizes)
+    )
+    return output
+
+
+def assert_one_line(result, *parts):
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    for part in parts:
+        assert str(part) in lines[0], result.stderr
+
+
+def read_rows(file):
+    with open(file, encoding="utf-8", newline="") as stream:
+        return list(csv.reader(stream))
+
+
+# --- settings -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Example:
+    name: str = "a"  # a name
+    number: int = 3  # how many, 50% of them
+    rate: float | None = None  # a rate
+    flag: bool = False  # yes or no
+    mode: Literal["x", "y"] = "x"  # one of two
+
+
+def test_settings_come_from_the_dataclass(capsys):
+    settings = parse_settings(
+        Example, ["--number", "5", "--rate", "1e-3", "--flag", "--mode", "y", "--name", "b"]
+    )
+    assert settings == Example("b", 5, 1e-3, True, "y")
+    assert parse_settings(Example, ["--flag", "False", "--rate", "none"]) == Example()
+    for wrong in (
+        ["--number", "x"],
+        ["--mode", "z"],
+        ["--other", "1"],
+        ["--flag", "perhaps"],
+        ["--num", "1"],
+    ):
+        with pytest.raises(UserError, match=wrong[0]):
+            parse_settings(Example, wrong)
+    with pytest.raises(SystemExit):
+        parse_settings(Example, ["--help"])
+    help_text = capsys.readouterr().out
+    assert "how many, 50% of them (default: 3)" in help_text and "x|y" in help_text
+
+
+@pytest.mark.parametrize(
+    "script",
+    sorted(path.name for path in ROOT.glob("*.py") if "run_script(main, Settings)" in path.read_text()),
+)
+def test_help_lists_every_setting(script, run_script):
+    result = run_script(script, "--help")
+    assert result.returncode == 0 and "--" in result.stdout and "(default:" in result.stdout
+
+
+# --- captions -----------------------------------------------------------------------------------------------
+
+
+def test_picture_mode(demo, models, run_script, tmp_path):
+    picture = demo / "test" / "test" / "test_0001.jpg"
+    figure = tmp_path / "figure.png"
+    result = run_script(
+        "caption.py", "--img", picture, "--model", models / "best_checkpoint.pth", "--figure", figure
+    )
+    assert result.returncode == 0, result.stderr
+    encoder, decoder, word_map = load_models(models / "encoder.pth", models / "decoder.pth")
+    words, alphas = caption_image_beam_search(encoder, decoder, picture, word_map, beam_size=3)
+    assert result.stdout.strip() == " ".join(words)
+    assert alphas.shape == (len(words), 14, 14)
+    torch.testing.assert_close(alphas.sum(dim=(1, 2)), torch.ones(len(words), device=alphas.device))
+    assert np.ptp(read_picture(figure)) > 100
+
+
+def test_folder_mode_follows_test_csv(demo, models, run_script, tmp_path):
+    folder = tmp_path / "test" / "test"
+    shutil.copytree(demo / "test" / "test", folder)
+    (folder / "test_0002.jpg").write_text("no picture")
+    ids = ["test_0003", "gone", "test_0001", "test_0002", "001"]
+    Image.open(folder / "test_0001.jpg").convert("L").save(folder / "001.png")
+    (tmp_path / "test.csv").write_text("\n".join(["image_id", *ids]))
+    result = run_script(
+        "caption.py", "--encoder_path", models / "encoder.pth", "--decoder_path", models / "decoder.pth",
+        "--test_folder", folder, "--output_csv", tmp_path / "out.csv",
+    )  # fmt: skip
+    assert result.returncode == 1 and "gone" in result.stderr and "test_0002.jpg" in result.stderr
+    header, *rows = read_rows(tmp_path / "out.csv")
+    assert header == ["image_id", "caption"] and [row[0] for row in rows] == ids
+    assert [bool(row[1]) for row in rows] == [True, False, True, False, True]
+
+
+def test_folder_mode_without_test_csv_is_in_natural_order(demo, models, tmp_path):
+    folder = tmp_path / "a" / "b" / "photos"
+    folder.mkdir(parents=True)
+    for name in ("p10.jpg", "p9.jpg", "p1.jpg"):
+        shutil.copy(demo / "test" / "test" / "test_0001.jpg", folder / name)
+    (folder.parent / "test.csv").write_text("image_id\nother\n")  # about other pictures
+    for batch_size in (1, 2):
+        caption_images(
+            models / "encoder.pth",
+            models / "decoder.pth",
+            None,
+            folder,
+            tmp_path / "out.csv",
+            batch_size=batch_size,
+        )
+        rows = read_rows(tmp_path / "out.csv")[1:]
+        assert [row[0] for row in rows] == ["p1", "p9", "p10"] and len({row[1] for row in rows}) == 1
+
+
+def test_captions_do_not_depend_on_the_batch(demo, models, tmp_path):
+    results = []
+    for batch_size in (1, 5, 32):
+        file = tmp_path / f"{batch_size}.csv"
+        caption_images(
+            models / "encoder.pth",
+            models / "decoder.pth",
+            None,
+            demo / "test" / "test",
+            file,
+            batch_size=batch_size,
+        )
+        results.append(read_rows(file))
+    assert results[0] == results[1] == results[2] and len(results[0]) == 13
+
+
+# --- wrong input --------------------------------------------------------------------------------------------
+
+
+def test_wrong_input_of_preparation(run_script, tmp_path):
+    output = tmp_path / "out"
+    script = ["create_input_files.py", "--output_folder", output]
+    (tmp_path / "empty.csv").touch()
+    (tmp_path / "columns.csv").write_text("id,text\n1,a\n")
+    (tmp_path / "good.csv").write_text("image_id,caption\na,a dog\n")
+    assert_one_line(run_script(*script, "--annotations", tmp_path / "none.csv"), "none.csv")
+    assert_one_line(
+        run_script(*script, "--annotations", tmp_path / "empty.csv", "--image_folder", tmp_path), "empty.csv"
+    )
+    wrong = run_script(*script, "--annotations", tmp_path / "columns.csv", "--image_folder", tmp_path)
+    assert_one_line(wrong, "columns.csv", "image_id,caption")
+    no_folder = run_script(
+        *script, "--annotations", tmp_path / "good.csv", "--image_folder", tmp_path / "nowhere"
+    )
+    assert_one_line(no_folder, "nowhere")
+    assert_one_line(run_script(*script, "--max_len", 0), "--max_len")
+    assert_one_line(run_script(*script, "--max_length", 5), "--max_length")
+    assert not output.exists()
+
+
+def test_wrong_input_of_training(run_script, prepared, tmp_path):
+    output = tmp_path / "out"
+    script = ["train.py", "--output_folder", output]
+    assert_one_line(run_script(*script, "--data_folder", tmp_path / "nothing"), "nothing")
+    script += ["--data_folder", prepared]
+    assert_one_line(run_script(*script, "--encoder_name", "resnet1"), "resnet1", "resnet101")
+    assert_one_line(
+        run_script(*script, "--encoder_name", "resnet18", "--encoder_weights", "no.pth"), "no.pth"
+    )
+    assert_one_line(run_script(*script, "--checkpoint", prepared / "word_map.json"), "word_map.json")
+    assert not output.exists()
+
+
+def test_wrong_input_of_captioning(run_script, models, demo, prepared, tmp_path):
+    folder = demo / "test" / "test"
+    out = tmp_path / "out.csv"
+    good = [
+        "--encoder_path",
+        models / "encoder.pth",
+        "--decoder_path",
+        models / "decoder.pth",
+        "--output_csv",
+        out,
+    ]
+    assert_one_line(run_script("caption.py", *good, "--test_folder", tmp_path / "nowhere"), "nowhere")
+    assert_one_line(run_script("caption.py", *good, "--test_folder", models), models)
+    (tmp_path / "words.json").write_text('{"<pad>": 0, "dog": 1}')
+    word_map = run_script("caption.py", *good, "--test_folder", folder, "--word_map", tmp_path / "words.json")
+    assert_one_line(word_map, "words.json", "--word_map")
+    (tmp_path / "text.pth").write_text("no checkpoint")
+    for path in (
+        tmp_path / "text.pth",
+        tmp_path / "none.pth",
+        prepared / "val_images.hdf5",
+        models / "decoder.pth",
+    ):
+        assert_one_line(
+            run_script("caption.py", "--model", path, "--test_folder", folder, "--output_csv", out), path
+        )
+    torch.save({"some": torch.zeros(2)}, tmp_path / "other.pth")
+    assert_one_line(
+        run_script("caption.py", "--model", tmp_path / "other.pth", "--test_folder", folder), "other.pth"
+    )
+    (tmp_path / "text.jpg").write_text("no picture")
+    for picture in (tmp_path / "text.jpg", tmp_path / "none.jpg"):
+        assert_one_line(
+            run_script("caption.py", "--model", models / "best_checkpoint.pth", "--img", picture), picture
+        )
+    assert not out.exists()
+
+
+def test_a_checkpoint_cannot_run_code(run_script, demo, tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "it_ran"), "w"))
+
+    torch.save(
+        {"settings": {}, "word_map": {}, "encoder": Harmful(), "decoder": {}}, tmp_path / "harmful.pth"
+    )
+    assert_one_line(
+        run_script(
+            "caption.py", "--model", tmp_path / "harmful.pth", "--test_folder", demo / "test" / "test"
+        ),
+        "harmful.pth",
+    )
+    assert not (tmp_path / "it_ran").exists()
