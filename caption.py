@@ -6,9 +6,7 @@ python caption.py --encoder_path output_models/encoder.pth --decoder_path output
 
 from __future__ import annotations
 
-import csv
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,22 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from beam_search import beam_search
-from datasets import END, PAD, START, UNK, PictureFinder, read_annotations
-from models import DecoderWithAttention, Encoder, decoder_from, encoder_from
-from utils import (
-    UserError,
-    check_at_least,
-    list_pictures,
-    load_checkpoint,
-    parallel_map,
-    pick_device,
-    progress_bar,
-    read_json,
-    read_picture,
-    run_script,
-    written_aside,
-)
+from captioner import Captioner
+from checkpoints import load_models
+from models import DecoderWithAttention, Encoder
+from submissions import caption_folder
+from utils import UserError, check_at_least, read_picture, run_script, written_aside
 
 
 @dataclass
@@ -88,38 +75,6 @@ def main(settings: Settings) -> int:
     return 0
 
 
-def load_models(
-    encoder_path: str | Path, decoder_path: str | Path, word_map_path: str | Path | None = None
-) -> tuple[Encoder, DecoderWithAttention, dict[str, int]]:
-    """Encoder, decoder and word map, ready to caption on the best device.
-
-    Raises:
-        UserError: a file is missing or damaged, or the word map does not fit the decoder.
-    """
-    decoder_file = load_checkpoint(decoder_path, "decoder")
-    encoder_file = load_checkpoint(encoder_path, "encoder") if encoder_path != decoder_path else decoder_file
-    if "encoder" not in encoder_file:
-        raise UserError(
-            f"{encoder_path}: has no encoder; give a checkpoint, or --encoder_path and --decoder_path"
-        )
-    word_map = decoder_file["word_map"]
-    if word_map_path is not None:
-        word_map = read_json(word_map_path)
-        if word_map != decoder_file["word_map"]:
-            raise UserError(
-                f"{word_map_path}: not the word map that {decoder_path} was trained with "
-                f"({len(decoder_file['word_map'])} words); give that one, or leave --word_map out"
-            )
-    encoder, decoder = encoder_from(encoder_file, encoder_path), decoder_from(decoder_file, decoder_path)
-    if encoder.dim != decoder.encoder_dim:
-        raise UserError(
-            f"{encoder_path} gives {encoder.dim} channels, {decoder_path} takes {decoder.encoder_dim}: "
-            f"give files of one run"
-        )
-    device = pick_device()
-    return encoder.to(device), decoder.to(device), word_map
-
-
 # --- one picture --------------------------------------------------------------------------------------------
 
 
@@ -133,29 +88,11 @@ def caption_image_beam_search(
 ) -> tuple[list[str], Tensor]:
     """The caption of a picture file as words, and where each word looked: alphas (words, 14, 14), each
     summing to 1."""
+    captioner = Captioner([(encoder, decoder)], word_map)
     picture = torch.from_numpy(read_picture(image_path, encoder.image_size)).unsqueeze(0)
-    (hypothesis,) = search(encoder, decoder, picture, word_map, beam_size, length_penalty, keep_alphas=True)
-    words = {index: word for word, index in word_map.items()}
-    side = round(hypothesis.alphas.shape[1] ** 0.5)
-    return [words[index] for index in hypothesis.words], hypothesis.alphas.view(-1, side, side)
-
-
-def search(
-    encoder: Encoder,
-    decoder: DecoderWithAttention,
-    pictures: Tensor,
-    word_map: dict[str, int],
-    beam_size: int,
-    length_penalty: float = 0.0,
-    keep_alphas: bool = False,
-) -> list:
-    """Encode uint8 pictures (N, 3, S, S) and search their captions; `<unk>` is no word to show anybody."""
-    grid = encoder.encode(pictures.to(next(encoder.parameters()).device))
-    return beam_search(
-        [decoder], [grid], word_map[START], word_map[END], beam_size,
-        forbidden=[word_map[word] for word in (PAD, START, UNK)],
-        length_penalty=length_penalty, keep_alphas=keep_alphas,
-    )  # fmt: skip
+    (found,) = captioner.search(captioner.encode(picture), beam_size, length_penalty, keep_alphas=True)
+    side = round(found.alphas.shape[1] ** 0.5)
+    return [captioner.words[index] for index in found.words], found.alphas.view(-1, side, side)
 
 
 def visualize_att(
@@ -230,75 +167,17 @@ def caption_images(
     Raises:
         UserError: wrong input, or not one readable picture.
     """
-    rows = find_pictures(test_folder, test_csv)
     encoder, decoder, word_map = load_models(encoder_path, decoder_path, word_map_path)
-    words = {index: word for word, index in word_map.items()}
-    captions, failed = {}, []
-
-    def read(row: tuple[str, str | None]) -> tuple[str, np.ndarray | None, str]:
-        image_id, path = row
-        try:
-            if path is None:
-                raise UserError(f"{image_id}: no picture file of this name in {test_folder}")
-            return image_id, read_picture(path, encoder.image_size), ""
-        except UserError as error:
-            return image_id, None, str(error)
-
-    batch: list[tuple[str, np.ndarray]] = []
-
-    def caption_batch() -> None:
-        pictures = torch.from_numpy(np.stack([pixels for _, pixels in batch]))
-        found = search(encoder, decoder, pictures, word_map, beam_size, length_penalty)
-        for (image_id, _), hypothesis in zip(batch, found):
-            captions[image_id] = " ".join(words[index] for index in hypothesis.words)
-        batch.clear()
-
-    for image_id, pixels, problem in progress_bar(
-        parallel_map(read, rows, workers), total=len(rows), desc="captioning", unit="picture"
-    ):
-        if pixels is None:
-            print(f"no caption: {problem}", file=sys.stderr)
-            failed.append(problem)
-            captions[image_id] = ""
-            continue
-        batch.append((image_id, pixels))
-        if len(batch) == batch_size:
-            caption_batch()
-    if batch:
-        caption_batch()
-    if len(failed) == len(rows):
-        raise UserError(f"{test_folder}: not one readable picture among {len(rows)}")
-    write_submission(output_csv, [(image_id, captions[image_id]) for image_id, _ in rows])
-    print(
-        f"{len(rows) - len(failed)} pictures captioned in {output_csv}"
-        + (f", {len(failed)} left empty" if failed else "")
+    captioner = Captioner([(encoder, decoder)], word_map)
+    return caption_folder(
+        test_folder,
+        test_csv,
+        output_csv,
+        lambda path: read_picture(path, encoder.image_size),
+        lambda pictures: captioner.caption(torch.from_numpy(np.stack(pictures)), beam_size, length_penalty),
+        batch_size,
+        workers,
     )
-    return failed
-
-
-def find_pictures(test_folder: str | Path, test_csv: str | Path | None) -> list[tuple[str, str | None]]:
-    """(id, path or None) of each picture to caption."""
-    folder = Path(test_folder)
-    finder = PictureFinder(folder)
-    if test_csv is not None:
-        return [(p.image_id, p.path) for p in read_annotations(test_csv, folder)]
-    resolved = folder.resolve()
-    for parent in (resolved, resolved.parent, resolved.parent.parent):
-        if (parent / "test.csv").is_file():
-            ids = [picture.image_id for picture in read_annotations(parent / "test.csv")]
-            if any(finder(image_id) for image_id in ids):  # otherwise it is about other pictures
-                return [(image_id, finder(image_id)) for image_id in ids]
-    paths = list_pictures(folder)
-    stems = Counter(path.stem for path in paths)
-    return [(path.stem if stems[path.stem] == 1 else path.name, str(path)) for path in paths]
-
-
-def write_submission(path: str | Path, rows: Sequence[tuple[str, str]]) -> None:
-    """Write (id, caption) rows as a CSV with the header image_id,caption."""
-    with written_aside(path) as aside, aside.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(("image_id", "caption"))
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

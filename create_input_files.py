@@ -167,6 +167,7 @@ def write_splits(splits: dict[str, list[Picture]], settings: Settings, folder: P
         if not pictures:
             continue
         paths = [picture.path for picture in pictures]
+        write_json(folder / f"{name}_image_ids.json", [picture.image_id for picture in pictures])
         write_json(folder / f"{name}_image_paths.json", paths)
         write_json(folder / f"{name}_references.json", [picture.captions for picture in pictures])
         counts = {"pictures": len(pictures), "captions": sum(len(p.captions) for p in pictures)}

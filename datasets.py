@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -226,8 +227,7 @@ class CaptionDataset(Dataset):
         return self.__dict__ | {"stored": None}
 
 
-# --- a frozen encoder's features, kept on disk
-# -----------------------------------------------------------------
+# --- a frozen encoder's features, kept on disk --------------------------------------------------------------
 
 
 def weights_digest(module: torch.nn.Module) -> str:
@@ -239,37 +239,58 @@ def weights_digest(module: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+def cached_features(encoder, data_folder: str | Path, split: str) -> Path | None:
+    """The HDF5 file with this encoder's features of these pictures, if there is one."""
+    folder = Path(data_folder)
+    file = folder / f"{split}_features_{encoder.name}.hdf5"
+    if not file.is_file():
+        return None
+    with h5py.File(file, "r") as cache:
+        key = _cache_key(encoder, folder, split)
+        return file if all(cache.attrs.get(name) == value for name, value in key.items()) else None
+
+
+def _cache_key(encoder, folder: Path, split: str) -> dict[str, str]:
+    with h5py.File(folder / f"{split}_images.hdf5", "r") as pictures:
+        return {"weights": weights_digest(encoder), "pictures": pictures.attrs["digest"]}
+
+
 def cache_features(encoder, data_folder: str | Path, split: str, device: torch.device) -> Path:
     """Encode each picture of a split once; return the HDF5 file with `features`, float16 (I, h, w, D),
     native grid.
 
     The file carries fingerprints of the encoder's weights and of the pictures. One whose fingerprints fit is
     used as it is, any other is made anew.
+
+    Raises:
+        UserError: the disk has no room for it.
     """
+    file = cached_features(encoder, data_folder, split)
+    if file:
+        return file
     folder = Path(data_folder)
     file = folder / f"{split}_features_{encoder.name}.hdf5"
+    batch_size = 64
     with h5py.File(folder / f"{split}_images.hdf5", "r") as pictures:
         images = pictures["images"]
-        key = {"weights": weights_digest(encoder), "pictures": pictures.attrs["digest"]}
-        if file.is_file():
-            with h5py.File(file, "r") as cache:
-                if all(cache.attrs.get(name) == value for name, value in key.items()):
-                    return file
-        batch_size = 64
+        grid = encoder.encode(torch.from_numpy(images[:1]).to(device))[0]
+        needed = 2 * grid.numel() * len(images)  # bytes
+        free = shutil.disk_usage(folder).free
+        print(f"features of {len(images)} {split} pictures: {needed / 1e9:.2f} GB in {file}")
+        if needed > free:
+            raise UserError(
+                f"{folder}: {free / 1e9:.2f} GB free, the features take {needed / 1e9:.2f} GB: make room, or "
+                f"give --cache_features False to encode anew in every epoch"
+            )
         with written_aside(file) as aside, h5py.File(aside, "w") as cache:
-            cache.attrs.update(key)
-            stored = None
+            cache.attrs.update(_cache_key(encoder, folder, split))
+            shape = (len(images), *grid.shape)
+            stored = cache.create_dataset("features", shape, "float16", chunks=(1, *grid.shape))
             with progress_bar(
                 total=len(images), desc=f"encoding {split} pictures", unit="picture"
             ) as progress:
                 for start in range(0, len(images), batch_size):
                     batch = torch.from_numpy(images[start : start + batch_size]).to(device)
-                    grid = encoder.encode(batch).half().cpu().numpy()
-                    if stored is None:
-                        shape = (len(images), *grid.shape[1:])
-                        stored = cache.create_dataset(
-                            "features", shape, "float16", chunks=(1, *grid.shape[1:])
-                        )
-                    stored[start : start + len(grid)] = grid
-                    progress.update(len(grid))
+                    stored[start : start + len(batch)] = encoder.encode(batch).half().cpu().numpy()
+                    progress.update(len(batch))
     return file

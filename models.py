@@ -23,6 +23,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from recurrence import Plan, Recurrence, attention_scores, plan_steps
 from utils import IMAGENET_MEAN, IMAGENET_STD, UserError, normalize_pictures
 
 ENCODED_SIZE = 14  # attention looks at 14 x 14 pixels, as in the paper
@@ -238,8 +239,12 @@ class Attention(nn.Module):
 
         query: (N, G, A), decoder_att of the states. Returns context (N, G, D), alpha (N, G, P).
         """
-        energy = F.relu(pixels.projection.unsqueeze(1) + query.unsqueeze(2))  # (N, G, P, A)
-        alpha = self.full_att(energy).squeeze(3).softmax(dim=2)  # (N, G, P)
+        pictures, group = query.shape[:2]
+        parts = [(0, pictures, group)]
+        if query.device.type == "cpu":  # a picture at a time stays in the cache
+            parts = [(i, i + 1, group) for i in range(pictures)]
+        weight = self.full_att.weight.flatten()
+        alpha = attention_scores(pixels.projection, query, weight, parts).softmax(dim=2)  # (N, G, P)
         weights = alpha if pixels.pooling is None else alpha @ pixels.pooling  # (N, G, C)
         return weights @ pixels.cells, alpha
 
@@ -341,55 +346,47 @@ class DecoderWithAttention(nn.Module):
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         return o.sigmoid() * c.tanh(), c, alpha
 
-    def decode_true_words(self, grid: Tensor, captions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def decode_true_words(
+        self, grid: Tensor, captions: Tensor, lengths: Tensor
+    ) -> tuple[Tensor, Tensor, Plan]:
         """Teacher forcing: the hidden states when each true word but the last is put in.
 
         Args:
             grid: (N, h, w, D).
-            captions: (N * G, L), caption i of picture i // G.
-            lengths: (N * G,).
+            captions: (N * G, L), caption i of picture i // G. lengths: (N * G,), at least 2. Both best on the
+                CPU: otherwise the device is waited for.
 
         Returns:
-            hidden (N * G, T, H) and alphas (N * G, T, P), T the longest length less one; alphas are zero
-            past a caption's end, hidden states there mean nothing.
+            hidden (W, H) and alphas (W, P), W = sum(lengths - 1), packed as `recurrence` says; the plan.
         """
-        pictures, group = len(grid), len(captions) // len(grid)
-        steps = (lengths - 1).view(pictures, group)
-        # pictures by falling length of their longest caption: those still at work are always the first
-        longest, order = steps.max(dim=1).values.sort(descending=True, stable=True)
-        longest = longest.tolist()
-        working = [sum(length > t for length in longest) for t in range(longest[0])]
-        words = captions.view(pictures, group, -1)[order, :, : len(working)]
-        gates = self.word_gates(words)  # (N, G, T, 4 H)
-        pixels = self.attention.project(grid[order])
-        h, c = (state.expand(-1, group, -1) for state in self.init_hidden_state(pixels))
-        weights = self.step_weights()
-        hidden, alphas = [], []
-        for t, n in enumerate(working):
-            if n < len(h):
-                h, c, gates = h[:n], c[:n], gates[:n]
-                pixels = pixels._replace(cells=pixels.cells[:n], projection=pixels.projection[:n])
-            h, c, alpha = self.step(gates[:, :, t], pixels, h, c, weights)
-            missing = (0, 0, 0, 0, 0, pictures - n)
-            hidden.append(F.pad(h, missing))
-            alphas.append(F.pad(alpha, missing))
-        back = order.argsort()
-        hidden = torch.stack(hidden, dim=2)[back].flatten(0, 1)
-        alphas = torch.stack(alphas, dim=2)[back].flatten(0, 1)
-        valid = torch.arange(len(working), device=lengths.device) < (lengths - 1).unsqueeze(1)
-        return hidden, alphas * valid.unsqueeze(2)
+        device, group = grid.device, len(captions) // len(grid)
+        plan = plan_steps((lengths - 1).view(-1, group), device)
+        different, words = captions.cpu()[plan.packed_captions, plan.packed_steps].unique(return_inverse=True)
+        # the words' half of the LSTM's input product, once for each different word
+        table = self.word_gates(different.to(device, non_blocking=True))
+        gates = F.embedding(words.to(device, non_blocking=True), table)
+        pixels = self.attention.project(grid[plan.pictures.to(device, non_blocking=True)])
+        first = torch.div(plan.slots, group, rounding_mode="floor")  # each row's picture
+        h, c = (state.flatten(0, 1)[first] for state in self.init_hidden_state(pixels))
+        dtype = pixels.projection.dtype  # lower under autocast
+        matrices = (pixels.cells, pixels.projection, pixels.pooling, *self.step_weights())
+        matrices = (value if value is None else value.to(dtype) for value in matrices)
+        score_weight = self.attention.full_att.weight.flatten().to(dtype)
+        hidden, alphas = Recurrence.apply(plan, gates.to(h.dtype), h, c, *matrices, score_weight)
+        return hidden, alphas, plan
 
     def score_words(self, grid: Tensor, captions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Vocabulary scores of the valid positions alone, for training; arguments as `decode_true_words`.
 
         Returns:
-            scores (W, vocab_size) and the words that should have come (W,), W = sum(lengths - 1), in the
-            order of the captions; alphas (N * G, T, P).
+            scores (W, vocab_size) and the words that should have come (W,), W = sum(lengths - 1), packed as
+            `recurrence` says; coverage (N * G, P), the alphas summed over each caption's words.
         """
-        hidden, alphas = self.decode_true_words(grid, captions, lengths)
-        steps = hidden.shape[1]
-        valid = torch.arange(steps, device=lengths.device) < (lengths - 1).unsqueeze(1)
-        return self.fc(self.dropout(hidden[valid])), captions[:, 1 : steps + 1][valid], alphas
+        hidden, alphas, plan = self.decode_true_words(grid, captions, lengths)
+        targets = captions.cpu()[plan.packed_captions, plan.packed_steps + 1]
+        words = plan.packed_captions.to(grid.device, non_blocking=True)
+        coverage = alphas.new_zeros(len(captions), alphas.shape[1]).index_add(0, words, alphas)
+        return self.fc(self.dropout(hidden)), targets.to(grid.device, non_blocking=True), coverage
 
     def forward(
         self, encoder_out: Tensor, encoded_captions: Tensor, caption_lengths: Tensor
@@ -406,18 +403,20 @@ class DecoderWithAttention(nn.Module):
             encoded_captions; decode_lengths, a list of lengths less one; alphas (N * G, T, 196); sort_ind (N
             * G,).
         """
-        lengths = caption_lengths.flatten()
-        hidden, alphas = self.decode_true_words(encoder_out, encoded_captions, lengths)
-        lengths, sort_ind = lengths.sort(descending=True, stable=True)
-        hidden = hidden[sort_ind]
-        valid = torch.arange(hidden.shape[1], device=lengths.device) < (lengths - 1).unsqueeze(1)
-        scores = self.fc(self.dropout(hidden[valid]))
-        predictions = scores.new_zeros(*valid.shape, self.vocab_size)
-        predictions[valid] = scores
-        return predictions, encoded_captions[sort_ind], (lengths - 1).tolist(), alphas[sort_ind], sort_ind
+        lengths, sort_ind = caption_lengths.flatten().sort(descending=True, stable=True)
+        hidden, alphas, plan = self.decode_true_words(
+            encoder_out, encoded_captions, caption_lengths.flatten()
+        )
+        scores = self.fc(self.dropout(hidden))
+        places = sort_ind.argsort().cpu()[plan.packed_captions], plan.packed_steps
+        places = tuple(index.to(scores.device) for index in places)
+        shape = len(lengths), len(plan.counts)
+        predictions = scores.new_zeros(*shape, self.vocab_size).index_put(places, scores)
+        maps = alphas.new_zeros(*shape, alphas.shape[1]).index_put(places, alphas)
+        return predictions, encoded_captions[sort_ind], (lengths - 1).tolist(), maps, sort_ind
 
 
-# --- word vectors and checkpoints ---------------------------------------------------------------------------
+# --- word vectors -------------------------------------------------------------------------------------------
 
 
 def load_embeddings(path: str | Path, word_map: dict[str, int]) -> tuple[Tensor, int]:
@@ -458,40 +457,3 @@ def load_embeddings(path: str | Path, word_map: dict[str, int]) -> tuple[Tensor,
     for word, vector in vectors.items():
         embeddings[word_map[word]] = torch.from_numpy(vector)
     return embeddings, len(vectors)
-
-
-def encoder_from(checkpoint: dict, source: str | Path) -> Encoder:
-    """The encoder of a checkpoint read from the file `source`, in eval mode."""
-    try:
-        encoder = Encoder(checkpoint["settings"]["encoder_name"], "none")
-        encoder.image_size = checkpoint["data"]["settings"]["image_size"]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{source}: a damaged checkpoint: {error} is missing or misused") from None
-    _load_state(encoder, checkpoint["encoder"], source)
-    return encoder
-
-
-def decoder_from(checkpoint: dict, source: str | Path) -> DecoderWithAttention:
-    """The decoder of a checkpoint read from the file `source`, in eval mode."""
-    settings, weights = checkpoint["settings"], checkpoint["decoder"]
-    try:
-        decoder = DecoderWithAttention(
-            settings["attention_dim"],
-            settings["emb_dim"],
-            settings["decoder_dim"],
-            vocab_size=len(checkpoint["word_map"]),
-            encoder_dim=weights["f_beta.weight"].shape[0],
-            dropout=settings["dropout"],
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{source}: a damaged checkpoint: {error} is missing or misused") from None
-    _load_state(decoder, weights, source)
-    return decoder.eval()
-
-
-def _load_state(module: nn.Module, state: dict, source: str | Path) -> None:
-    try:
-        module.load_state_dict(state)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{source}: its weights do not fit its settings ({reason}); train it anew") from None

@@ -11,17 +11,17 @@ those scripts; here are the most used ones.
 
 from __future__ import annotations
 
-import csv
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import caption
 import create_input_files
+import eval as evaluation
 import make_demo_data
 import train
+from checkpoints import load_checkpoint
 from datasets import read_annotations, read_prepared
-from metrics import bleu4, tokenize
-from utils import UserError, check_at_least, load_checkpoint, natural_order, run_script
+from utils import UserError, check_at_least, natural_order, run_script
 
 
 @dataclass
@@ -135,9 +135,12 @@ def train_model(settings: Settings, own: dict) -> dict:
     last = last_checkpoint(wanted)
     if last is not None:
         history = load_checkpoint(last)["history"]
-        if len(history) >= wanted.epochs or train.epochs_since_best(history) >= train.STOP_AFTER:
+        if (
+            len(history) >= wanted.epochs
+            or train.epochs_since_best(history, wanted.select_by) >= train.STOP_AFTER
+        ):
             print(f"[3/4] training: {settings.output_folder}/ is up to date, skipped")
-            return history[train.best_epoch(history)]
+            return history[train.best_epoch(history, wanted.select_by)]
         print(f"[3/4] training: going on after {last}")
         wanted = replace(wanted, checkpoint=str(last))
     else:
@@ -185,40 +188,32 @@ def caption_test_pictures(settings: Settings) -> None:
 
 
 def report(settings: Settings, best: dict) -> None:
-    """Print BLEU-4 against the references, where there are any, three examples, and where the files are."""
+    """Print the scores, where there are references, three examples, and where the files are."""
     print(f"\nvalidation BLEU-4 {best['val_bleu4']:.4f} (greedy, epoch {best['epoch']})")
     result = Path(settings.output_csv)
     references = find_references(settings)
     if references and result.is_file():
-        with result.open(encoding="utf-8", newline="") as stream:
-            captions = {row["image_id"]: row["caption"] for row in csv.DictReader(stream)}
-        missing = [image_id for image_id in references if image_id not in captions]
-        if missing:
-            raise UserError(
-                f"{result}: lacks {len(missing)} test pictures, such as {missing[0]}; delete it and run again"
-            )
-        score = bleu4(
-            [[tokenize(text) for text in texts] for texts in references.values()],
-            [tokenize(captions[image_id]) for image_id in references],
-        )
-        print(f"test BLEU-4 {score:.4f} (beam {settings.beam_size}, {len(references)} pictures)")
-        for image_id, texts in list(references.items())[:3]:
-            print(f"\n  {image_id}: {captions[image_id]}")
-            for text in texts:
+        row = evaluation.score_submission(result, references)
+        print(f"test scores (beam {settings.beam_size}):")
+        evaluation.print_table([row])
+        pictures = {picture.image_id: picture for picture in read_annotations(references)}
+        for image_id, caption_found in list(row["captions"].items())[:3]:
+            print(f"\n  {image_id}: {caption_found}")
+            for text in pictures[image_id].captions:
                 print(f"      reference: {text}")
     print(f"\ncaptions: {result}\nmodels:   {settings.output_folder}/ (history.csv, best_checkpoint.pth)")
     print(f"data:     {settings.data_folder}/")
 
 
-def find_references(settings: Settings) -> dict[str, list[str]]:
-    """The captions of the test pictures by id, where the test annotations have any."""
+def find_references(settings: Settings) -> str | None:
+    """The test annotations, where they have captions."""
     annotations, _ = create_input_files.find_test(
         create_input_files.Settings(
             annotations=settings.annotations, test_annotations=settings.test_annotations
         )
     )
     pictures = read_annotations(annotations) if annotations else []
-    return {picture.image_id: picture.captions for picture in pictures if picture.captions}
+    return annotations if any(picture.captions for picture in pictures) else None
 
 
 if __name__ == "__main__":

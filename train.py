@@ -5,8 +5,8 @@
     python train.py --checkpoint output_models/checkpoint_epoch_3.pth --epochs 10    # go on after epoch 3
 
 After every epoch the model captions the validation pictures by itself (greedy decoding, no true words put
-in) and is scored with BLEU-4 against all their references; the best epoch is kept as best_checkpoint.pth,
-encoder.pth, decoder.pth.
+in) and is scored with BLEU-4 and CIDEr against all their references; the best epoch is kept as
+best_checkpoint.pth, encoder.pth, decoder.pth.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 import torch
@@ -25,20 +26,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from beam_search import beam_search
-from datasets import END, PAD, START, UNK, CaptionDataset, cache_features, read_prepared
-from metrics import bleu4, tokenize
-from models import DecoderWithAttention, Encoder, decoder_from, encoder_from, load_embeddings
+from captioner import Captioner
+from checkpoints import decoder_from, encoder_from, load_checkpoint, save_checkpoint
+from datasets import CaptionDataset, cache_features, read_prepared
+from metrics import CiderD, bleu4, tokenize
+from models import DecoderWithAttention, Encoder, load_embeddings
 from utils import (
     UserError,
     check_at_least,
-    load_checkpoint,
     normalize_pictures,
     pick_device,
     progress_bar,
     read_json,
     run_script,
-    save_checkpoint,
     written_aside,
 )
 
@@ -66,6 +66,7 @@ class Settings:
     embeddings: str | None = None  # start from these word vectors (GloVe text file); sets emb_dim
     fine_tune_embeddings: bool = True  # train the word embeddings
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # on CUDA
+    select_by: Literal["bleu4", "cider"] = "bleu4"  # score by which the best epoch is chosen
     seed: int = 123  # of weights, order and dropout
 
     def __post_init__(self):
@@ -77,7 +78,7 @@ class Settings:
             raise UserError(f"--dropout is {self.dropout}: give 0 or more and less than 1")
 
 
-DECAY_AFTER, DECAY, STOP_AFTER = 8, 0.8, 20  # epochs without a better BLEU-4
+DECAY_AFTER, DECAY, STOP_AFTER = 8, 0.8, 20  # epochs without a better score
 
 
 def main(settings: Settings) -> None:
@@ -104,7 +105,8 @@ def train(settings: Settings) -> dict:
     train_loader, val_loader = build_loaders(encoder, settings, device)
     references = [[tokenize(c) for c in captions] for captions in load_references(settings, "val")]
 
-    history = resumed["history"] if resumed else []
+    # a checkpoint of elsewhere brings weights, but no epochs that were scored as ours are
+    history = [line for line in resumed["history"] if "val_bleu4" in line] if resumed else []
     done = len(history)
     if done >= settings.epochs:
         raise UserError(f"{settings.checkpoint} has its {done} epochs: raise --epochs to go on")
@@ -118,9 +120,9 @@ def train(settings: Settings) -> dict:
     )
 
     for epoch in range(done + 1, settings.epochs + 1):
-        waited = epochs_since_best(history)
+        waited = epochs_since_best(history, settings.select_by)
         if waited >= STOP_AFTER:
-            print(f"stopped: no better BLEU-4 for {STOP_AFTER} epochs")
+            print(f"stopped: no better {settings.select_by} for {STOP_AFTER} epochs")
             break
         if waited and waited % DECAY_AFTER == 0:
             for optimizer in optimizers.values():
@@ -141,10 +143,13 @@ def train(settings: Settings) -> dict:
         print(
             f"epoch {epoch}: loss {line['train_loss']:.3f}, {line['captions_per_second']:.0f} captions/s; "
             f"validation loss {line['val_loss']:.3f}, top-5 {line['val_top5']:.1%}, "
-            f"BLEU-4 {line['val_bleu4']:.4f}"
+            f"BLEU-4 {line['val_bleu4']:.4f}, CIDEr {line['val_cider']:.4f}"
         )
-    best = history[best_epoch(history)]
-    print(f"best: epoch {best['epoch']} with validation BLEU-4 {best['val_bleu4']:.4f}; written to {output}/")
+    best = history[best_epoch(history, settings.select_by)]
+    print(
+        f"best: epoch {best['epoch']} with validation BLEU-4 {best['val_bleu4']:.4f}, "
+        f"CIDEr {best['val_cider']:.4f}; written to {output}/"
+    )
     return best
 
 
@@ -284,28 +289,26 @@ def validate(
     settings: Settings,
     device: torch.device,
 ) -> dict[str, float]:
-    """Teacher-forced loss and top-5 accuracy, and BLEU-4 of greedy captions: {"val_loss", "val_top5",
-    "val_bleu4"}."""
+    """Teacher-forced loss and top-5 accuracy, BLEU-4 and CIDEr of greedy captions: {"val_loss", "val_top5",
+    "val_bleu4", "val_cider"}."""
     decoder.eval()
-    words = {index: word for word, index in word_map.items()}
+    captioner = Captioner([(encoder, decoder)], word_map)
     total, right, positions, hypotheses = 0.0, 0, 0, []
     for pictures, captions, lengths in progress_bar(loader, desc="validation", unit="batch", leave=False):
         with autocast(settings, device):
             loss, scores, targets = caption_loss(
                 encoder, decoder, pictures, captions, lengths, settings, device
             )
-            found = beam_search(
-                [decoder], [encode(encoder, pictures, device)], word_map[START], word_map[END], beam_size=1,
-                forbidden=[word_map[word] for word in (PAD, START, UNK)],
-            )  # fmt: skip
+            found = captioner.search([encode(encoder, pictures, device)], beam_size=1)
         total += float(loss) * len(targets)
         right += int((scores.topk(min(5, scores.shape[1])).indices == targets.unsqueeze(1)).sum())
         positions += len(targets)
-        hypotheses += [tokenize(" ".join(words[index] for index in hypothesis.words)) for hypothesis in found]
+        hypotheses += [tokenize(captioner.text(hypothesis)) for hypothesis in found]
     return {
         "val_loss": total / positions,
         "val_top5": right / positions,
         "val_bleu4": bleu4(references, hypotheses),
+        "val_cider": fmean(CiderD.from_references(references).score(references, hypotheses)),
     }
 
 
@@ -326,12 +329,10 @@ def caption_loss(
     Returns:
         loss (), scores (W, V), targets (W,).
     """
-    captions = captions[:, :, : int(lengths.max())].flatten(0, 1).to(device, non_blocking=True)
-    lengths = lengths.flatten().to(device, non_blocking=True)
     grid = encode(encoder, pictures, device)
-    scores, targets, alphas = decoder.score_words(grid, captions, lengths)
+    scores, targets, coverage = decoder.score_words(grid, captions.flatten(0, 1), lengths.flatten())
     # every pixel should get a total weight of one over the caption (Xu et al., section 4.2.1)
-    penalty = ((1 - alphas.sum(dim=1)) ** 2).mean()
+    penalty = ((1 - coverage) ** 2).mean()
     return F.cross_entropy(scores, targets) + settings.alpha_c * penalty, scores, targets
 
 
@@ -354,13 +355,13 @@ def autocast(settings: Settings, device: torch.device):
 # --- what is kept -------------------------------------------------------------------------------------------
 
 
-def best_epoch(history: list[dict]) -> int:
-    """Index of the first epoch with the highest BLEU-4."""
-    return max(range(len(history)), key=lambda index: history[index]["val_bleu4"])
+def best_epoch(history: list[dict], select_by: str) -> int:
+    """Index of the first epoch with the highest validation score."""
+    return max(range(len(history)), key=lambda index: history[index][f"val_{select_by}"])
 
 
-def epochs_since_best(history: list[dict]) -> int:
-    return len(history) - 1 - best_epoch(history) if history else 0
+def epochs_since_best(history: list[dict], select_by: str) -> int:
+    return len(history) - 1 - best_epoch(history, select_by) if history else 0
 
 
 def save_epoch(
@@ -384,7 +385,7 @@ def save_epoch(
     states = {"optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()}}
     checkpoint = output / f"checkpoint_epoch_{len(history)}.pth"
     save_checkpoint(checkpoint, about | weights | states)
-    if epochs_since_best(history) == 0 or not (output / "best_checkpoint.pth").is_file():
+    if epochs_since_best(history, settings.select_by) == 0 or not (output / "best_checkpoint.pth").is_file():
         for name, state in weights.items():
             save_checkpoint(output / f"{name}.pth", about | {name: state})
         with written_aside(output / "best_checkpoint.pth") as aside:

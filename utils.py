@@ -1,4 +1,4 @@
-"""What every script needs: settings from the command line, errors, files, checkpoints, pictures, devices.
+"""What every script needs: settings from the command line, errors, files, pictures, devices.
 
 Nothing here knows about captions or models; every other module may import this one.
 """
@@ -86,8 +86,9 @@ def parse_settings(settings_class: type, argv: list[str] | None = None, descript
     """An instance of the dataclass `settings_class` with the values of `argv` (default: the command line).
 
     Every field is an option `--name value`; its type comes from the annotation (str, int, float, bool,
-    Literal, each also `| None`), its help text from the comment at the end of the field's line. A bool may
-    stand alone (`--flag`) or with a value (`--flag False`).
+    Literal, each also `| None`; a tuple takes several values, numbers also with commas), its help text from
+    the comment at the end of the field's line. A bool may stand alone (`--flag`) or with a value (`--flag
+    False`).
 
     Raises:
         UserError: for an unknown option, a value of the wrong type or a setting that the class refuses.
@@ -107,9 +108,15 @@ def parse_settings(settings_class: type, argv: list[str] | None = None, descript
             options |= {"choices": choices, "metavar": "|".join(choices)}
         if kind is bool:
             options |= {"nargs": "?", "const": True}
+        if typing.get_origin(hints[name]) is tuple:
+            options |= {"nargs": "+", "type": _list_converter(kind)}
         help_text = comments.get(name, "").replace("%", "%%")
         parser.add_argument(f"--{name}", help=f"{help_text} (default: {field.default})", **options)
-    return settings_class(**vars(parser.parse_args(argv)))
+    values = vars(parser.parse_args(argv))
+    for name, value in values.items():
+        if isinstance(value, list):  # a list for each argument
+            values[name] = tuple(item for items in value for item in items)
+    return settings_class(**values)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -126,6 +133,8 @@ def _resolve_type(hint) -> tuple[type, bool, tuple]:
         (hint,) = [argument for argument in typing.get_args(hint) if argument is not type(None)]
     if typing.get_origin(hint) is typing.Literal:
         return str, optional, typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0], optional, ()
     return hint, optional, ()
 
 
@@ -143,6 +152,14 @@ def _converter(kind: type, optional: bool) -> Callable[[str], object]:
         return kind(text)
 
     convert.__name__ = kind.__name__  # argparse names it in its message
+    return convert
+
+
+def _list_converter(kind: type) -> Callable[[str], list]:
+    def convert(text: str) -> list:
+        return [text] if kind is str else [kind(part) for part in text.split(",")]
+
+    convert.__name__ = kind.__name__
     return convert
 
 
@@ -205,8 +222,10 @@ def natural_order(name: str) -> list:
     ]
 
 
-def parallel_map(function: Callable, items: Iterable, workers: int) -> Iterator:
+def parallel_map(function: Callable, items: Iterable, workers: int, ahead: int = 0) -> Iterator:
     """`map(function, items)` on `workers` threads: in order, few results waiting, so that memory stays flat.
+
+    At most `ahead` of them wait, or four for each thread if that is more.
 
     For work that leaves the interpreter lock, as Pillow's decoding and resizing does.
     """
@@ -215,7 +234,7 @@ def parallel_map(function: Callable, items: Iterable, workers: int) -> Iterator:
         try:
             for item in items:
                 waiting.append(pool.submit(function, item))
-                if len(waiting) > 4 * max(workers, 1):
+                if len(waiting) > max(4 * workers, ahead, 1):
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -299,42 +318,11 @@ def list_pictures(folder: str | Path) -> list[Path]:
     return sorted(paths, key=lambda path: natural_order(path.name))
 
 
-# --- devices and checkpoints --------------------------------------------------------------------------------
+# --- devices ------------------------------------------------------------------------------------------------
 
 
 def pick_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
-    """Write a dictionary of tensors and plain values such that `torch.load(path, weights_only=True)` reads
-    it."""
-    with written_aside(path) as aside:
-        torch.save(checkpoint, aside)
-
-
-def load_checkpoint(path: str | Path, *needed: str) -> dict:
-    """Read a checkpoint onto the CPU without running anything that the file says.
-
-    Args:
-        needed: keys that it must have, such as "encoder", "decoder".
-
-    Raises:
-        UserError: no such file, no checkpoint of this project, or one without the `needed` parts.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such checkpoint; train.py writes them to output_models/")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # a file that is no checkpoint fails in any of pickle's, zipfile's or torch's ways
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: not a checkpoint that train.py wrote ({first_line[:120]})") from None
-    keys = ("settings", "word_map", *needed)
-    missing = [
-        key for key in keys if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), dict)
-    ]
-    if missing:
-        raise UserError(f"{path}: not a checkpoint that train.py wrote: it has no {', '.join(missing)}")
-    return checkpoint
+    """The GPU, of several the one that belongs to this process, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

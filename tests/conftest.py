@@ -7,6 +7,7 @@ import torch
 
 import create_input_files
 import make_demo_data
+import train
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -39,6 +40,26 @@ def prepared(demo) -> Path:
     )
     create_input_files.create_input_files(settings)
     return output
+
+
+@pytest.fixture(scope="session")
+def models(prepared, tmp_path_factory) -> Path:
+    """A model after four epochs: bad captions, good files."""
+    output = tmp_path_factory.mktemp("models")
+    sizes = {"emb_dim": 16, "attention_dim": 16, "decoder_dim": 32, "decoder_lr": 1e-2}
+    train.train(
+        train.Settings(str(prepared), str(output), "efficientnet_lite0", epochs=4, workers=0, **sizes)
+    )
+    return output
+
+
+def assert_one_line(result: subprocess.CompletedProcess, *parts) -> None:
+    """The script ended with exit status 2 and one line of error that has the `parts` in it."""
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    for part in parts:
+        assert str(part) in lines[0], result.stderr
 
 
 @pytest.fixture

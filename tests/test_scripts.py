@@ -8,31 +8,12 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, assert_one_line
 from PIL import Image
 
-import train
-from caption import caption_image_beam_search, caption_images, load_models
+from caption import caption_image_beam_search, caption_images
+from checkpoints import load_models
 from utils import UserError, parse_settings, read_picture
-
-
-@pytest.fixture(scope="module")
-def models(prepared, tmp_path_factory):
-    """A model after four epochs: bad captions, good files."""
-    output = tmp_path_factory.mktemp("models")
-    sizes = {"emb_dim": 16, "attention_dim": 16, "decoder_dim": 32, "decoder_lr": 1e-2}
-    train.train(
-        train.Settings(str(prepared), str(output), "efficientnet_lite0", epochs=4, workers=0, **sizes)
-    )
-    return output
-
-
-def assert_one_line(result, *parts):
-    assert result.returncode == 2, result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
-    for part in parts:
-        assert str(part) in lines[0], result.stderr
 
 
 def read_rows(file):

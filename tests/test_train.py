@@ -8,10 +8,10 @@ import torch
 
 import train
 from caption import caption_images
+from checkpoints import decoder_from, encoder_from, load_checkpoint
 from datasets import read_annotations
 from metrics import bleu4, tokenize
-from models import decoder_from, encoder_from
-from utils import UserError, load_checkpoint
+from utils import UserError
 
 
 def small_settings(prepared, output, **options) -> train.Settings:

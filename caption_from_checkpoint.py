@@ -1,0 +1,84 @@
+"""Caption a folder of pictures into a submission CSV from one checkpoint, or from an ensemble of several.
+
+    python caption_from_checkpoint.py                                     # output_models/best_checkpoint.pth
+    python caption_from_checkpoint.py --checkpoint seed_1.pth seed_2.pth --ensemble_mode
+
+The members of an ensemble look at a picture each with its own encoder and attention; at every step of one
+beam search their word distributions are averaged.
+"""
+
+from __future__ import annotations
+
+import filecmp
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from captioner import Captioner
+from submissions import caption_folder
+from utils import UserError, check_at_least, natural_order, read_picture, run_script
+
+
+@dataclass
+class Settings:
+    checkpoint: tuple[str, ...] = ()  # none: the best one in checkpoint_folder; for an ensemble, all there
+    ensemble_mode: bool = False  # average several checkpoints at every step of the search
+    checkpoint_folder: str = "output_models"  # where checkpoints are looked for
+    word_map: str | None = None  # word_map.json, for a checkpoint that has none
+    test_folder: str = "test/test"  # pictures to caption
+    test_csv: str | None = None  # ids and their order; None: test.csv in or up to two folders above, if any
+    output_csv: str = "submission.csv"  # image_id,caption; a name in .json gives COCO results
+    beam_size: int = 3  # hypotheses searched at a time; 1 is greedy
+    length_penalty: float = 0.0  # compare captions by log-probability / length ** this
+    batch_size: int = 32  # pictures searched at a time
+    workers: int = 4  # threads that read pictures
+
+    def __post_init__(self):
+        check_at_least(self, 1, "beam_size", "batch_size", "workers")
+        if len(self.checkpoint) > 1 and not self.ensemble_mode:
+            raise UserError("several checkpoints: add --ensemble_mode, or give one")
+
+
+def main(settings: Settings) -> int:
+    files = choose_checkpoints(settings)
+    captioner = Captioner.load(files, settings.word_map)
+    print(f"{'ensemble of ' if len(files) > 1 else ''}{', '.join(map(str, files))}")
+    failed = caption_folder(
+        settings.test_folder,
+        settings.test_csv,
+        settings.output_csv,
+        read=lambda path: read_picture(path, captioner.image_size),
+        caption=lambda pictures: captioner.caption(
+            torch.from_numpy(np.stack(pictures)), settings.beam_size, settings.length_penalty
+        ),
+        batch_size=settings.batch_size,
+        workers=settings.workers,
+    )
+    return 1 if failed else 0
+
+
+def choose_checkpoints(settings: Settings) -> list[Path]:
+    """The files given, or those of the folder; of files with the same content one."""
+    if settings.checkpoint:
+        return [Path(file) for file in settings.checkpoint]
+    folder = Path(settings.checkpoint_folder)
+    if not settings.ensemble_mode:
+        return [folder / "best_checkpoint.pth"]
+    parts = ("encoder.pth", "decoder.pth")  # of the best checkpoint
+    files = [file for file in folder.glob("*.pth*") if file.is_file() and file.name not in parts]
+    chosen: list[Path] = []
+    for file in sorted(files, key=lambda file: natural_order(file.name)):
+        if not any(filecmp.cmp(file, other, shallow=False) for other in chosen):
+            chosen.append(file)
+    if len(chosen) < 2:
+        raise UserError(
+            f"{folder}: {len(chosen)} checkpoints in it, an ensemble takes two or more; "
+            f"give them with --checkpoint"
+        )
+    return chosen
+
+
+if __name__ == "__main__":
+    run_script(main, Settings)

@@ -1,0 +1,120 @@
+"""Checkpoint files: writing them, reading them without running what they say, models out of them.
+
+A checkpoint is a dictionary of tensors and plain values: `settings` of the training, `word_map`, `data` (the
+record of the prepared data), `history` (a line an epoch), and the state_dicts `encoder`, `decoder`,
+`optimizers`. `encoder.pth` and `decoder.pth` have one of the models each.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from models import DecoderWithAttention, Encoder
+from tutorial_checkpoint import read_tutorial_checkpoint
+from utils import UserError, pick_device, read_json, written_aside
+
+
+def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
+    """Write a dictionary of tensors and plain values such that `torch.load(path, weights_only=True)` reads
+    it."""
+    with written_aside(path) as aside:
+        torch.save(checkpoint, aside)
+
+
+def load_checkpoint(path: str | Path, *needed: str, word_map_path: str | Path | None = None) -> dict:
+    """Read a checkpoint onto the CPU without running anything that the file says.
+
+    Args:
+        path: a file of train.py, or the published checkpoint of the 2018 PyTorch tutorial.
+        needed: keys that it must have, such as "encoder", "decoder".
+        word_map_path: the word map's JSON file; the tutorial's checkpoint has none of its own. One that is
+            not the checkpoint's is refused.
+
+    Raises:
+        UserError: no such file, no checkpoint, or one without the `needed` parts; another word map.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such checkpoint; train.py writes them to output_models/")
+    word_map = None if word_map_path is None else read_json(word_map_path)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # a file that is none of ours fails in any of pickle's, zipfile's or torch's ways
+        checkpoint = read_tutorial_checkpoint(path, word_map)
+    keys = ("settings", "word_map", *needed)
+    missing = [
+        key for key in keys if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), dict)
+    ]
+    if missing:
+        raise UserError(f"{path}: not a checkpoint that train.py wrote: it has no {', '.join(missing)}")
+    if word_map not in (None, checkpoint["word_map"]):
+        raise UserError(
+            f"{word_map_path}: not the word map that {path} was trained with "
+            f"({len(checkpoint['word_map'])} words); give that one, or leave --word_map out"
+        )
+    return checkpoint
+
+
+def load_models(
+    encoder_path: str | Path, decoder_path: str | Path, word_map_path: str | Path | None = None
+) -> tuple[Encoder, DecoderWithAttention, dict[str, int]]:
+    """Encoder, decoder and word map of one checkpoint, or of two files, on the best device, in eval mode.
+
+    Raises:
+        UserError: a file is missing or damaged, or the files do not belong together.
+    """
+    decoder_file = load_checkpoint(decoder_path, "decoder", word_map_path=word_map_path)
+    encoder_file = decoder_file
+    if encoder_path != decoder_path:
+        encoder_file = load_checkpoint(encoder_path, "encoder", word_map_path=word_map_path)
+    if "encoder" not in encoder_file:
+        raise UserError(
+            f"{encoder_path}: has no encoder; give a checkpoint, or --encoder_path and --decoder_path"
+        )
+    encoder, decoder = encoder_from(encoder_file, encoder_path), decoder_from(decoder_file, decoder_path)
+    if encoder.dim != decoder.encoder_dim:
+        raise UserError(
+            f"{encoder_path} gives {encoder.dim} channels, {decoder_path} takes {decoder.encoder_dim}: "
+            f"give files of one run"
+        )
+    device = pick_device()
+    return encoder.to(device), decoder.to(device), decoder_file["word_map"]
+
+
+def encoder_from(checkpoint: dict, source: str | Path) -> Encoder:
+    """The encoder of a checkpoint read from the file `source`, in eval mode."""
+    try:
+        encoder = Encoder(checkpoint["settings"]["encoder_name"], "none")
+        encoder.image_size = checkpoint["data"]["settings"]["image_size"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{source}: a damaged checkpoint: {error} is missing or misused") from None
+    _load_state(encoder, checkpoint["encoder"], source)
+    return encoder
+
+
+def decoder_from(checkpoint: dict, source: str | Path) -> DecoderWithAttention:
+    """The decoder of a checkpoint read from the file `source`, in eval mode."""
+    settings, weights = checkpoint["settings"], checkpoint["decoder"]
+    try:
+        decoder = DecoderWithAttention(
+            settings["attention_dim"],
+            settings["emb_dim"],
+            settings["decoder_dim"],
+            vocab_size=len(checkpoint["word_map"]),
+            encoder_dim=weights["f_beta.weight"].shape[0],
+            dropout=settings["dropout"],
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{source}: a damaged checkpoint: {error} is missing or misused") from None
+    _load_state(decoder, weights, source)
+    return decoder.eval()
+
+
+def _load_state(module: nn.Module, state: dict, source: str | Path) -> None:
+    try:
+        module.load_state_dict(state)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{source}: its weights do not fit its settings ({reason}); train it anew") from None

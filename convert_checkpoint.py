@@ -1,0 +1,43 @@
+"""Turn the published checkpoint of the 2018 PyTorch captioning tutorial into one of train.py.
+
+    python convert_checkpoint.py --checkpoint BEST_checkpoint_coco_5_cap_per_img_5_min_word_freq.pth.tar \
+        --word_map WORDMAP_coco_5_cap_per_img_5_min_word_freq.json --output output_models/tutorial.pth
+
+The new file has the word map in it and is small: the optimizers stay behind. Nothing that the tutorial's
+file says is run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from checkpoints import save_checkpoint
+from tutorial_checkpoint import read_tutorial_checkpoint
+from utils import UserError, read_json, run_script
+
+
+@dataclass
+class Settings:
+    checkpoint: str | None = None  # the tutorial's BEST_checkpoint_*.pth.tar
+    word_map: str | None = None  # the WORDMAP_*.json that belongs to it
+    output: str = "output_models/tutorial.pth"  # file to write
+
+    def __post_init__(self):
+        if self.checkpoint is None:
+            raise UserError("--checkpoint is missing: give the tutorial's BEST_checkpoint_*.pth.tar")
+
+
+def main(settings: Settings) -> None:
+    word_map = None if settings.word_map is None else read_json(settings.word_map)
+    checkpoint = read_tutorial_checkpoint(settings.checkpoint, word_map)
+    save_checkpoint(settings.output, checkpoint)
+    (line,) = checkpoint["history"]
+    print(
+        f"{settings.output}: encoder {checkpoint['settings']['encoder_name']}, {len(word_map)} words, "
+        f"after epoch {line['epoch']}; the tutorial's BLEU-4 {line['teacher_forced_bleu4']:.4f} is "
+        f"teacher-forced: score the model's own captions with eval.py"
+    )
+
+
+if __name__ == "__main__":
+    run_script(main, Settings)
