@@ -20,7 +20,6 @@ from pathlib import Path
 
 import h5py
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from captioner import Captioner
@@ -32,6 +31,7 @@ from utils import (
     UserError,
     check_at_least,
     parallel_map,
+    processes,
     progress_bar,
     read_json,
     run_script,
@@ -70,7 +70,7 @@ def main(settings: Settings) -> None:
         rows = [score_submission(settings.submission, settings.references, settings.split, settings.partial)]
     else:
         rows = evaluate(settings)
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         print_table(rows)
         write_results(rows, settings)
 
@@ -84,11 +84,11 @@ def evaluate(settings: Settings) -> list[dict]:
     Under torchrun or accelerate the pictures are shared out, each to one process.
 
     Returns:
-        A dictionary a beam size: "beam_size", "pictures", "pictures_per_second" (encoding and search),
-        "features" ("computed" or "cached"), "captions" {id: caption}, "scores" (Scores). Empty in all
-        processes but the main one.
+        A dictionary a beam size: "beam_size", "pictures", "processes", "pictures_per_second" (encoding and
+        search), "features" ("computed" or "cached"), "captions" {id: caption}, "scores" (Scores). Empty in
+        all processes but the main one.
     """
-    state = PartialState()
+    state = processes()
     references = read_references(settings.data_folder, settings.split)
     captioner = Captioner.load(settings.checkpoint, settings.word_map)
     prepared_size = read_prepared(settings.data_folder)["settings"]["image_size"]
@@ -119,6 +119,7 @@ def evaluate(settings: Settings) -> list[dict]:
             {
                 "beam_size": beam_size,
                 "pictures": len(ids),
+                "processes": state.num_processes,
                 "pictures_per_second": len(ids) / slowest,
                 "features": "cached" if caches else "computed",
                 "captions": captions,
@@ -159,7 +160,7 @@ def caption_pictures(
         return time.perf_counter()
 
     with progress_bar(
-        total=len(indices), desc="evaluation", unit="picture", disable=not PartialState().is_main_process
+        total=len(indices), desc="evaluation", unit="picture", disable=not processes().is_main_process
     ) as progress:
         for stored in read_batches(captioner, indices, caches, settings):
             began = clock()

@@ -212,8 +212,9 @@ class Recurrence(Function):
             query = _to_slots(queries[now], slots, pictures, group)
             by_query = torch.zeros_like(query)
             for a, b, k in parts:
-                above = projection[a:b].unsqueeze(1) > -query[a:b, :k].unsqueeze(2)  # (b - a, k, P, A)
-                slope = above * d_score[a:b, :k].unsqueeze(3)
+                slope = projection.new_empty(b - a, k, *projection.shape[1:])
+                torch.gt(projection[a:b].unsqueeze(1), -query[a:b, :k].unsqueeze(2), out=slope)  # 1 or 0
+                slope *= d_score[a:b, :k].unsqueeze(3)
                 by_query[a:b, :k] = slope.sum(dim=2)
                 slopes[a:b] += slope.sum(dim=1)
             query_slopes[now] = by_query.flatten(0, 1)[slots]

@@ -4,6 +4,9 @@
     python train.py --encoder_name efficientnet_lite2 --epochs 20
     python train.py --checkpoint output_models/checkpoint_epoch_3.pth --epochs 10    # go on after epoch 3
 
+    python train.py --fine_tune_encoder --fine_tune_after 10 --augment --epochs 30   # then the encoder too
+    torchrun --nproc_per_node 4 train.py                                             # on four GPUs
+
 After every epoch the model captions the validation pictures by itself (greedy decoding, no true words put
 in) and is scored with BLEU-4 and CIDEr against all their references; the best epoch is kept as
 best_checkpoint.pth, encoder.pth, decoder.pth.
@@ -23,12 +26,14 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import gather_object, reduce
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from captioner import Captioner
 from checkpoints import decoder_from, encoder_from, load_checkpoint, save_checkpoint
-from datasets import CaptionDataset, cache_features, read_prepared
+from datasets import BatchSampler, CaptionDataset, cache_features, read_prepared
 from metrics import CiderD, bleu4, tokenize
 from models import DecoderWithAttention, Encoder, load_embeddings
 from utils import (
@@ -36,6 +41,7 @@ from utils import (
     check_at_least,
     normalize_pictures,
     pick_device,
+    processes,
     progress_bar,
     read_json,
     run_script,
@@ -54,13 +60,16 @@ class Settings:
     decoder_dim: int = 512  # width of the LSTM
     dropout: float = 0.5  # before the word scores
     epochs: int = 3  # in all, those before a resumed checkpoint counted
-    batch_size: int = 16  # pictures; each brings all its captions
+    batch_size: int = 16  # pictures that go through the models at once; each brings all its captions
+    grad_accumulation: int = 1  # batches a step: big steps on a small GPU
     workers: int = 2  # processes that load batches
     encoder_lr: float = 1e-4  # learning rate of the encoder, where it is fine-tuned
     decoder_lr: float = 4e-4  # learning rate of the decoder
     grad_clip: float = 5.0  # gradients are clipped to [-grad_clip, grad_clip]
     alpha_c: float = 1.0  # weight of the doubly stochastic penalty (Xu et al., equation 14)
     fine_tune_encoder: bool = False  # train the encoder's convolutional blocks 2 to 4 too
+    fine_tune_after: int = 0  # but only after this many epochs
+    augment: bool = False  # crop, recolour and flip pictures at random while the encoder is trained
     cache_features: bool = True  # encode each picture once and keep the result, where the encoder is frozen
     checkpoint: str | None = None  # resume from this file
     embeddings: str | None = None  # start from these word vectors (GloVe text file); sets emb_dim
@@ -71,11 +80,14 @@ class Settings:
 
     def __post_init__(self):
         check_at_least(self, 1, "emb_dim", "attention_dim", "decoder_dim", "epochs", "batch_size")
-        check_at_least(self, 0, "workers", "encoder_lr", "decoder_lr", "alpha_c")
+        check_at_least(self, 1, "grad_accumulation")
+        check_at_least(self, 0, "fine_tune_after", "workers", "encoder_lr", "decoder_lr", "alpha_c")
         if not self.grad_clip > 0:
             raise UserError(f"--grad_clip is {self.grad_clip}: give more than 0 (inf for no clipping)")
         if not 0 <= self.dropout < 1:
             raise UserError(f"--dropout is {self.dropout}: give 0 or more and less than 1")
+        if (self.augment or self.fine_tune_after) and not self.fine_tune_encoder:
+            raise UserError("--augment and --fine_tune_after go with --fine_tune_encoder: add it")
 
 
 DECAY_AFTER, DECAY, STOP_AFTER = 8, 0.8, 20  # epochs without a better score
@@ -88,21 +100,22 @@ def main(settings: Settings) -> None:
 def train(settings: Settings) -> dict:
     """Run the training; return the history's line of the best epoch."""
     torch.manual_seed(settings.seed)
-    device = pick_device()
+    state, device = processes(), pick_device()
+    say = print if state.is_main_process else lambda *_: None
     read_prepared(settings.data_folder)  # complains where it is not complete
     word_map = read_json(Path(settings.data_folder) / "word_map.json")
-    resumed = load_checkpoint(settings.checkpoint, "encoder", "decoder") if settings.checkpoint else None
+    resumed = None
+    if settings.checkpoint:
+        own_words = Path(settings.data_folder) / "word_map.json"
+        resumed = load_checkpoint(settings.checkpoint, "encoder", "decoder", word_map_path=own_words)
     settings, encoder, decoder = build_models(settings, word_map, resumed)
-    encoder.fine_tune(settings.fine_tune_encoder)
     decoder.fine_tune_embeddings(settings.fine_tune_embeddings)
     encoder, decoder = encoder.to(device), decoder.to(device)
-    optimizers = build_optimizers(encoder, decoder, settings, resumed)
     scaler = torch.amp.GradScaler(
         device.type, enabled=device.type == "cuda" and settings.mixed_precision == "fp16"
     )
     if device.type == "cpu" and settings.mixed_precision != "no":
-        print("mixed precision is for CUDA; training in float32")
-    train_loader, val_loader = build_loaders(encoder, settings, device)
+        say("mixed precision is for CUDA; training in float32")
     references = [[tokenize(c) for c in captions] for captions in load_references(settings, "val")]
 
     # a checkpoint of elsewhere brings weights, but no epochs that were scored as ours are
@@ -111,25 +124,35 @@ def train(settings: Settings) -> dict:
     if done >= settings.epochs:
         raise UserError(f"{settings.checkpoint} has its {done} epochs: raise --epochs to go on")
     output = Path(settings.output_folder)
-    if not (resumed and Path(settings.checkpoint).resolve().parent == output.resolve()):
-        set_aside_earlier_run(output)
+    same_folder = resumed and Path(settings.checkpoint).resolve().parent == output.resolve()
     count = sum(parameter.numel() for parameter in decoder.parameters())
-    print(
-        f"{settings.encoder_name} {'fine-tuned' if settings.fine_tune_encoder else 'frozen'}, "
-        f"decoder of {count:,} parameters, {len(train_loader.dataset)} pictures, on {device}"
-    )
+    say(f"{settings.encoder_name}, decoder of {count:,} parameters, on {state.num_processes} x {device.type}")
 
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    fine_tuned = None  # whether the encoder is open; not yet known
     for epoch in range(done + 1, settings.epochs + 1):
+        open_encoder = settings.fine_tune_encoder and epoch > settings.fine_tune_after
+        if open_encoder != fine_tuned:
+            fine_tuned = open_encoder
+            encoder.fine_tune(fine_tuned)
+            say(f"from epoch {epoch} on the encoder is {'fine-tuned' if fine_tuned else 'frozen'}")
+            earlier = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+            earlier = earlier or (resumed or {}).get("optimizers", {})
+            optimizers = build_optimizers(encoder, decoder, settings, earlier)
+            train_loader, val_loader = build_loaders(encoder, settings, device, fine_tuned)
+        if epoch == done + 1 and not same_folder and state.is_main_process:
+            set_aside_earlier_run(output)
         waited = epochs_since_best(history, settings.select_by)
         if waited >= STOP_AFTER:
-            print(f"stopped: no better {settings.select_by} for {STOP_AFTER} epochs")
+            say(f"stopped: no better {settings.select_by} for {STOP_AFTER} epochs")
             break
         if waited and waited % DECAY_AFTER == 0:
             for optimizer in optimizers.values():
                 for group in optimizer.param_groups:
                     group["lr"] *= DECAY
-        torch.manual_seed(settings.seed + epoch)  # order and dropout of an epoch do not depend on a resume
-        train_loader.generator.manual_seed(settings.seed + epoch)
+        # order and dropout of an epoch do not depend on a resume; dropout differs between processes
+        torch.manual_seed(settings.seed + epoch + 1000 * state.process_index)
+        train_loader.sampler.start_epoch(epoch)
         began = time.monotonic()
         line = {"epoch": epoch}
         line |= train_one_epoch(encoder, decoder, train_loader, optimizers, scaler, settings, device, epoch)
@@ -139,14 +162,15 @@ def train(settings: Settings) -> dict:
             "seconds": time.monotonic() - began,
         }
         history.append(line)
-        save_epoch(output, encoder, decoder, optimizers, history, word_map, settings)
-        print(
+        if state.is_main_process:
+            save_epoch(output, encoder, decoder, optimizers, history, word_map, settings)
+        say(
             f"epoch {epoch}: loss {line['train_loss']:.3f}, {line['captions_per_second']:.0f} captions/s; "
             f"validation loss {line['val_loss']:.3f}, top-5 {line['val_top5']:.1%}, "
             f"BLEU-4 {line['val_bleu4']:.4f}, CIDEr {line['val_cider']:.4f}"
         )
     best = history[best_epoch(history, settings.select_by)]
-    print(
+    say(
         f"best: epoch {best['epoch']} with validation BLEU-4 {best['val_bleu4']:.4f}, "
         f"CIDEr {best['val_cider']:.4f}; written to {output}/"
     )
@@ -161,10 +185,6 @@ def build_models(
 ) -> tuple[Settings, Encoder, DecoderWithAttention]:
     """New models, or those of the checkpoint, whose shape then replaces that of the settings."""
     if resumed:
-        if resumed["word_map"] != word_map:
-            raise UserError(
-                f"{settings.checkpoint}: its word map is not that of {settings.data_folder}; start a new run"
-            )
         shape = ("encoder_name", "emb_dim", "attention_dim", "decoder_dim")
         settings = replace(settings, **{name: resumed["settings"][name] for name in shape})
         decoder = decoder_from(resumed, settings.checkpoint)
@@ -190,8 +210,9 @@ def build_models(
 
 
 def build_optimizers(
-    encoder: Encoder, decoder: DecoderWithAttention, settings: Settings, resumed: dict | None
+    encoder: Encoder, decoder: DecoderWithAttention, settings: Settings, earlier: dict[str, dict]
 ) -> dict[str, torch.optim.Optimizer]:
+    """Adam for what is open to training, with its `earlier` state where that fits."""
     optimizers = {}
     for name, module, lr in (
         ("decoder", decoder, settings.decoder_lr),
@@ -199,8 +220,8 @@ def build_optimizers(
     ):
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if parameters:
-            optimizers[name] = torch.optim.Adam(parameters, lr=lr)
-    for name, state in (resumed or {}).get("optimizers", {}).items():
+            optimizers[name] = torch.optim.Adam(parameters, lr=lr, fused=True)
+    for name, state in earlier.items():
         same = name in optimizers and len(state["param_groups"][0]["params"]) == len(
             optimizers[name].param_groups[0]["params"]
         )
@@ -210,22 +231,35 @@ def build_optimizers(
 
 
 def build_loaders(
-    encoder: Encoder, settings: Settings, device: torch.device
+    encoder: Encoder, settings: Settings, device: torch.device, fine_tuned: bool
 ) -> tuple[DataLoader, DataLoader]:
-    loaders = []
+    """Batches of this process for training and validation: pictures, or a frozen encoder's features."""
+    state, loaders = processes(), []
     for split in ("train", "val"):
-        features = None
-        CaptionDataset(settings.data_folder, split)  # complain before the encoder's long work
-        if settings.cache_features and not settings.fine_tune_encoder:
-            features = cache_features(encoder, settings.data_folder, split, device)
+        shuffle, features = split == "train", None
+        augment = settings.augment and fine_tuned and split == "train"
+        dataset = CaptionDataset(settings.data_folder, split, augment=augment)  # complain before long work
+        if settings.cache_features and not fine_tuned:
+            with state.main_process_first():
+                features = cache_features(encoder, settings.data_folder, split, device)
+            dataset = CaptionDataset(settings.data_folder, split, features)
+        sampler = BatchSampler(
+            len(dataset),
+            settings.batch_size,
+            settings.grad_accumulation if split == "train" else 1,
+            state.process_index,
+            state.num_processes,
+            shuffle,
+            settings.seed,
+        )
         loader = DataLoader(
-            CaptionDataset(settings.data_folder, split, features),
-            batch_size=settings.batch_size,
-            shuffle=split == "train",
+            dataset,
+            batch_size=None,  # the dataset reads a batch at a time
+            sampler=sampler,
             num_workers=settings.workers,
             persistent_workers=settings.workers > 0,
             pin_memory=device.type == "cuda",
-            generator=torch.Generator(),
+            generator=torch.Generator(),  # so that starting workers draws nothing from the training's
         )
         loaders.append(loader)
     return loaders[0], loaders[1]
@@ -250,33 +284,55 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """One pass over the training pictures: {"train_loss", "captions_per_second"}."""
     decoder.train()
+    state, sampler = processes(), loader.sampler
+    lengths_of = loader.dataset.lengths  # (I, N_c)
     parameters = [
         p for optimizer in optimizers.values() for group in optimizer.param_groups for p in group["params"]
     ]
     total, captions_done, began = torch.zeros((), device=device), 0, time.monotonic()
-    with progress_bar(loader, desc=f"epoch {epoch}", unit="batch") as progress:
-        for step, (pictures, captions, lengths) in enumerate(progress, start=1):
-            with autocast(settings, device):
-                loss, _, _ = caption_loss(encoder, decoder, pictures, captions, lengths, settings, device)
+    batches = iter(loader)
+    with progress_bar(
+        sampler.steps, desc=f"epoch {epoch}", unit="step", disable=not state.is_main_process
+    ) as progress:
+        for step, indices in enumerate(progress, start=1):
+            # the step's words and captions, of all processes: every word counts alike, wherever it is
+            words, captions = int((lengths_of[indices] - 1).sum()), lengths_of[indices].size
             for optimizer in optimizers.values():
                 optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
+            for _ in range(sampler.parts):
+                with autocast(settings, device):
+                    entropy, penalty, _, _ = caption_loss(encoder, decoder, *next(batches), device)
+                    loss = entropy / words + settings.alpha_c * penalty / captions
+                scaler.scale(loss).backward()
+                total += loss.detach()
+            add_gradients(parameters, state)
             for optimizer in optimizers.values():
                 scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_value_(parameters, settings.grad_clip)
             for optimizer in optimizers.values():
                 scaler.step(optimizer)
             scaler.update()
-            total += loss.detach()
-            captions_done += lengths.numel()
-            if step % 10 == 0 or step == len(loader):  # seldom: reading the loss waits for the device
+            captions_done += captions
+            if step % 10 == 0 or step == len(sampler.steps):  # seldom: reading the loss waits for the device
                 if not math.isfinite(total):
                     raise UserError(
                         f"the loss is no longer a number in epoch {epoch}: lower --decoder_lr or --encoder_lr"
                     )
                 rate = captions_done / (time.monotonic() - began)
-                progress.set_postfix_str(f"loss {total / step:.3f}, {rate:.0f} captions/s")
-    return {"train_loss": float(total / len(loader)), "captions_per_second": rate}
+                shown = total * state.num_processes / step  # the others' shares are about as large
+                progress.set_postfix_str(f"loss {shown:.3f}, {rate:.0f} captions/s")
+    total = reduce(total, "sum")
+    return {"train_loss": float(total) / len(sampler.steps), "captions_per_second": rate}
+
+
+def add_gradients(parameters: list[Tensor], state: PartialState) -> None:
+    """Add up the processes' gradients, each a share of the step's."""
+    if state.num_processes == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    added = reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
+    for gradient, values in zip(gradients, added.split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(values.view_as(gradient))
 
 
 @torch.no_grad()
@@ -290,23 +346,30 @@ def validate(
     device: torch.device,
 ) -> dict[str, float]:
     """Teacher-forced loss and top-5 accuracy, BLEU-4 and CIDEr of greedy captions: {"val_loss", "val_top5",
-    "val_bleu4", "val_cider"}."""
+    "val_bleu4", "val_cider"}, of all processes' pictures."""
     decoder.eval()
     captioner = Captioner([(encoder, decoder)], word_map)
-    total, right, positions, hypotheses = 0.0, 0, 0, []
-    for pictures, captions, lengths in progress_bar(loader, desc="validation", unit="batch", leave=False):
+    sums, hypotheses = torch.zeros(5, dtype=torch.float64), []
+    for pictures, captions, lengths in progress_bar(
+        loader, desc="validation", unit="batch", leave=False, disable=not processes().is_main_process
+    ):
         with autocast(settings, device):
-            loss, scores, targets = caption_loss(
-                encoder, decoder, pictures, captions, lengths, settings, device
+            entropy, penalty, scores, targets = caption_loss(
+                encoder, decoder, pictures, captions, lengths, device
             )
             found = captioner.search([encode(encoder, pictures, device)], beam_size=1)
-        total += float(loss) * len(targets)
-        right += int((scores.topk(min(5, scores.shape[1])).indices == targets.unsqueeze(1)).sum())
-        positions += len(targets)
+        right = (scores.topk(min(5, scores.shape[1])).indices == targets.unsqueeze(1)).sum()
+        counts = (entropy, penalty, right, len(targets), lengths.numel())
+        sums += torch.tensor([float(count) for count in counts], dtype=torch.float64)
         hypotheses += [tokenize(captioner.text(hypothesis)) for hypothesis in found]
+    indices = [index for request in loader.sampler for index in request.indices.tolist()]
+    gathered = gather_object([(sums, dict(zip(indices, hypotheses, strict=True)))])
+    entropy, penalty, right, words, captions = sum(part[0] for part in gathered).tolist()
+    by_index = {index: words_ for part in gathered for index, words_ in part[1].items()}
+    hypotheses = [by_index[index] for index in range(len(references))]
     return {
-        "val_loss": total / positions,
-        "val_top5": right / positions,
+        "val_loss": entropy / words + settings.alpha_c * penalty / captions,
+        "val_top5": right / words,
         "val_bleu4": bleu4(references, hypotheses),
         "val_cider": fmean(CiderD.from_references(references).score(references, hypotheses)),
     }
@@ -318,22 +381,22 @@ def caption_loss(
     pictures: Tensor,
     captions: Tensor,
     lengths: Tensor,
-    settings: Settings,
     device: torch.device,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy over the valid positions plus the doubly stochastic penalty.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cross-entropy summed over the words, doubly stochastic penalty summed over the captions.
 
     Args:
         pictures: uint8 (N, 3, S, S) or features (N, h, w, D); captions (N, G, L); lengths (N, G).
 
     Returns:
-        loss (), scores (W, V), targets (W,).
+        entropy (), penalty (), scores (W, V), targets (W,).
     """
     grid = encode(encoder, pictures, device)
     scores, targets, coverage = decoder.score_words(grid, captions.flatten(0, 1), lengths.flatten())
+    entropy = F.cross_entropy(scores, targets, reduction="sum")
     # every pixel should get a total weight of one over the caption (Xu et al., section 4.2.1)
-    penalty = ((1 - coverage) ** 2).mean()
-    return F.cross_entropy(scores, targets) + settings.alpha_c * penalty, scores, targets
+    penalty = ((1 - coverage) ** 2).mean(dim=1).sum()
+    return entropy, penalty, scores, targets
 
 
 def encode(encoder: Encoder, pictures: Tensor, device: torch.device) -> Tensor:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
@@ -319,6 +320,11 @@ def list_pictures(folder: str | Path) -> list[Path]:
 
 
 # --- devices ------------------------------------------------------------------------------------------------
+
+
+def processes() -> PartialState:
+    """Who takes part, under torchrun or accelerate launch: GPUs where there are any, else CPU processes."""
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def pick_device() -> torch.device:

@@ -12,7 +12,15 @@ from conftest import SHARED
 from PIL import Image
 
 import create_input_files as preparation
-from datasets import CaptionDataset, cache_features, read_annotations
+from datasets import (
+    SIDED,
+    BatchSampler,
+    CaptionDataset,
+    Request,
+    augment_picture,
+    cache_features,
+    read_annotations,
+)
 from models import Encoder
 from utils import UserError, list_pictures, natural_order, parallel_map, read_picture
 
@@ -205,7 +213,7 @@ def test_prepared_files_fit_each_other(demo, prepared):
         dataset = CaptionDataset(prepared, split)
         assert len(dataset) == len(paths) == pictures
         for i in (0, pictures - 1):
-            pixels, captions, lengths = dataset[i]
+            (pixels,), (captions,), (lengths,) = dataset[Request(np.array([i]), 0)]
             assert torch.equal(pixels, torch.from_numpy(read_picture(paths[i], 64)))
             for caption, length in zip(captions.tolist(), lengths.tolist()):
                 text = [words[index] for index in caption]
@@ -214,6 +222,79 @@ def test_prepared_files_fit_each_other(demo, prepared):
                 )
                 if split == "train":  # min_word_freq is 1
                     assert text[1 : length - 1] in truth[paths[i]].tokens
+
+
+@pytest.mark.parametrize(
+    "size, batch_size, parts, processes",
+    [(32, 5, 1, 1), (32, 8, 2, 2), (7, 16, 1, 3), (5, 1, 2, 2), (9, 4, 1, 2)],
+)
+def test_batches_share_out_every_picture_once(size, batch_size, parts, processes):
+    samplers = [
+        BatchSampler(size, batch_size, parts, rank, processes, shuffle=True, seed=3)
+        for rank in range(processes)
+    ]
+    orders = []
+    for epoch in (1, 2):
+        seen = []
+        for sampler in samplers:
+            sampler.start_epoch(epoch)
+            requests = list(sampler)
+            assert len(requests) == len(sampler) == len(samplers[0])
+            assert all(len(request.indices) for request in requests)
+            if (size, batch_size) != (5, 1):  # where parts would be empty they are larger
+                assert max(len(request.indices) for request in requests) <= batch_size
+            seen += [index for request in requests for index in request.indices.tolist()]
+        assert sorted(seen) == list(range(size))
+        # a step's pictures are the same however it is cut up
+        whole = BatchSampler(size, batch_size * parts * processes, shuffle=True, seed=3)
+        whole.start_epoch(epoch)
+        if len(whole) == len(samplers[0].steps):
+            for request, step in zip(whole, samplers[0].steps):
+                assert request.indices.tolist() == sorted(step.tolist())
+        orders.append([request.indices.tolist() for request in samplers[0]])
+    assert orders[0] != orders[1]
+    with pytest.raises(UserError, match="cannot be shared out"):
+        BatchSampler(3, 1, 2, 0, 2)
+
+
+def test_a_batch_is_its_pictures_one_by_one(prepared):
+    dataset = CaptionDataset(prepared, "train")
+    pictures, captions, lengths = dataset[Request(np.array([3, 4, 9]), 0)]
+    for row, index in enumerate((3, 4, 9)):
+        picture, caption, length = dataset[Request(np.array([index]), 0)]
+        assert torch.equal(pictures[row], picture[0]) and torch.equal(lengths[row], length[0])
+        assert torch.equal(captions[row, :, : caption.shape[2]], caption[0])
+        assert not captions[row, :, caption.shape[2] :].any()
+
+
+def test_augmented_pictures_keep_left_and_right_where_captions_say_so(prepared):
+    half = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    half[:, :, 32:] = 255  # white is on the right
+    results = {False: [], True: []}
+    for flip in results:
+        for seed in range(40):
+            torch.manual_seed(seed)
+            picture = augment_picture(half, flip).float()
+            assert picture.shape == half.shape
+            results[flip].append(bool(picture[:, :, -16:].mean() > picture[:, :, :16].mean()))
+    assert all(results[False]) and 10 < sum(results[True]) < 30
+
+    dataset = CaptionDataset(prepared, "train", augment=True)
+    words = {index: word for word, index in json.loads((prepared / "word_map.json").read_text()).items()}
+    for index in range(len(dataset)):
+        says = {words[word] for word in dataset.captions[index].flatten().tolist()} & {"left", "right"}
+        assert dataset.sided[index] == bool(says)
+    assert 0 < dataset.sided.sum() < len(dataset)
+    for word in ("left", "right", "left-hand", "leftmost", "upper-right", "rightwards"):
+        assert SIDED.search(word)
+    for word in ("bright", "rights", "lefty", "upright", "cleft"):
+        assert not SIDED.search(word)
+
+    # the seed of the request alone decides
+    order = torch.get_rng_state()
+    first, again, another = (dataset[Request(np.arange(4), seed)][0] for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, another)
+    assert torch.equal(torch.get_rng_state(), order)
 
 
 def test_words_are_counted_on_the_training_split_alone(tmp_path):

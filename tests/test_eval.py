@@ -120,6 +120,7 @@ def test_two_processes_score_each_picture_once(prepared, models, tmp_path):
             [sys.executable, *start, *command, str(tmp_path / name)], check=True, capture_output=True
         )
     one, two = (json.loads((tmp_path / name).read_text())["scores"][0] for name in ("one", "two"))
+    assert (one.pop("processes"), two.pop("processes")) == (1, 2)
     for line in (one, two):
         del line["pictures_per_second"]
     assert one == two
@@ -145,12 +146,12 @@ def test_wrong_input_for_models(prepared, demo, models, other, tmp_path, run_scr
     words = list(changed["word_map"])
     changed["word_map"] = {word: index for index, word in enumerate([words[1], words[0], *words[2:]])}
     save_checkpoint(bad, changed)
-    with pytest.raises(UserError, match="changed.pth: its word map"):
+    with pytest.raises(UserError, match=r"changed.pth: its word map"):
         Captioner.load([good, bad])
     changed = load_checkpoint(other / "best_checkpoint.pth")
     changed["data"]["settings"]["image_size"] = 96
     save_checkpoint(bad, changed)
-    with pytest.raises(UserError, match="changed.pth: trained on pictures of 96 pixels"):
+    with pytest.raises(UserError, match=r"changed.pth: trained on pictures of 96 pixels"):
         Captioner.load([good, bad])
     with pytest.raises(UserError, match="--image_size 96"):
         evaluation.evaluate(evaluation.Settings((str(bad),), data_folder=str(prepared)))

@@ -2,9 +2,13 @@
 
 import csv
 import json
+import subprocess
+import sys
+from dataclasses import asdict
 
 import pytest
 import torch
+from conftest import ROOT
 
 import train
 from caption import caption_images
@@ -97,6 +101,49 @@ def test_a_resumed_training_is_the_uninterrupted_one(prepared, tmp_path, fine_tu
         train.train(small_settings(prepared, tmp_path / "b", **options, epochs=1, checkpoint=first))
 
 
+def test_the_encoder_is_opened_after_the_decoder_has_learned(prepared, tmp_path):
+    options = {"encoder_name": "resnet18", "encoder_weights": "none", "fine_tune_encoder": True}
+    options |= {"fine_tune_after": 1, "augment": True}
+    train.train(small_settings(prepared, tmp_path / "a", **options, workers=2))
+    torch.manual_seed(123)
+    start = train.build_models(small_settings(prepared, tmp_path, **options), {"a": 0}, None)[1].state_dict()
+    one, two = (load_checkpoint(tmp_path / "a" / f"checkpoint_epoch_{n}.pth") for n in (1, 2))
+    assert all(torch.equal(one["encoder"][name], value) for name, value in start.items())
+    assert not all(torch.equal(two["encoder"][name], value) for name, value in start.items())
+    assert "encoder" in two["optimizers"] and "encoder" not in one["optimizers"]
+    train.train(small_settings(prepared, tmp_path / "b", **options, epochs=1))
+    first = str(tmp_path / "b" / "checkpoint_epoch_1.pth")
+    train.train(small_settings(prepared, tmp_path / "b", **options, checkpoint=first))
+    resumed = load_checkpoint(tmp_path / "b" / "checkpoint_epoch_2.pth")
+    for part in ("encoder", "decoder"):
+        for name, tensor in two[part].items():
+            torch.testing.assert_close(resumed[part][name], tensor, msg=name)
+    with pytest.raises(UserError, match="--fine_tune_encoder"):
+        train.Settings(augment=True)
+
+
+@pytest.mark.parametrize("fine_tune", [False, True])
+def test_two_processes_or_two_parts_are_one_batch_of_twice_the_size(prepared, tmp_path, fine_tune):
+    options = {"dropout": 0.0, "epochs": 2, "fine_tune_encoder": fine_tune}
+    options |= {"encoder_name": "resnet18", "encoder_weights": "none", "encoder_lr": 1e-5}
+    settings = small_settings(prepared, tmp_path / "two", **options, batch_size=4)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command.append(str(ROOT / "train.py"))
+    for name, value in asdict(settings).items():
+        command += [f"--{name}", str(value)]
+    subprocess.run(command, check=True, capture_output=True)
+    train.train(small_settings(prepared, tmp_path / "one", **options, batch_size=8))
+    train.train(small_settings(prepared, tmp_path / "parts", **options, batch_size=4, grad_accumulation=2))
+    histories = []
+    for name in ("one", "two", "parts"):
+        with (tmp_path / name / "history.csv").open() as stream:
+            lines = list(csv.DictReader(stream))
+        histories.append([float(line[key]) for line in lines for key in line if key[:3] in ("tra", "val")])
+    assert len(histories[0]) == 10
+    for other in histories[1:]:
+        assert other == pytest.approx(histories[0], abs=1e-4)
+
+
 def test_cached_features_change_nothing_but_the_speed(prepared, tmp_path):
     for cached in (True, False):
         train.train(
@@ -160,6 +207,9 @@ def test_word_vectors_from_a_file(prepared, tmp_path):
 
 def test_epoch_bookkeeping():
     history = [{"val_bleu4": value} for value in (0.1, 0.3, 0.2, 0.3)]
-    assert train.best_epoch(history) == 1 and train.epochs_since_best(history) == 2
-    assert train.epochs_since_best([]) == 0
+    assert train.best_epoch(history, "bleu4") == 1 and train.epochs_since_best(history, "bleu4") == 2
+    assert train.epochs_since_best([], "cider") == 0
+    for line, value in zip(history, (0.1, 0.2, 0.5, 0.3)):
+        line["val_cider"] = value
+    assert train.best_epoch(history, "cider") == 2
     assert tokenize("A dog.") == ["a", "dog"]
