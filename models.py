@@ -13,6 +13,7 @@ the plain formulae; a grid that is already 14 x 14 is taken as it is.
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -81,6 +82,7 @@ class Encoder(nn.Module):
             self.dim = network.fc.in_features
             network = nn.Sequential(*list(network.children())[:-2])  # without pooling and classifier
             scale, shift = torch.ones(3), torch.zeros(3)
+        _fold_batch_norms(network)
         self.network = network.to(memory_format=torch.channels_last)
         self.register_buffer("scale", scale.view(3, 1, 1), persistent=False)
         self.register_buffer("shift", shift.view(3, 1, 1), persistent=False)
@@ -127,6 +129,34 @@ class Encoder(nn.Module):
         detection).
         """
         return super().train(False)
+
+
+class _FoldedConv(nn.Conv2d):
+    """A convolution that does the work of the batch norm behind it: w x scale, and one bias for both.
+
+    With fixed statistics the result is the same, and so are all gradients; the pass over the activations is
+    saved. Parameters stay where they were.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        (norm,) = self.norms
+        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        bias = norm.bias - norm.running_mean * scale
+        if hasattr(self, "static_padding"):  # EfficientNet's
+            x = self.static_padding(x)
+        return self._conv_forward(x, self.weight * scale.view(-1, 1, 1, 1), bias)
+
+
+def _fold_batch_norms(module: nn.Module) -> None:
+    """Let each convolution that stands before a batch norm do its work too."""
+    children = list(module.children())
+    for conv, norm in itertools.pairwise(children):
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            conv.__class__ = _FoldedConv
+            conv.norms = (norm,)  # in a tuple it is no submodule a second time
+            norm.forward = nn.Identity().forward
+    for child in children:
+        _fold_batch_norms(child)
 
 
 def _efficientnet(encoder_name: str) -> nn.Module:

@@ -8,10 +8,8 @@ to its end. The scores of all three must agree to 1e-6, or the script stops with
 pycocoevalcap's data, and `java` for the comparison; peak memory is measured on Unix only.
 """
 
-import csv
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -19,15 +17,15 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from scored_pictures import ROOT, make_pictures
+
 sys.path.insert(0, str(ROOT))
-from meteor import Meteor, MeteorDataError, find_data  # noqa: E402
+from meteor import Meteor, MeteorDataError, find_data
 
 # Settings
 N_PICTURES = 1000
 N_REFERENCES = 5
 SEED = 0
-CAPTIONS = ROOT.parent / "shared" / "flickr8k_small" / "captions.txt"  # else they are made up
 JAVA = ["java", "-Xmx2G", "-jar", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"]
 
 
@@ -39,7 +37,7 @@ def main() -> None:
         data_dir = find_data()
     except MeteorDataError as error:
         sys.exit(str(error))
-    pictures, origin = make_pictures()
+    pictures, origin = make_pictures(N_PICTURES, N_REFERENCES, SEED, plain=True)
     n_texts = len({text for references, hypothesis in pictures for text in [*references, hypothesis]})
     print(f"{len(pictures)} pictures, {N_REFERENCES} references each, {n_texts} different texts, {origin}")
 
@@ -59,57 +57,6 @@ def main() -> None:
     else:
         print("no java here: nothing to compare with")
     report(runs)
-
-
-def make_pictures() -> tuple[list[tuple[list[str], str]], str]:
-    """(references, hypothesis) of each picture, and in words where they come from.
-
-    A hypothesis is a caption of the picture; its other captions are references, filled up with any captions.
-    """
-    generator = random.Random(SEED)
-    if CAPTIONS.exists():
-        origin = "real captions"
-        captions: dict[str, list[str]] = {}
-        with CAPTIONS.open(newline="") as file:
-            for row in csv.DictReader(file):
-                captions.setdefault(row["image"], []).append(row["caption"].lower().removesuffix(".").strip())
-        groups = [group for group in captions.values() if len(group) == 5]
-    else:
-        origin = "made-up captions"
-        groups = [[make_caption(generator) for _ in range(5)] for _ in range(N_PICTURES)]
-    words = [word for group in groups for caption in group for word in caption.split()]
-
-    used = set()
-
-    def unused(caption: str) -> str:
-        # No text comes twice, as the second time would be cheap for us: words are exchanged until it is new.
-        tokens = caption.split()
-        while (text := " ".join(tokens)) in used:
-            tokens[generator.randrange(len(tokens))] = generator.choice(words)
-        used.add(text)
-        return text
-
-    pictures = []
-    while len(pictures) < N_PICTURES:
-        group = generator.choice(groups)
-        hypothesis, *references = generator.sample(group, 5)
-        while len(references) < N_REFERENCES:
-            references.append(generator.choice(generator.choice(groups)))
-        pictures.append(([unused(caption) for caption in references[:N_REFERENCES]], unused(hypothesis)))
-    return pictures, origin
-
-
-def make_caption(generator: random.Random) -> str:
-    parts = [
-        ["a", "the", "two", "a young", "a small", "one"],
-        ["man", "woman", "child", "dog", "boys", "people", "cyclist"],
-        ["runs", "is running", "plays", "are jumping", "sits", "stands", "climbing"],
-        ["in", "on", "next to", "in front of", "near", "over", "through"],
-        ["a", "the", "some", "a large", "the green", "a wooden"],
-        ["field", "grass", "beach", "house", "street", "water", "fence", "snow"],
-        ["", "with a ball", "during the day", "while others watch", "and smiles at the camera"],
-    ]
-    return " ".join(filter(None, map(generator.choice, parts)))
 
 
 def score_in_this_process(task: Path, cache_dir: Path, output: Path) -> None:

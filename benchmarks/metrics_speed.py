@@ -10,21 +10,19 @@ a user's first.
 """
 
 import contextlib
-import csv
 import io
-import random
 import shutil
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from scored_pictures import ROOT, make_pictures
+
 sys.path.insert(0, str(ROOT))
-import metrics  # noqa: E402
-from meteor import Meteor, MeteorDataError  # noqa: E402
-from metrics import CiderD, score_captions, tokenize  # noqa: E402
+import metrics
+from meteor import Meteor, MeteorDataError
+from metrics import CiderD, score_captions, tokenize
 
 # Settings
 N_PICTURES = 5000
@@ -32,11 +30,12 @@ N_REFERENCES = 5
 N_SAMPLES = 5  # hypotheses a picture in one batch of the reward, as in self-critical training
 BATCH = 64  # pictures
 SEED = 0
-CAPTIONS = ROOT.parent / "shared" / "flickr8k_small" / "captions.txt"  # else they are made up
 
 
 def main() -> None:
-    references, hypotheses, origin = make_pictures()
+    pictures, origin = make_pictures(N_PICTURES, N_REFERENCES, SEED)
+    references = {number: captions for number, (captions, _) in enumerate(pictures)}
+    hypotheses = {number: hypothesis for number, (_, hypothesis) in enumerate(pictures)}
     print(f"{len(references)} hypotheses, {N_REFERENCES} references each, {origin}")
     tokenizer_rate([caption for captions in references.values() for caption in captions])
 
@@ -64,55 +63,6 @@ def main() -> None:
             )
             check(result, expected, 1e-6)
     reward_rate(references, hypotheses)
-
-
-def make_pictures() -> tuple[dict[int, list[str]], dict[int, str], str]:
-    """References and hypotheses, and in words where they come from.
-
-    A hypothesis is a caption of the picture; its other captions are references, filled up with any caption.
-    Words are exchanged until each text is new.
-    """
-    generator = random.Random(SEED)
-    if CAPTIONS.exists():
-        origin = "real captions"
-        captions: dict[str, list[str]] = {}
-        with CAPTIONS.open(newline="") as file:
-            for row in csv.DictReader(file):
-                captions.setdefault(row["image"], []).append(row["caption"])
-        groups = [group for group in captions.values() if len(group) == 5]
-    else:
-        origin = "made-up captions"
-        groups = [[make_caption(generator) for _ in range(5)] for _ in range(N_PICTURES)]
-    vocabulary = [word for group in groups for caption in group for word in caption.split()]
-    used = set()
-
-    def unused(caption: str) -> str:
-        words = caption.split()
-        while (text := " ".join(words)) in used:
-            words[generator.randrange(len(words))] = generator.choice(vocabulary)
-        used.add(text)
-        return text
-
-    references, hypotheses = {}, {}
-    for number in range(N_PICTURES):
-        hypothesis, *others = generator.sample(generator.choice(groups), 5)
-        while len(others) < N_REFERENCES:
-            others.append(generator.choice(generator.choice(groups)))
-        hypotheses[number] = unused(hypothesis)
-        references[number] = [unused(caption) for caption in others[:N_REFERENCES]]
-    return references, hypotheses, origin
-
-
-def make_caption(generator: random.Random) -> str:
-    parts = [
-        ["A", "The", "Two", "A young", "A small", "One"],
-        ["man", "woman", "child", "dog", "boys", "people", "cyclist"],
-        ["runs", "is running", "plays", "are jumping", "sits", "doesn't stand", "climbing"],
-        ["in", "on", "next to", "in front of", "near", "over", "through"],
-        ["a", "the", "some", "a large", "the green", "somebody's"],
-        ["field.", "grass", "beach .", "house", "t-shirt", "street, far away.", "snow"],
-    ]
-    return " ".join(map(generator.choice, parts))
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:

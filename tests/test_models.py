@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 
-from models import DecoderWithAttention, Encoder, load_embeddings
+from models import DecoderWithAttention, Encoder, _efficientnet, load_embeddings
 from utils import UserError, normalize_pictures
 
 VOCABULARY = 50
@@ -165,6 +166,39 @@ def test_encoder_shapes_and_fine_tuning(name, dim):
         assert {key.split(".")[1] for key in opened} == {"5", "6", "7"}  # blocks 2 to 4
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "efficientnet_lite0"])
+def test_folded_batch_norms_give_the_same_features_and_gradients(name):
+    encoder = Encoder(name, "none").double()
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for values, low, high in (
+                (module.weight.data, 0.5, 1.5), (module.bias.data, -1, 1),
+                (module.running_mean, -1, 1), (module.running_var, 0.5, 2),
+            ):  # fmt: skip
+                values.uniform_(low, high)
+    if name.startswith("resnet"):
+        plain = torchvision.models.get_model(name, weights=None)
+        plain = torch.nn.Sequential(*list(plain.children())[:-2])
+    else:
+        plain = _efficientnet(name)
+        plain._fc = torch.nn.Identity()
+    plain = plain.double().eval()
+    plain.load_state_dict(encoder.network.state_dict())
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    encoder.fine_tune()
+    ours = encoder.grid(images)
+    images = images * encoder.scale + encoder.shift
+    theirs = (plain if name.startswith("resnet") else plain.extract_features)(images).permute(0, 2, 3, 1)
+    torch.testing.assert_close(ours, theirs)
+    ours.square().mean().backward()
+    theirs.square().mean().backward()
+    gradients = dict(plain.named_parameters())
+    opened = [(key, p) for key, p in encoder.network.named_parameters() if p.requires_grad]
+    assert opened and all(parameter.grad is not None for _, parameter in opened)
+    for key, parameter in opened:
+        torch.testing.assert_close(parameter.grad, gradients[key].grad, msg=key)
+
+
 def test_encoder_of_many_pictures_equals_one_by_one():
     encoder = Encoder("resnet18", "none")
     pictures = torch.randint(0, 256, (11, 3, 64, 64), dtype=torch.uint8)
@@ -189,8 +223,6 @@ def test_pip_shipped_weights_know_what_they_see():
 
 
 def test_weights_from_a_file(tmp_path):
-    import torchvision
-
     network = torchvision.models.resnet18(weights=None)
     torch.save(network.state_dict(), tmp_path / "weights.pth")
     encoder = Encoder("resnet18", str(tmp_path / "weights.pth"))
@@ -237,9 +269,10 @@ def test_tutorial_size_model_trains_and_captions_on_the_cpu():
     from beam_search import beam_search
 
     encoder = Encoder("resnet101", "none")
-    decoder = DecoderWithAttention(512, 512, 512, 9490)
+    decoder = DecoderWithAttention(512, 512, 512, 9490, dropout=0.0)
     pictures = torch.randint(0, 256, (32, 3, 256, 256), dtype=torch.uint8)
     grid = encoder.encode(pictures).clone()
+    grid /= grid.std()  # untrained, it is large
     captions, lengths = make_captions(32, 1)
     optimizer = torch.optim.Adam(decoder.parameters(), lr=4e-4)
     losses = []
