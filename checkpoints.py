@@ -52,7 +52,7 @@ def load_checkpoint(path: str | Path, *needed: str, word_map_path: str | Path | 
     if word_map not in (None, checkpoint["word_map"]):
         raise UserError(
             f"{word_map_path}: not the word map that {path} was trained with "
-            f"({len(checkpoint['word_map'])} words); they must belong together"
+            f"({len(checkpoint['word_map'])} words); give the --word_map or data that belong to it"
         )
     return checkpoint
 

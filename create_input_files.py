@@ -24,7 +24,7 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from datasets import END, PAD, START, UNK, Picture, read_annotations
+from datasets import END, PAD, START, UNK, Picture, held_out, read_annotations
 from utils import UserError, check_at_least, parallel_map, progress_bar, read_picture, run_script, write_json
 
 
@@ -93,12 +93,10 @@ def read_splits(settings: Settings) -> dict[str, list[Picture]]:
     if any(picture.split for picture in pictures):
         splits = {name: [p for p in pictures if p.split == name] for name in ("train", "val", "test")}
     else:
-        captioned = sorted((p for p in pictures if p.captions), key=lambda picture: picture.image_id)
-        random.Random(settings.seed).shuffle(captioned)  # by picture, whatever the order of the file
-        held_out = {p.image_id for p in captioned[: round(settings.val_fraction * len(captioned))]}
+        validating = held_out(pictures, settings.val_fraction, settings.seed)
         splits = {
-            "train": [p for p in pictures if p.image_id not in held_out],
-            "val": [p for p in pictures if p.image_id in held_out],
+            "train": [p for p in pictures if p.image_id not in validating],
+            "val": [p for p in pictures if p.image_id in validating],
             "test": [],
         }
     test_annotations, test_image_folder = find_test(settings)

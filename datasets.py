@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
+import random
 import re
 import shutil
 from collections.abc import Iterator
@@ -77,6 +78,13 @@ def read_annotations(file: str | Path, image_folder: str | Path | None = None) -
     if not pictures:
         raise UserError(f"{file}: no pictures in it; expected one line a caption below the header")
     return pictures
+
+
+def held_out(pictures: list[Picture], fraction: float, seed: int) -> set[str]:
+    """Ids of a `fraction` of the captioned pictures, drawn by picture, whatever the order of the file."""
+    ids = sorted(picture.image_id for picture in pictures if picture.captions)
+    random.Random(seed).shuffle(ids)
+    return set(ids[: round(fraction * len(ids))])
 
 
 class PictureFinder:

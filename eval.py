@@ -11,7 +11,6 @@ all references of each picture. The scores are those of the official COCO captio
 
 from __future__ import annotations
 
-import csv
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -36,7 +35,7 @@ from utils import (
     read_json,
     run_script,
     write_json,
-    written_aside,
+    write_table,
 )
 
 
@@ -284,16 +283,18 @@ COLUMNS = {
 
 
 def print_table(rows: list[dict]) -> None:
-    searched = rows[0]["beam_size"] is not None
+    """A line a row, named by its "model", else by its beam size."""
+    first = "model" if "model" in rows[0] else "beam"
+    names = [str(row.get("model") or row["beam_size"] or "-") for row in rows]
+    width = max(map(len, [first, *names]))
+    searched = "pictures_per_second" in rows[0]
     header = " ".join(f"{title:>7}" for title in COLUMNS.values())
-    print(f"beam {header}  pictures/s" if searched else header)
-    for row in rows:
+    print(f"{first:{width}} {header}{'  pictures/s' if searched else ''}")
+    for name, row in zip(names, rows):
         scores: Scores = row["scores"]
-        cells = [
-            f"{scores.overall[name]:7.4f}" if name in scores.overall else f"{'-':>7}" for name in COLUMNS
-        ]
-        line = " ".join(cells)
-        print(f"{row['beam_size']:4} {line}  {row['pictures_per_second']:10.1f}" if searched else line)
+        cells = [f"{scores.overall[key]:7.4f}" if key in scores.overall else f"{'-':>7}" for key in COLUMNS]
+        rate = f"  {row['pictures_per_second']:10.1f}" if searched else ""
+        print(f"{name:{width}} {' '.join(cells)}{rate}")
     note = f", features {rows[0]['features']}" if searched else ""
     print(f"{rows[0]['pictures']} pictures{note}")
 
@@ -318,14 +319,12 @@ def write_results(rows: list[dict], settings: Settings) -> None:
 
 
 def write_per_image(path: str | Path, rows: list[dict]) -> None:
-    names = [name for name in COLUMNS if name in rows[0]["scores"].overall]
-    with written_aside(path) as aside, aside.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(("image_id", "beam_size", "caption", *names))
-        for row in rows:
-            for image_id, own in row["scores"].per_picture.items():
-                values = [own[name] for name in names]
-                writer.writerow((image_id, row["beam_size"], row["captions"][image_id], *values))
+    lines = [
+        {"image_id": image_id, "beam_size": row["beam_size"], "caption": row["captions"][image_id]} | scores
+        for row in rows
+        for image_id, scores in row["scores"].per_picture.items()
+    ]
+    write_table(path, lines)
 
 
 if __name__ == "__main__":

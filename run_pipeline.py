@@ -3,22 +3,29 @@
     python run_pipeline.py                # on train.csv, train/train/, test.csv, test/test/ where they are,
                                           # else on the demonstration set, which it draws first
     python run_pipeline.py --annotations captions.txt --image_folder Images --epochs 20
+    python run_pipeline.py --model both   # the attention model and BLIP, scored on the same test pictures
 
 A step whose result is there, made from the same input with the same settings, is skipped; an interrupted
-training is taken up after its last complete epoch. Every setting of create_input_files.py and train.py is in
-those scripts; here are the most used ones.
+training is taken up after its last complete epoch. Every setting of create_input_files.py, train.py and
+train_model.py is in those scripts; here are the most used ones.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import caption
 import create_input_files
+import direct_caption
 import eval as evaluation
 import make_demo_data
 import train
+import train_model as blip_training
+from blip import HUB_MODEL
 from checkpoints import load_checkpoint
 from datasets import read_annotations, read_prepared
 from utils import UserError, check_at_least, natural_order, run_script
@@ -26,6 +33,7 @@ from utils import UserError, check_at_least, natural_order, run_script
 
 @dataclass
 class Settings:
+    model: Literal["attention", "blip", "both"] = "attention"  # what to train and to caption with
     annotations: str = "train.csv"  # captions to train on, any layout
     image_folder: str = "train/train"  # their pictures
     test_annotations: str | None = None  # None: the test_captions.csv or test.csv beside a Kaggle train.csv
@@ -33,10 +41,14 @@ class Settings:
     data_folder: str = "data_output"  # prepared data goes here
     output_folder: str = "output_models"  # checkpoints go here
     output_csv: str = "submission.csv"  # captions go here
+    blip_base: str | None = None  # hub id or folder to fine-tune; None: the hub's; tiny for the demonstration
+    blip_folder: str = "blip_finetuned_model"  # the fine-tuned BLIP goes here
+    blip_csv: str = "blip_submission.csv"  # its captions go here
     min_word_freq: int = 5  # words seen less often in training captions become <unk>
     encoder_name: str | None = None  # None: resnet101; the demonstration's own where that is used
     epochs: int | None = None  # None: train.py's own number; the demonstration's own where that is used
-    batch_size: int = 16  # pictures a training step
+    blip_epochs: int | None = None  # None: train_model.py's own number
+    batch_size: int = 16  # pictures a training step of the attention model
     beam_size: int = 3  # of the captions
     demo_pictures: int = 0  # training scenes that the demonstration draws; 0: make_demo_data.py's own number
     seed: int = 123  # of everything random
@@ -60,18 +72,31 @@ DEMO = {
 
 
 def main(settings: Settings) -> None:
-    settings, demo = choose_data(settings)
-    prepare(settings)
-    best = train_model(settings, DEMO if demo else {})
-    caption_test_pictures(settings)
-    report(settings, best)
+    steps = announce_steps({"attention": 4, "blip": 3, "both": 6}[settings.model])
+    settings, demo = choose_data(settings, steps)
+    best, blip_best = {}, {}
+    if settings.model != "blip":
+        prepare(settings, steps)
+        best = train_model(settings, DEMO if demo else {}, steps)
+        caption_test_pictures(settings, steps)
+    if settings.model != "attention":
+        blip_best = fine_tune_blip(settings, demo, steps)
+        caption_with_blip(settings, steps)
+    report(settings, best, blip_best)
 
 
-def choose_data(settings: Settings) -> tuple[Settings, bool]:
+def announce_steps(count: int) -> Callable[[str], None]:
+    """A function that prints a text with the number of the step."""
+    numbers = itertools.count(1)
+    return lambda text: print(f"[{next(numbers)}/{count}] {text}", flush=True)
+
+
+def choose_data(settings: Settings, announce: Callable[[str], None]) -> tuple[Settings, bool]:
     """The user's data, or the demonstration's where there are none of the user's."""
     defaults = Settings()
     own = settings.annotations != defaults.annotations or settings.image_folder != defaults.image_folder
     if own or Path(settings.annotations).exists():
+        announce(f"data: {settings.annotations}, {settings.image_folder}/")
         return settings, False
     drawing = make_demo_data.Settings()
     if settings.demo_pictures:
@@ -79,9 +104,9 @@ def choose_data(settings: Settings) -> tuple[Settings, bool]:
     folder = Path(drawing.output_folder)
     print(f"no {settings.annotations} here: using the demonstration set in {folder}/ (coloured shapes)")
     if drawn_pictures(folder) == drawing.train_pictures:
-        print(f"[1/4] data: {folder}/ is there, skipped")
+        announce(f"data: {folder}/ is there, skipped")
     else:
-        print(f"[1/4] data: drawing {folder}/")
+        announce(f"data: drawing {folder}/")
         make_demo_data.make_demo_data(drawing)
     paths = {
         "annotations": str(folder / "train.csv"),
@@ -97,7 +122,7 @@ def drawn_pictures(folder: Path) -> int:
     return len(list((folder / "train" / "train").glob("*.jpg"))) if (folder / "boxes.json").is_file() else 0
 
 
-def prepare(settings: Settings) -> None:
+def prepare(settings: Settings, announce: Callable[[str], None]) -> None:
     has_test = settings.test_annotations is not None
     wanted = create_input_files.Settings(
         annotations=settings.annotations,
@@ -114,13 +139,13 @@ def prepare(settings: Settings) -> None:
             wanted
         )
         if same:
-            print(f"[2/4] preparation: {settings.data_folder}/ is up to date, skipped")
+            announce(f"preparation: {settings.data_folder}/ is up to date, skipped")
             return
-    print(f"[2/4] preparation: {settings.annotations} -> {settings.data_folder}/")
+    announce(f"preparation: {settings.annotations} -> {settings.data_folder}/")
     create_input_files.create_input_files(wanted)
 
 
-def train_model(settings: Settings, own: dict) -> dict:
+def train_model(settings: Settings, own: dict, announce: Callable[[str], None]) -> dict:
     """Train, go on with an interrupted training, or skip; return the history's line of the best epoch."""
     chosen = {
         name: value for name in ("encoder_name", "epochs") if (value := getattr(settings, name)) is not None
@@ -139,12 +164,12 @@ def train_model(settings: Settings, own: dict) -> dict:
             len(history) >= wanted.epochs
             or train.epochs_since_best(history, wanted.select_by) >= train.STOP_AFTER
         ):
-            print(f"[3/4] training: {settings.output_folder}/ is up to date, skipped")
+            announce(f"training: {settings.output_folder}/ is up to date, skipped")
             return history[train.best_epoch(history, wanted.select_by)]
-        print(f"[3/4] training: going on after {last}")
+        announce(f"training: going on after {last}")
         wanted = replace(wanted, checkpoint=str(last))
     else:
-        print(f"[3/4] training: {settings.data_folder}/ -> {settings.output_folder}/")
+        announce(f"training: {settings.data_folder}/ -> {settings.output_folder}/")
     return train.train(wanted)
 
 
@@ -165,44 +190,88 @@ def last_checkpoint(wanted: train.Settings) -> Path | None:
     return last if same_data and checkpoint["settings"] | free == asdict(wanted) | free else None
 
 
-def caption_test_pictures(settings: Settings) -> None:
-    output = Path(settings.output_folder)
-    inputs = [output / "encoder.pth", output / "decoder.pth", Path(settings.test_folder)]
-    result = Path(settings.output_csv)
-    if not inputs[2].is_dir():
-        print(f"[4/4] captions: no {settings.test_folder}/, skipped")
+def caption_test_pictures(settings: Settings, announce: Callable[[str], None]) -> None:
+    output, result = Path(settings.output_folder), Path(settings.output_csv)
+    models = [output / "encoder.pth", output / "decoder.pth"]
+    if nothing_to_caption("captions", settings, result, models, announce):
         return
-    if result.is_file() and result.stat().st_mtime > max(path.stat().st_mtime for path in inputs):
-        print(f"[4/4] captions: {result} is up to date, skipped")
-        return
-    print(f"[4/4] captions: {settings.test_folder}/ -> {result}")
+    announce(f"captions: {settings.test_folder}/ -> {result}")
     caption.caption_images(
-        inputs[0],
-        inputs[1],
-        None,
-        settings.test_folder,
-        result,
-        settings.beam_size,
-        batch_size=settings.batch_size,
+        *models, None, settings.test_folder, result, settings.beam_size, batch_size=settings.batch_size
     )
 
 
-def report(settings: Settings, best: dict) -> None:
+def nothing_to_caption(
+    step: str, settings: Settings, result: Path, models: list[Path], announce: Callable[[str], None]
+) -> bool:
+    """Say so where there are no test pictures, or their captions are newer than they and the models."""
+    folder = Path(settings.test_folder)
+    if not folder.is_dir():
+        announce(f"{step}: no {settings.test_folder}/, skipped")
+        return True
+    newest = max(path.stat().st_mtime for path in (folder, *models))
+    if result.is_file() and result.stat().st_mtime > newest:
+        announce(f"{step}: {result} is up to date, skipped")
+        return True
+    return False
+
+
+def fine_tune_blip(settings: Settings, demo: bool, announce: Callable[[str], None]) -> dict:
+    """Fine-tune, go on, or skip, as `train_model` does."""
+    base = settings.blip_base or ("tiny" if demo else HUB_MODEL)
+    wanted = blip_training.Settings(
+        annotations=settings.annotations,
+        image_folder=settings.image_folder,
+        base_model=base,
+        output_folder=settings.blip_folder,
+        epochs=settings.blip_epochs,
+        seed=settings.seed,
+    )
+    history = blip_training.same_run(wanted)
+    if history and len(history) >= wanted.epochs:
+        announce(f"BLIP training: {settings.blip_folder}/ is up to date, skipped")
+        return history[blip_training.best_epoch(history)]
+    announce(f"BLIP training: {base} -> {settings.blip_folder}/")
+    return blip_training.train(replace(wanted, resume=bool(history)))
+
+
+def caption_with_blip(settings: Settings, announce: Callable[[str], None]) -> None:
+    result, weights = Path(settings.blip_csv), Path(settings.blip_folder) / "model.safetensors"
+    if nothing_to_caption("BLIP captions", settings, result, [weights], announce):
+        return
+    announce(f"BLIP captions: {settings.test_folder}/ -> {result}")
+    direct_caption.caption_images(
+        settings.blip_folder, settings.test_folder, result, num_beams=settings.beam_size
+    )
+
+
+def report(settings: Settings, best: dict, blip_best: dict) -> None:
     """Print the scores, where there are references, three examples, and where the files are."""
-    print(f"\nvalidation BLEU-4 {best['val_bleu4']:.4f} (greedy, epoch {best['epoch']})")
-    result = Path(settings.output_csv)
+    made = []  # model, captions, where it is, best epoch
+    if best:
+        made.append(("attention", Path(settings.output_csv), settings.output_folder, best))
+    if blip_best:
+        made.append(("BLIP", Path(settings.blip_csv), settings.blip_folder, blip_best))
+    print()
+    for model, _, _, line in made:
+        print(f"{model}: validation BLEU-4 {line['val_bleu4']:.4f} (greedy, epoch {line['epoch']})")
     references = find_references(settings)
-    if references and result.is_file():
-        row = evaluation.score_submission(result, references)
+    if references and all(result.is_file() for _, result, _, _ in made):
+        rows = [
+            {"model": model} | evaluation.score_submission(result, references) for model, result, _, _ in made
+        ]
         print(f"test scores (beam {settings.beam_size}):")
-        evaluation.print_table([row])
+        evaluation.print_table(rows)
         pictures = {picture.image_id: picture for picture in read_annotations(references)}
-        for image_id, caption_found in list(row["captions"].items())[:3]:
-            print(f"\n  {image_id}: {caption_found}")
+        for image_id in list(rows[0]["captions"])[:3]:
+            print(f"\n  {image_id}")
+            for row in rows:
+                print(f"      {row['model'] + ':':10} {row['captions'][image_id]}")
             for text in pictures[image_id].captions:
                 print(f"      reference: {text}")
-    print(f"\ncaptions: {result}\nmodels:   {settings.output_folder}/ (history.csv, best_checkpoint.pth)")
-    print(f"data:     {settings.data_folder}/")
+    print()
+    for model, result, folder, _ in made:
+        print(f"{model}: captions in {result}, model and history.csv in {folder}/")
 
 
 def find_references(settings: Settings) -> str | None:

@@ -14,7 +14,6 @@ best_checkpoint.pth, encoder.pth, decoder.pth.
 
 from __future__ import annotations
 
-import csv
 import math
 import shutil
 import time
@@ -45,6 +44,8 @@ from utils import (
     progress_bar,
     read_json,
     run_script,
+    set_aside,
+    write_table,
     written_aside,
 )
 
@@ -141,7 +142,7 @@ def train(settings: Settings) -> dict:
             optimizers = build_optimizers(encoder, decoder, settings, earlier)
             train_loader, val_loader = build_loaders(encoder, settings, device, fine_tuned)
         if epoch == done + 1 and not same_folder and state.is_main_process:
-            set_aside_earlier_run(output)
+            set_aside(output, *OUTPUT_FILES)
         waited = epochs_since_best(history, settings.select_by)
         if waited >= STOP_AFTER:
             say(f"stopped: no better {settings.select_by} for {STOP_AFTER} epochs")
@@ -418,6 +419,9 @@ def autocast(settings: Settings, device: torch.device):
 # --- what is kept -------------------------------------------------------------------------------------------
 
 
+OUTPUT_FILES = ("checkpoint_epoch_*.pth", "best_checkpoint.pth", "encoder.pth", "decoder.pth", "history.csv")
+
+
 def best_epoch(history: list[dict], select_by: str) -> int:
     """Index of the first epoch with the highest validation score."""
     return max(range(len(history)), key=lambda index: history[index][f"val_{select_by}"])
@@ -453,27 +457,7 @@ def save_epoch(
             save_checkpoint(output / f"{name}.pth", about | {name: state})
         with written_aside(output / "best_checkpoint.pth") as aside:
             shutil.copyfile(checkpoint, aside)
-    with (
-        written_aside(output / "history.csv") as aside,
-        aside.open("w", encoding="utf-8", newline="") as stream,
-    ):
-        writer = csv.DictWriter(stream, history[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(history)
-
-
-def set_aside_earlier_run(output: Path) -> None:
-    """Move the files of an earlier run in the folder to its subfolder earlier_N, so that runs do not mix."""
-    names = ("checkpoint_epoch_*.pth", "best_checkpoint.pth", "encoder.pth", "decoder.pth", "history.csv")
-    files = [file for name in names for file in output.glob(name)]
-    if not files:
-        return
-    number = 1 + sum(1 for _ in output.glob("earlier_*"))
-    folder = output / f"earlier_{number}"
-    folder.mkdir()
-    for file in files:
-        file.rename(folder / file.name)
-    print(f"the earlier run in {output}/ is now in {folder}/")
+    write_table(output / "history.csv", history)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ transformers. `--base_model tiny` is a small BLIP with random weights, for which
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import math
@@ -44,9 +43,18 @@ from blip import (
     require_blip,
     tiny_captioner,
 )
-from datasets import Picture, read_annotations
+from datasets import Picture, held_out, read_annotations
 from metrics import CiderD, bleu4, tokenize
-from utils import UserError, check_at_least, progress_bar, run_script, written_aside
+from utils import (
+    UserError,
+    check_at_least,
+    natural_order,
+    progress_bar,
+    run_script,
+    set_aside,
+    write_table,
+    written_aside,
+)
 
 
 @dataclass
@@ -217,10 +225,9 @@ def read_pictures(settings: Settings) -> tuple[list[Picture], list[Picture]]:
         train = [picture for picture in captioned if picture.split == "train"]
         val = [picture for picture in captioned if picture.split == "val"]
     else:
-        captioned.sort(key=lambda picture: picture.image_id)
-        random.Random(settings.seed).shuffle(captioned)
-        held_out = round(settings.val_fraction * len(captioned))
-        val, train = captioned[:held_out], captioned[held_out:]
+        validating = held_out(pictures, settings.val_fraction, settings.seed)
+        train = [picture for picture in captioned if picture.image_id not in validating]
+        val = [picture for picture in captioned if picture.image_id in validating]
     if not train:
         raise UserError(
             f"{settings.annotations}: no training captions in it; expected a caption column with text"
@@ -399,6 +406,12 @@ def build_optimizer(
 # --- what is kept -------------------------------------------------------------------------------------------
 
 
+OUTPUT_FILES = (
+    "*.safetensors", "*config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.txt", "checkpoint_epoch_*.pth", "history.csv",
+)  # fmt: skip
+
+
 def best_epoch(history: list[dict]) -> int:
     """Index of the epoch with the highest CIDEr; of equal ones the first, or without validation the last."""
     if not any(line["val_cider"] for line in history):
@@ -412,17 +425,34 @@ def data_digest(*splits: list[Picture]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
+def last_checkpoint(settings: Settings) -> Path | None:
+    files = Path(settings.output_folder).glob("checkpoint_epoch_*.pth")
+    return max(files, key=lambda file: natural_order(file.name), default=None)
+
+
+def same_run(settings: Settings) -> list[dict] | None:
+    """The history of what was trained in the output folder, if with these settings and on these data."""
+    file = last_checkpoint(settings)
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        same = checkpoint["settings"] | {"resume": False} == asdict(settings) | {"resume": False}
+        same = same and checkpoint["data"] == data_digest(*read_pictures(settings))
+    except UserError:
+        raise
+    except Exception:  # no file, or none of ours
+        return None
+    return checkpoint["history"] if same else None
+
+
 def load_checkpoint(settings: Settings, train_pictures: list[Picture], val_pictures: list[Picture]) -> dict:
     """The checkpoint of the last complete epoch in the output folder.
 
     Raises:
         UserError: there is none, it is damaged, it has all its epochs, or is of other data or another model.
     """
-    output = Path(settings.output_folder)
-    files = sorted(output.glob("checkpoint_epoch_*.pth"), key=lambda file: int(file.stem.rpartition("_")[2]))
-    if not files:
-        raise UserError(f"{output}: no checkpoint_epoch_N.pth in it; start without --resume")
-    file = files[-1]
+    file = last_checkpoint(settings)
+    if file is None:
+        raise UserError(f"{settings.output_folder}: no checkpoint_epoch_N.pth in it; start without --resume")
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         earlier, history = checkpoint["settings"], checkpoint["history"]
@@ -445,7 +475,7 @@ def save_epoch(output: Path, captioner: Captioner, checkpoint: dict) -> None:
     best."""
     history = checkpoint["history"]
     if len(history) == 1:
-        set_aside_earlier_run(output)
+        set_aside(output, *OUTPUT_FILES)
     if best_epoch(history) == len(history) - 1:
         save_model(output, captioner)
     file = output / f"checkpoint_epoch_{len(history)}.pth"
@@ -454,13 +484,7 @@ def save_epoch(output: Path, captioner: Captioner, checkpoint: dict) -> None:
     for older in output.glob("checkpoint_epoch_*.pth"):
         if older != file:
             older.unlink()
-    with (
-        written_aside(output / "history.csv") as aside,
-        aside.open("w", encoding="utf-8", newline="") as stream,
-    ):
-        writer = csv.DictWriter(stream, history[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(history)
+    write_table(output / "history.csv", history)
 
 
 def save_model(output: Path, captioner: Captioner) -> None:
@@ -474,22 +498,6 @@ def save_model(output: Path, captioner: Captioner) -> None:
             os.replace(file, output / file.name)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def set_aside_earlier_run(output: Path) -> None:
-    """Move the files of an earlier run in the folder to its subfolder earlier_N, so that runs do not mix."""
-    names = (
-        "*.safetensors", "*config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json",
-        "vocab.txt", "checkpoint_epoch_*.pth", "history.csv",
-    )  # fmt: skip
-    files = {file for name in names for file in output.glob(name)}
-    if not any(file.suffix in (".safetensors", ".pth") for file in files):
-        return
-    folder = output / f"earlier_{1 + sum(1 for _ in output.glob('earlier_*'))}"
-    folder.mkdir()
-    for file in files:
-        file.rename(folder / file.name)
-    print(f"the earlier run in {output}/ is now in {folder}/")
 
 
 if __name__ == "__main__":

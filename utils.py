@@ -6,6 +6,7 @@ Nothing here knows about captions or models; every other module may import this 
 from __future__ import annotations
 
 import argparse
+import csv
 import errno
 import inspect
 import json
@@ -202,6 +203,26 @@ def written_aside(path: str | Path) -> Iterator[Path]:
 def write_json(path: str | Path, value) -> None:
     with written_aside(path) as aside:
         aside.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+
+
+def write_table(path: str | Path, rows: list[dict]) -> None:
+    """Write rows with the same keys as a CSV, the keys as its header."""
+    with written_aside(path) as aside, aside.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def set_aside(folder: Path, *patterns: str) -> None:
+    """Move the files of an earlier run in the folder to its subfolder earlier_N, so that runs do not mix."""
+    files = {file for pattern in patterns for file in folder.glob(pattern)}
+    if not any(file.suffix in (".pth", ".safetensors") for file in files):
+        return
+    earlier = folder / f"earlier_{1 + sum(1 for _ in folder.glob('earlier_*'))}"
+    earlier.mkdir()
+    for file in files:
+        file.rename(earlier / file.name)
+    print(f"the earlier run in {folder}/ is now in {earlier}/")
 
 
 def read_json(path: str | Path):
