@@ -38,11 +38,11 @@ class Settings:
     image_size: int = 256  # pixels
     vocabulary: int = 9490  # entries of the word map; COCO has as many with words seen five times
     width: int = 512  # of embeddings, attention and LSTM
-    batch_size: int = 8  # pictures a step
+    batch_size: int = 16  # pictures a step, as in train.py
     captions_per_image: int = 5  # each a copy of its picture for the textbook
     batches: int = 3  # different ones, used in turn
     steps: int = 20  # frozen encoder, on the same features
-    textbook_steps: int = 2  # frozen encoder, the textbook's running
+    textbook_steps: int = 1  # frozen encoder, the textbook's running
     fine_tuned_steps: int = 2  # encoder fine-tuned, the first for warming up
     tolerance: float = 1e-4  # largest difference of a loss
     gradient_tolerance: float = 1e-2  # of the gradient, as a share of its length; float32 turns ReLUs over
