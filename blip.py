@@ -18,7 +18,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -43,8 +43,11 @@ from transformers import (
     BlipForConditionalGeneration,
     BlipImageProcessor,
     BlipProcessor,
+    DynamicCache,
+    EncoderDecoderCache,
     PreTrainedModel,
 )
+from transformers.models.blip import modeling_blip_text
 
 from datasets import Picture, weights_digest
 from utils import UserError, parallel_map, progress_bar, read_picture, written_aside
@@ -97,13 +100,15 @@ class Captioner:
             inputs = self.tokenizer([prompt] * len(pixels), return_tensors="pt", return_token_type_ids=False)
             inputs = inputs.to(self.model.device)
             (start,) = self.tokenizer.batch_decode(inputs["input_ids"][:1], skip_special_tokens=True)
-        found = self.model.generate(
-            pixel_values=pixels.to(self.model.device, self.model.dtype, non_blocking=True),
-            num_beams=num_beams,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            **inputs,
-        )
+        with shared_by_beams(self.model, num_beams) as cache:
+            found = self.model.generate(
+                pixel_values=pixels.to(self.model.device, self.model.dtype, non_blocking=True),
+                num_beams=num_beams,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                **cache,
+                **inputs,
+            )
         captions = [text.strip() for text in self.tokenizer.batch_decode(found, skip_special_tokens=True)]
         if prompt and not keep_prompt:
             captions = [caption.removeprefix(start.strip()).strip() for caption in captions]
@@ -114,6 +119,50 @@ class Captioner:
         self.model.save_pretrained(folder, safe_serialization=True)
         BlipProcessor(self.image_processor, self.tokenizer).save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
+
+
+# --- beams that share a picture -----------------------------------------------------------------------------
+
+# transformers 4.54 and later keep BLIP's keys and values in an EncoderDecoderCache, which `generate` can be
+# given; earlier ones keep bare tuples, and there every beam has a copy of its own.
+CACHE_CAN_BE_SHARED = hasattr(modeling_blip_text, "EncoderDecoderCache")
+
+
+class PictureCache(DynamicCache):
+    """Keys and values of pictures (N, heads, tokens, D): the same, whichever beams a search goes on with."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        pass
+
+
+@contextmanager
+def shared_by_beams(model: PreTrainedModel, num_beams: int) -> Iterator[dict[str, EncoderDecoderCache]]:
+    """Options for one `model.generate` with which the beams of a picture share its keys and values.
+
+    By itself `generate` has each beam compute, keep and, at every step, copy those of its picture. Here
+    BLIP's cross-attention takes the beams of a picture (N * beams, L, D) as so many more of its queries
+    (N, beams * L, D), which gives the same but for rounding. One beam, and other models, need no option.
+    """
+    if num_beams == 1 or model.config.model_type != "blip" or not CACHE_CAN_BE_SHARED:
+        yield {}
+        return
+
+    def join(module: nn.Module, inputs: tuple[Tensor], options: dict) -> tuple[tuple[Tensor], dict]:
+        (hidden,) = inputs
+        states = options["encoder_hidden_states"][::num_beams]  # `generate` repeats a picture's for its beams
+        # The mask has every beam's row, and masks nothing: pictures have no padding.
+        options |= {"encoder_hidden_states": states, "attention_mask": None}
+        return (hidden.unflatten(0, (-1, num_beams)).flatten(1, 2),), options
+
+    def part(module: nn.Module, inputs: tuple[Tensor], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden, *rest = outputs
+        return hidden.unflatten(1, (num_beams, -1)).flatten(0, 1), *rest
+
+    with ExitStack() as hooks:
+        for layer in model.text_decoder.bert.encoder.layer:
+            hooks.enter_context(layer.crossattention.register_forward_pre_hook(join, with_kwargs=True))
+            hooks.enter_context(layer.crossattention.register_forward_hook(part))
+        yield {"past_key_values": EncoderDecoderCache(DynamicCache(), PictureCache())}
 
 
 # --- loading ------------------------------------------------------------------------------------------------

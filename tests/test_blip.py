@@ -87,6 +87,38 @@ def test_captions_are_those_of_the_plain_loop(trained, demo, captioner, pixels, 
     assert [f"{prompt} {text}".strip() for text in cut] == plain
 
 
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("prompt", ["", "there are two"])
+def test_beams_share_the_keys_and_values_of_their_picture(captioner, pixels, monkeypatch, num_beams, prompt):
+    assert blip.CACHE_CAN_BE_SHARED, "the installed transformers keeps its keys elsewhere: adapt blip.py"
+    attention = [layer.crossattention.self for layer in captioner.model.text_decoder.bert.encoder.layer]
+    linears = [linear for module in attention for linear in (module.key, module.value)]
+    rows = []
+
+    def captions() -> list[str]:
+        rows.clear()
+        return captioner.caption(pixels, num_beams, 12, prompt)
+
+    hooks = [
+        linear.register_forward_hook(lambda module, inputs, out: rows.append(len(out))) for linear in linears
+    ]
+    shared = captions()
+    assert rows == [len(pixels)] * len(linears)  # once in a search, whatever the number of steps
+    monkeypatch.setattr(blip, "CACHE_CAN_BE_SHARED", False)
+    ordinary = captions()
+    for hook in hooks:
+        hook.remove()
+    assert rows == [len(pixels) * num_beams] * len(linears)
+    assert shared == ordinary and len(set(shared)) > 1
+
+
+def test_a_model_is_as_it_was_after_a_search_that_failed(captioner, pixels):
+    with pytest.raises(RuntimeError):
+        captioner.caption(pixels[:, :1], 3)  # grey; the model takes three channels
+    layer = captioner.model.text_decoder.bert.encoder.layer[0]
+    assert not layer.crossattention._forward_pre_hooks and not layer.crossattention._forward_hooks
+
+
 def test_a_new_process_gives_the_same_captions(trained, demo, captioner, pixels, run_script, tmp_path):
     output = tmp_path / "out.csv"
     options = ["--test_folder", demo / "test" / "test", "--output_csv", output, "--batch_size", 5]
