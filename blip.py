@@ -177,6 +177,8 @@ def load_captioner(model_path: str | Path) -> Captioner:
     """
     name = str(model_path)
     in_folder = Path(name).is_dir()
+    if Path(name).is_file():
+        raise UserError(f"{name}: is a file; give the folder that train_model.py wrote or a hub model")
     if in_folder and not (Path(name) / "config.json").is_file():
         raise UserError(f"{name}: no model in it (no config.json); give the folder that train_model.py wrote")
     if not in_folder and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):

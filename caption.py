@@ -34,9 +34,7 @@ class Settings:
     figure: str | None = None  # picture mode: file of the figure; None: attention_NAME.png
     show: bool = False  # picture mode: open the figure in a window too
     test_folder: str = "test/test"  # folder mode: pictures to caption
-    test_csv: str | None = (
-        None  # folder mode: ids and their order; None: test.csv in or up to two folders above, if any
-    )
+    test_csv: str | None = None  # ids and their order; None: test.csv in or up to two folders above, if any
     output_csv: str = "submission.csv"  # folder mode: image_id,caption
     batch_size: int = 32  # folder mode: pictures searched at a time
     workers: int = 4  # folder mode: threads that read pictures

@@ -48,7 +48,9 @@ def load_checkpoint(path: str | Path, *needed: str, word_map_path: str | Path | 
         key for key in keys if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), dict)
     ]
     if missing:
-        raise UserError(f"{path}: not a checkpoint that train.py wrote: it has no {', '.join(missing)}")
+        raise UserError(
+            f"{path}: has no {', '.join(missing)}; give a whole checkpoint, as best_checkpoint.pth is"
+        )
     if word_map not in (None, checkpoint["word_map"]):
         raise UserError(
             f"{word_map_path}: not the word map that {path} was trained with "

@@ -1,4 +1,4 @@
-"""Turn the published checkpoint of the 2018 PyTorch captioning tutorial into one of train.py.
+r"""Turn the published checkpoint of the 2018 PyTorch captioning tutorial into one of train.py.
 
     python convert_checkpoint.py --checkpoint BEST_checkpoint_coco_5_cap_per_img_5_min_word_freq.pth.tar \
         --word_map WORDMAP_coco_5_cap_per_img_5_min_word_freq.json --output output_models/tutorial.pth
@@ -9,9 +9,10 @@ file says is run.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
-from checkpoints import save_checkpoint
+from checkpoints import load_checkpoint, save_checkpoint
 from tutorial_checkpoint import read_tutorial_checkpoint
 from utils import UserError, read_json, run_script
 
@@ -29,6 +30,10 @@ class Settings:
 
 def main(settings: Settings) -> None:
     word_map = None if settings.word_map is None else read_json(settings.word_map)
+    with suppress(UserError):
+        load_checkpoint(settings.checkpoint, "encoder", "decoder")
+        print(f"{settings.checkpoint}: is a checkpoint of this project already")
+        return
     checkpoint = read_tutorial_checkpoint(settings.checkpoint, word_map)
     save_checkpoint(settings.output, checkpoint)
     (line,) = checkpoint["history"]

@@ -1,7 +1,7 @@
 """Prepare captioned pictures for training: annotations + pictures -> data_output/.
 
-    python create_input_files.py                      # Kaggle layout: train.csv, train/train/, test.csv,
-    test/test/ python create_input_files.py --annotations captions.txt --image_folder Images
+    python create_input_files.py      # train.csv, train/train/, test.csv, test/test/, as Kaggle has them
+    python create_input_files.py --annotations captions.txt --image_folder Images
     python create_input_files.py --annotations dataset_coco.json --image_folder coco
 
 The annotation file may be a Kaggle CSV, a Flickr8k captions.txt, Karpathy's JSON or COCO's; its content
@@ -32,9 +32,7 @@ from utils import UserError, check_at_least, parallel_map, progress_bar, read_pi
 class Settings:
     annotations: str = "train.csv"  # captions to train on, any layout
     image_folder: str = "train/train"  # their pictures
-    test_annotations: str | None = (
-        None  # None: for a Kaggle train.csv, the test_captions.csv or test.csv beside it
-    )
+    test_annotations: str | None = None  # None: test_captions.csv or test.csv beside a Kaggle train.csv
     test_image_folder: str | None = None  # None: test/test beside the test annotations
     output_folder: str = "data_output"  # where the prepared files go
     val_fraction: float = 0.1  # share of pictures to validate on, where the file names no splits

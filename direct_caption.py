@@ -18,7 +18,7 @@ from torch import Tensor
 
 from blip import HUB_MODEL, Captioner, load_captioner, require_blip
 from submissions import caption_folder, find_pictures
-from utils import UserError, check_at_least, pick_device, run_script
+from utils import UserError, check_at_least, check_output, pick_device, run_script
 
 
 @dataclass
@@ -72,7 +72,8 @@ def caption_images(
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    find_pictures(test_folder, test_csv)  # complain before the model is loaded
+    check_output(output_csv)  # complain before the model is loaded
+    find_pictures(test_folder, test_csv)
     captioner = load_captioner(model_path)
     if prompt:
         require_blip(captioner, model_path, "--prompt")

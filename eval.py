@@ -29,6 +29,7 @@ from utils import (
     PICTURE_EXTENSIONS,
     UserError,
     check_at_least,
+    check_output,
     parallel_map,
     processes,
     progress_bar,
@@ -65,6 +66,9 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
+    for output in (settings.output_json, settings.output_captions, settings.per_image_csv):
+        if output:
+            check_output(output)
     if settings.submission:
         rows = [score_submission(settings.submission, settings.references, settings.split, settings.partial)]
     else:
@@ -139,7 +143,12 @@ def read_references(data_folder: str | Path, split: str) -> dict[str, list[str]]
             f"{folder}: pictures of the {split} split have no captions to score against; prepare it with "
             f"--test_annotations FILE, or caption the folder and give --submission and --references"
         )
-    return dict(zip(ids, captions, strict=True))
+    references_of = dict(zip(ids, captions, strict=True))
+    if len(references_of) < len(ids):
+        raise UserError(
+            f"{folder}: pictures of the {split} split share an id; give each its own and prepare it anew"
+        )
+    return references_of
 
 
 def caption_pictures(

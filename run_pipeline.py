@@ -28,7 +28,17 @@ import train_model as blip_training
 from blip import HUB_MODEL
 from checkpoints import load_checkpoint
 from datasets import read_annotations, read_prepared
-from utils import UserError, check_at_least, natural_order, run_script
+from models import EFFICIENTNETS, RESNETS
+from utils import (
+    UserError,
+    check_at_least,
+    check_output,
+    list_pictures,
+    natural_order,
+    read_json,
+    run_script,
+    write_json,
+)
 
 
 @dataclass
@@ -56,6 +66,11 @@ class Settings:
     def __post_init__(self):
         check_at_least(self, 1, "batch_size", "beam_size")
         check_at_least(self, 0, "demo_pictures")
+        for name in ("epochs", "blip_epochs"):
+            if getattr(self, name) is not None:
+                check_at_least(self, 1, name)
+        if self.encoder_name not in (None, *RESNETS, *EFFICIENTNETS):
+            raise UserError(f"--encoder_name {self.encoder_name} is unknown: train.py --help names some")
 
 
 # what the demonstration is trained with: small, so that it learns in minutes without a GPU
@@ -72,6 +87,12 @@ DEMO = {
 
 
 def main(settings: Settings) -> None:
+    for folder in (settings.data_folder, settings.output_folder, settings.blip_folder):
+        check_output(folder, folder=True)
+    for file in (settings.output_csv, settings.blip_csv):
+        check_output(file)
+    if settings.test_folder != Settings.test_folder and not Path(settings.test_folder).is_dir():
+        raise UserError(f"{settings.test_folder}: no such folder; give the one with pictures to caption")
     steps = announce_steps({"attention": 4, "blip": 3, "both": 6}[settings.model])
     settings, demo = choose_data(settings, steps)
     best, blip_best = {}, {}
@@ -199,21 +220,37 @@ def caption_test_pictures(settings: Settings, announce: Callable[[str], None]) -
     caption.caption_images(
         *models, None, settings.test_folder, result, settings.beam_size, batch_size=settings.batch_size
     )
+    write_json(record_file(result, models), made_of(settings, result, models))
 
 
 def nothing_to_caption(
     step: str, settings: Settings, result: Path, models: list[Path], announce: Callable[[str], None]
 ) -> bool:
-    """Say so where there are no test pictures, or their captions are newer than they and the models."""
-    folder = Path(settings.test_folder)
-    if not folder.is_dir():
+    """Say so where there are no test pictures, or where `result` is what was made of the same files."""
+    if not Path(settings.test_folder).is_dir():
         announce(f"{step}: no {settings.test_folder}/, skipped")
         return True
-    newest = max(path.stat().st_mtime for path in (folder, *models))
-    if result.is_file() and result.stat().st_mtime > newest:
+    record = record_file(result, models)
+    if record.is_file() and read_json(record) == made_of(settings, result, models):
         announce(f"{step}: {result} is up to date, skipped")
         return True
     return False
+
+
+def record_file(result: Path, models: list[Path]) -> Path:
+    """Where it is kept what the captions were made of: beside the model."""
+    return models[0].parent / f"{result.stem}_made_of.json"
+
+
+def made_of(settings: Settings, result: Path, models: list[Path]) -> dict:
+    """What the captions depend on, and themselves: size and time of each file."""
+    pictures = list_pictures(settings.test_folder)
+    folder = pictures[0].parent.resolve()
+    lists = [place / "test.csv" for place in (folder, folder.parent, folder.parent.parent)]
+    files = [result, *models, *pictures, *lists]
+    stats = {str(file): file.stat() for file in files if file.is_file()}
+    sizes = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    return {"beam_size": settings.beam_size, "files": sizes}
 
 
 def fine_tune_blip(settings: Settings, demo: bool, announce: Callable[[str], None]) -> dict:
@@ -243,6 +280,7 @@ def caption_with_blip(settings: Settings, announce: Callable[[str], None]) -> No
     direct_caption.caption_images(
         settings.blip_folder, settings.test_folder, result, num_beams=settings.beam_size
     )
+    write_json(record_file(result, [weights]), made_of(settings, result, [weights]))
 
 
 def report(settings: Settings, best: dict, blip_best: dict) -> None:
@@ -271,7 +309,8 @@ def report(settings: Settings, best: dict, blip_best: dict) -> None:
                 print(f"      reference: {text}")
     print()
     for model, result, folder, _ in made:
-        print(f"{model}: captions in {result}, model and history.csv in {folder}/")
+        captions = f"captions in {result}, " if result.is_file() else ""
+        print(f"{model}: {captions}model and history.csv in {folder}/")
 
 
 def find_references(settings: Settings) -> str | None:

@@ -14,7 +14,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from datasets import PictureFinder, read_annotations
-from utils import UserError, list_pictures, parallel_map, progress_bar, read_json, write_json, written_aside
+from utils import (
+    UserError,
+    check_output,
+    list_pictures,
+    parallel_map,
+    progress_bar,
+    read_json,
+    write_json,
+    written_aside,
+)
 
 
 def find_pictures(
@@ -63,6 +72,7 @@ def caption_folder(
     Raises:
         UserError: wrong input, or not one readable picture.
     """
+    check_output(output)
     rows = find_pictures(test_folder, test_csv)
     captions: dict[str, str] = {}
     failed: list[str] = []

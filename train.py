@@ -3,8 +3,7 @@
     python train.py
     python train.py --encoder_name efficientnet_lite2 --epochs 20
     python train.py --checkpoint output_models/checkpoint_epoch_3.pth --epochs 10    # go on after epoch 3
-
-    python train.py --fine_tune_encoder --fine_tune_after 10 --augment --epochs 30   # then the encoder too
+    python train.py --fine_tune_encoder --fine_tune_after 10 --augment --epochs 30   # decoder, then both
     torchrun --nproc_per_node 4 train.py                                             # on four GPUs
 
 After every epoch the model captions the validation pictures by itself (greedy decoding, no true words put
@@ -38,6 +37,7 @@ from models import DecoderWithAttention, Encoder, load_embeddings
 from utils import (
     UserError,
     check_at_least,
+    check_output,
     normalize_pictures,
     pick_device,
     processes,
@@ -103,7 +103,12 @@ def train(settings: Settings) -> dict:
     torch.manual_seed(settings.seed)
     state, device = processes(), pick_device()
     say = print if state.is_main_process else lambda *_: None
-    read_prepared(settings.data_folder)  # complains where it is not complete
+    check_output(settings.output_folder, folder=True)
+    if "val" not in read_prepared(settings.data_folder)["splits"]:
+        raise UserError(
+            f"{settings.data_folder}: no val split to choose the best epoch by; prepare it with "
+            f"--val_fraction 0.1"
+        )
     word_map = read_json(Path(settings.data_folder) / "word_map.json")
     resumed = None
     if settings.checkpoint:
@@ -187,6 +192,9 @@ def build_models(
     """New models, or those of the checkpoint, whose shape then replaces that of the settings."""
     if resumed:
         shape = ("encoder_name", "emb_dim", "attention_dim", "decoder_dim")
+        for name in shape:
+            if resumed["settings"][name] != getattr(settings, name) and processes().is_main_process:
+                print(f"--{name} is the checkpoint's: {resumed['settings'][name]}")
         settings = replace(settings, **{name: resumed["settings"][name] for name in shape})
         decoder = decoder_from(resumed, settings.checkpoint)
         decoder.dropout.p = settings.dropout

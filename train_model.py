@@ -48,6 +48,7 @@ from metrics import CiderD, bleu4, tokenize
 from utils import (
     UserError,
     check_at_least,
+    check_output,
     natural_order,
     progress_bar,
     run_script,
@@ -129,6 +130,7 @@ def train(settings: Settings) -> dict:
 
 
 def run_training(settings: Settings) -> dict:
+    check_output(settings.output_folder, folder=True)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     accelerator = start_accelerator(settings)

@@ -74,6 +74,7 @@ def run_script(main: Callable, settings_class: type) -> typing.NoReturn:
             errno.ENOTDIR,
             errno.EISDIR,
             errno.EDQUOT,
+            errno.EEXIST,
         ):
             raise  # not the user's doing: show where it comes from
         print(f"error: {error.strerror}: {error.filename or 'while writing'}", file=sys.stderr)
@@ -198,6 +199,16 @@ def written_aside(path: str | Path) -> Iterator[Path]:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def check_output(path: str | Path, folder: bool = False) -> None:
+    """Raise UserError, before any work, where no file, or folder, of this name can be written."""
+    path = Path(path)
+    if path.is_dir() and not folder:
+        raise UserError(f"{path}: is a folder; give the name of a file to write")
+    for place in (path, *path.parents) if folder else path.parents:
+        if place.exists() and not place.is_dir():
+            raise UserError(f"{path}: {place} is a file, not a folder; give another place to write to")
 
 
 def write_json(path: str | Path, value) -> None:

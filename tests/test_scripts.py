@@ -2,7 +2,7 @@
 
 import csv
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ from PIL import Image
 
 from caption import caption_image_beam_search, caption_images
 from checkpoints import load_models
-from utils import UserError, parse_settings, read_picture
+from utils import UserError, check_output, parse_settings, read_picture, write_json
 
 
 def read_rows(file):
@@ -160,6 +160,47 @@ def test_wrong_input_of_preparation(run_script, tmp_path):
     assert_one_line(run_script(*script, "--max_len", 0), "--max_len")
     assert_one_line(run_script(*script, "--max_length", 5), "--max_length")
     assert not output.exists()
+
+
+def test_places_that_cannot_be_written_are_refused_first(run_script, prepared, models, demo, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    below = tmp_path / "file" / "out"
+    result = run_script("train.py", "--data_folder", prepared, "--output_folder", below)
+    assert_one_line(result, below, "is a file")
+    result = run_script(
+        "caption_from_checkpoint.py", "--checkpoint", models / "best_checkpoint.pth",
+        "--test_folder", demo / "test" / "test", "--output_csv", tmp_path,
+    )  # fmt: skip
+    assert_one_line(result, tmp_path, "is a folder")
+    assert (tmp_path / "file").read_text() == "mine"
+    for path, folder in ((below, False), (below, True), (tmp_path / "file", True), (tmp_path, False)):
+        with pytest.raises(UserError):
+            check_output(path, folder)
+    check_output(tmp_path / "new" / "file")
+    check_output(tmp_path, folder=True)
+
+
+def test_the_pipeline_knows_what_captions_were_made_of(demo, models, tmp_path):
+    import run_pipeline
+
+    captions, files, said = tmp_path / "captions.csv", [tmp_path / "model.pth"], []
+    files[0].write_bytes((models / "decoder.pth").read_bytes())
+    shutil.copytree(demo / "test" / "test", tmp_path / "pictures")
+    settings = run_pipeline.Settings(test_folder=str(tmp_path / "pictures"))
+
+    def up_to_date(settings=settings):
+        return run_pipeline.nothing_to_caption("captions", settings, captions, files, said.append)
+
+    assert not up_to_date()
+    captions.write_text("image_id,caption\n")
+    assert not up_to_date(), "somebody else's"
+    made = run_pipeline.made_of(settings, captions, files)
+    write_json(run_pipeline.record_file(captions, files), made)
+    assert up_to_date() and "up to date" in said[0]
+    assert not up_to_date(replace(settings, beam_size=1))
+    picture = next((tmp_path / "pictures").glob("*.jpg"))
+    picture.write_bytes(picture.read_bytes() + b" ")
+    assert not up_to_date()
 
 
 def test_wrong_input_of_training(run_script, prepared, tmp_path):
