@@ -52,8 +52,8 @@ class Picture:
 def read_annotations(file: str | Path, image_folder: str | Path | None = None) -> list[Picture]:
     """Read an annotation file; its content tells the layout.
 
-    * Kaggle CSV: columns `image_id,caption` (or `image_id` alone), the id being a file name without its
-    extension * Flickr8k `captions.txt`: columns `image,caption`
+    * Kaggle CSV: columns `image_id,caption` (or `image_id` alone); ids are file names, less the extension
+    * Flickr8k `captions.txt`: columns `image,caption`
     * Karpathy JSON: `images`, each with `filename`, `split` and `sentences`
     * COCO captions JSON: `images` and `annotations`
 

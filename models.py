@@ -1,8 +1,8 @@
 """Show, Attend and Tell (Xu et al., 2015) with soft attention: Encoder, Attention, DecoderWithAttention.
 
     Encoder               pictures (N, 3, H, W), ImageNet-normalized -> encoding (N, 14, 14, D)
-    Attention             pixels (N, P, D), hidden (N, H)            -> context (N, D), alpha (N, P), rows
-    sum to 1 DecoderWithAttention  encoding, captions                         -> word scores, alphas
+    Attention             pixels (N, P, D), hidden (N, H)            -> context (N, D), alpha (N, P) of sum 1
+    DecoderWithAttention  encoding, captions                         -> word scores, alphas
 
 The encoder's own grid is small (8 x 8 for a 256-pixel picture); the model attends to its average-pooled
 enlargement to 14 x 14. Pooling is a matrix with rows that sum to one, so it commutes with every linear

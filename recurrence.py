@@ -174,7 +174,8 @@ class Recurrence(Function):
         pictures, group, width = len(cells), len(plan.slots) // len(cells), c_in.shape[1]
         d_products = h_in.new_empty(len(h_in), len(hidden_weight))
         d_own, d_gate, d_query = d_products.split([4 * width, cells.shape[2], projection.shape[2]], dim=1)
-        d_contexts = torch.empty_like(contexts)
+        open_encoder = ctx.needs_input_grad[4]
+        d_contexts = torch.empty_like(contexts) if open_encoder else None
         # an energy's gradient is score_weight * slope; slopes are summed over words, and over pixels
         slopes = projection.new_zeros(projection.shape, dtype=full)
         query_slopes = torch.empty_like(queries)
@@ -201,8 +202,10 @@ class Recurrence(Function):
             d_gated = d_own[now] @ context_weight
             beta = betas[now]
             d_gate[now] = d_gated * contexts[now] * beta * (1 - beta)
-            d_contexts[now] = d_gated.mul_(beta)
-            d_weights = _to_slots(d_gated, slots, pictures, group) @ cells.mT  # (N, G, C)
+            d_context = d_gated.mul_(beta)
+            if open_encoder:
+                d_contexts[now] = d_context
+            d_weights = _to_slots(d_context, slots, pictures, group) @ cells.mT  # (N, G, C)
             d_weights = d_weights.flatten(0, 1)[slots]
             d_alpha = d_weights if pooling is None else d_weights @ pooling.T
             d_alpha = d_alphas[now] + d_alpha
@@ -224,7 +227,7 @@ class Recurrence(Function):
             end = start
 
         d_cells = None
-        if ctx.needs_input_grad[4]:
+        if open_encoder:
             weights = alphas.to(dtype) if pooling is None else alphas.to(dtype) @ pooling
             # each word's place among its picture's words
             rows = torch.cat([plan.slots[:count] for count in plan.counts])

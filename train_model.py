@@ -121,9 +121,7 @@ def train(settings: Settings) -> dict:
     threads = torch.get_num_threads()
     try:
         if settings.base_model == "tiny":
-            torch.set_num_threads(
-                1
-            )  # its operations are too small to share: threads would wait for each other
+            torch.set_num_threads(1)  # too little work in an operation for more: they would wait
         return run_training(settings)
     finally:
         torch.set_num_threads(threads)
