@@ -9,12 +9,10 @@ file says is run.
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 
 from checkpoints import load_checkpoint, save_checkpoint
-from tutorial_checkpoint import read_tutorial_checkpoint
-from utils import UserError, read_json, run_script
+from utils import UserError, run_script
 
 
 @dataclass
@@ -29,17 +27,15 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    word_map = None if settings.word_map is None else read_json(settings.word_map)
-    with suppress(UserError):
-        load_checkpoint(settings.checkpoint, "encoder", "decoder")
+    checkpoint = load_checkpoint(settings.checkpoint, "encoder", "decoder", word_map_path=settings.word_map)
+    line = checkpoint["history"][0]
+    if "teacher_forced_bleu4" not in line:
         print(f"{settings.checkpoint}: is a checkpoint of this project already")
         return
-    checkpoint = read_tutorial_checkpoint(settings.checkpoint, word_map)
     save_checkpoint(settings.output, checkpoint)
-    (line,) = checkpoint["history"]
     print(
-        f"{settings.output}: encoder {checkpoint['settings']['encoder_name']}, {len(word_map)} words, "
-        f"after epoch {line['epoch']}; the tutorial's BLEU-4 {line['teacher_forced_bleu4']:.4f} is "
+        f"{settings.output}: encoder {checkpoint['settings']['encoder_name']}, "
+        f"{len(checkpoint['word_map'])} words, after epoch {line['epoch']}; the tutorial's BLEU-4 {line['teacher_forced_bleu4']:.4f} is "
         f"teacher-forced: score the model's own captions with eval.py"
     )
 
