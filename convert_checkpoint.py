@@ -35,8 +35,9 @@ def main(settings: Settings) -> None:
     save_checkpoint(settings.output, checkpoint)
     print(
         f"{settings.output}: encoder {checkpoint['settings']['encoder_name']}, "
-        f"{len(checkpoint['word_map'])} words, after epoch {line['epoch']}; the tutorial's BLEU-4 {line['teacher_forced_bleu4']:.4f} is "
-        f"teacher-forced: score the model's own captions with eval.py"
+        f"{len(checkpoint['word_map'])} words, after epoch {line['epoch']}; "
+        f"the tutorial's BLEU-4 {line['teacher_forced_bleu4']:.4f} is teacher-forced: "
+        f"score the model's own captions with eval.py"
     )
 
 
