@@ -1,4 +1,4 @@
-"""Caption one picture, with a figure of where the model looked, or a folder of them into a submission CSV.
+"""Caption one image, with a figure of where the model looked, or a folder of them into a submission CSV.
 
 python caption.py --img photo.jpg --model output_models/best_checkpoint.pth --beam_size 5
 python caption.py --encoder_path output_models/encoder.pth --decoder_path output_models/decoder.pth
@@ -16,28 +16,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captioner import Captioner
-from checkpoints import load_models
+from captioning.captioner import Captioner
+from captioning.checkpoints import load_models
+from captioning.images import read_image
+from captioning.submissions import caption_folder
 from models import DecoderWithAttention, Encoder
-from submissions import caption_folder
-from utils import UserError, check_at_least, read_picture, run_script, written_aside
+from utils import UserError, atomic_write, check_at_least, run_script
 
 
 @dataclass
 class Settings:
-    img: str | None = None  # one picture to caption; None: a folder
+    img: str | None = None  # one image to caption; None: a folder
     model: str | None = None  # a checkpoint of train.py; None: encoder_path and decoder_path
     encoder_path: str = "output_models/encoder.pth"  # the best epoch's encoder
     decoder_path: str = "output_models/decoder.pth"  # and decoder
     word_map: str | None = None  # word_map.json; None: the one in the checkpoint
     beam_size: int = 3  # hypotheses searched at a time; 1 is greedy
-    figure: str | None = None  # picture mode: file of the figure; None: attention_NAME.png
-    show: bool = False  # picture mode: open the figure in a window too
-    test_folder: str = "test/test"  # folder mode: pictures to caption
+    figure: str | None = None  # image mode: file of the figure; None: attention_NAME.png
+    show: bool = False  # image mode: open the figure in a window too
+    test_folder: str = "test/test"  # folder mode: images to caption
     test_csv: str | None = None  # ids and their order; None: test.csv in or up to two folders above, if any
     output_csv: str = "submission.csv"  # folder mode: image_id,caption
-    batch_size: int = 32  # folder mode: pictures searched at a time
-    workers: int = 4  # folder mode: threads that read pictures
+    batch_size: int = 32  # folder mode: images searched at a time
+    workers: int = 4  # folder mode: threads that read images
     length_penalty: float = 0.0  # compare captions by log-probability / length ** this
 
     def __post_init__(self):
@@ -61,7 +62,7 @@ def main(settings: Settings) -> int:
             length_penalty=settings.length_penalty,
         )
         return 1 if failed else 0
-    read_picture(settings.img)  # complain before the models are loaded
+    read_image(settings.img)  # complain before the models are loaded
     encoder, decoder, word_map = load_models(encoder_path, decoder_path, settings.word_map)
     words, alphas = caption_image_beam_search(
         encoder, decoder, settings.img, word_map, settings.beam_size, settings.length_penalty
@@ -73,7 +74,7 @@ def main(settings: Settings) -> int:
     return 0
 
 
-# --- one picture --------------------------------------------------------------------------------------------
+# --- one image --------------------------------------------------------------------------------------------
 
 
 def caption_image_beam_search(
@@ -84,11 +85,11 @@ def caption_image_beam_search(
     beam_size: int = 3,
     length_penalty: float = 0.0,
 ) -> tuple[list[str], Tensor]:
-    """The caption of a picture file as words, and where each word looked: alphas (words, 14, 14), each
+    """The caption of an image file as words, and where each word looked: alphas (words, 14, 14), each
     summing to 1."""
     captioner = Captioner([(encoder, decoder)], word_map)
-    picture = torch.from_numpy(read_picture(image_path, encoder.image_size)).unsqueeze(0)
-    (found,) = captioner.search(captioner.encode(picture), beam_size, length_penalty, keep_alphas=True)
+    image = torch.from_numpy(read_image(image_path, encoder.image_size)).unsqueeze(0)
+    (found,) = captioner.search(captioner.encode(image), beam_size, length_penalty, keep_alphas=True)
     side = round(found.alphas.shape[1] ** 0.5)
     return [captioner.words[index] for index in found.words], found.alphas.view(-1, side, side)
 
@@ -96,7 +97,7 @@ def caption_image_beam_search(
 def visualize_att(
     image_path: str | Path, words: Sequence[str], alphas: Tensor, figure: str | Path, show: bool = False
 ) -> None:
-    """Write a figure of the picture and, for each word, the picture under its attention map.
+    """Write a figure of the image and, for each word, the image under its attention map.
 
     Args:
         alphas: (words, 14, 14).
@@ -114,8 +115,8 @@ def visualize_att(
     extension = figure.suffix.lstrip(".").lower()
     if extension not in formats:
         raise UserError(f"{figure}: no format for figures; give a name that ends in .png or .pdf")
-    picture = read_picture(image_path).transpose(1, 2, 0)  # (height, width, 3)
-    height, width = picture.shape[:2]
+    image = read_image(image_path).transpose(1, 2, 0)  # (height, width, 3)
+    height, width = image.shape[:2]
     columns = min(len(words) + 1, 6)
     rows = -(-(len(words) + 1) // columns)
     panel = 2.4  # inches, the longer side
@@ -126,14 +127,14 @@ def visualize_att(
     for axis in axes.flat:
         axis.axis("off")
     for axis, title in zip(axes.flat, [" ", *words]):
-        axis.imshow(picture, extent=(0, width, height, 0))
+        axis.imshow(image, extent=(0, width, height, 0))
         axis.set_title(title, fontsize=12)
     for axis, alpha in zip(axes.flat[1:], alphas.cpu().numpy()):
         smooth = pyramid_expand(alpha, upscale=16, sigma=8)
         # one scale for each word: the brightest place is where it looked most
         axis.imshow(smooth, extent=(0, width, height, 0), cmap="gray", alpha=0.75, vmin=0, vmax=smooth.max())
-    with written_aside(figure) as aside:
-        sheet.savefig(aside, format=extension, dpi=110)
+    with atomic_write(figure) as tmp_path:
+        sheet.savefig(tmp_path, format=extension, dpi=110)
     if show:
         plt.show()
     plt.close(sheet)
@@ -154,16 +155,16 @@ def caption_images(
     workers: int = 4,
     length_penalty: float = 0.0,
 ) -> list[str]:
-    """Caption the pictures of a folder into a CSV `image_id,caption`.
+    """Caption the images of a folder into a CSV `image_id,caption`.
 
-    With a test.csv its ids are the rows, in its order and as they are written there; otherwise every picture
+    With a test.csv its ids are the rows, in its order and as they are written there; otherwise every image
     of the folder, in natural order, by its name without extension.
 
     Returns:
-        What was wrong with the pictures that could not be read, one line each; their captions are empty.
+        What was wrong with the images that could not be read, one line each; their captions are empty.
 
     Raises:
-        UserError: wrong input, or not one readable picture.
+        UserError: wrong input, or not one readable image.
     """
     encoder, decoder, word_map = load_models(encoder_path, decoder_path, word_map_path)
     captioner = Captioner([(encoder, decoder)], word_map)
@@ -171,8 +172,8 @@ def caption_images(
         test_folder,
         test_csv,
         output_csv,
-        lambda path: read_picture(path, encoder.image_size),
-        lambda pictures: captioner.caption(torch.from_numpy(np.stack(pictures)), beam_size, length_penalty),
+        lambda path: read_image(path, encoder.image_size),
+        lambda images: captioner.caption(torch.from_numpy(np.stack(images)), beam_size, length_penalty),
         batch_size,
         workers,
     )

@@ -1,9 +1,9 @@
-"""Caption a folder of pictures into a submission CSV from one checkpoint, or from an ensemble of several.
+"""Caption a folder of images into a submission CSV from one checkpoint, or from an ensemble of several.
 
     python caption_from_checkpoint.py                                     # output_models/best_checkpoint.pth
     python caption_from_checkpoint.py --checkpoint seed_1.pth seed_2.pth --ensemble_mode
 
-The members of an ensemble look at a picture each with its own encoder and attention; at every step of one
+The members of an ensemble look at an image each with its own encoder and attention; at every step of one
 beam search their word distributions are averaged.
 """
 
@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from captioner import Captioner
-from submissions import caption_folder
-from utils import UserError, check_at_least, natural_order, read_picture, run_script
+from captioning.captioner import Captioner
+from captioning.images import read_image
+from captioning.submissions import caption_folder
+from utils import UserError, check_at_least, natural_order, run_script
 
 
 @dataclass
@@ -27,13 +28,13 @@ class Settings:
     ensemble_mode: bool = False  # average several checkpoints at every step of the search
     checkpoint_folder: str = "output_models"  # where checkpoints are looked for
     word_map: str | None = None  # word_map.json, for a checkpoint that has none
-    test_folder: str = "test/test"  # pictures to caption
+    test_folder: str = "test/test"  # images to caption
     test_csv: str | None = None  # ids and their order; None: test.csv in or up to two folders above, if any
     output_csv: str = "submission.csv"  # image_id,caption; a name in .json gives COCO results
     beam_size: int = 3  # hypotheses searched at a time; 1 is greedy
     length_penalty: float = 0.0  # compare captions by log-probability / length ** this
-    batch_size: int = 32  # pictures searched at a time
-    workers: int = 4  # threads that read pictures
+    batch_size: int = 32  # images searched at a time
+    workers: int = 4  # threads that read images
 
     def __post_init__(self):
         check_at_least(self, 1, "beam_size", "batch_size", "workers")
@@ -49,9 +50,9 @@ def main(settings: Settings) -> int:
         settings.test_folder,
         settings.test_csv,
         settings.output_csv,
-        read=lambda path: read_picture(path, captioner.image_size),
-        caption=lambda pictures: captioner.caption(
-            torch.from_numpy(np.stack(pictures)), settings.beam_size, settings.length_penalty
+        read=lambda path: read_image(path, captioner.image_size),
+        caption=lambda images: captioner.caption(
+            torch.from_numpy(np.stack(images)), settings.beam_size, settings.length_penalty
         ),
         batch_size=settings.batch_size,
         workers=settings.workers,

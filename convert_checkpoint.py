@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from checkpoints import load_checkpoint, save_checkpoint
+from captioning.checkpoints import load_checkpoint, save_checkpoint
 from utils import UserError, run_script
 
 

@@ -1,4 +1,4 @@
-"""Prepare captioned pictures for training: annotations + pictures -> data_output/.
+"""Prepare captioned images for training: annotations + images -> data_output/.
 
     python create_input_files.py      # train.csv, train/train/, test.csv, test/test/, as Kaggle has them
     python create_input_files.py --annotations captions.txt --image_folder Images
@@ -24,24 +24,25 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from datasets import END, PAD, START, UNK, Picture, held_out, read_annotations
-from utils import UserError, check_at_least, parallel_map, progress_bar, read_picture, run_script, write_json
+from captioning.annotations import END, PAD, START, UNK, Record, held_out, read_annotations
+from captioning.images import read_image
+from utils import UserError, check_at_least, parallel_map, progress_bar, run_script, write_json
 
 
 @dataclass
 class Settings:
     annotations: str = "train.csv"  # captions to train on, any layout
-    image_folder: str = "train/train"  # their pictures
+    image_folder: str = "train/train"  # their images
     test_annotations: str | None = None  # None: test_captions.csv or test.csv beside a Kaggle train.csv
     test_image_folder: str | None = None  # None: test/test beside the test annotations
     output_folder: str = "data_output"  # where the prepared files go
-    val_fraction: float = 0.1  # share of pictures to validate on, where the file names no splits
-    captions_per_image: int = 5  # captions kept of each picture; fewer are filled up with repeats
+    val_fraction: float = 0.1  # share of images to validate on, where the file names no splits
+    captions_per_image: int = 5  # captions kept of each image; fewer are filled up with repeats
     min_word_freq: int = 5  # words seen less often in training captions become <unk>
     max_len: int = 50  # words; longer captions are left out
     image_size: int = 256  # pixels, width and height
-    workers: int = os.cpu_count() or 1  # threads that read pictures
-    strict: bool = False  # a missing or unreadable picture ends the run
+    workers: int = os.cpu_count() or 1  # threads that read images
+    strict: bool = False  # a missing or unreadable image ends the run
     seed: int = 123  # of the validation split and the choice among captions
 
     def __post_init__(self):
@@ -65,50 +66,50 @@ def create_input_files(settings: Settings) -> dict:
     output = Path(settings.output_folder)
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; give another --output_folder")
-    aside = output / f".preparing.{os.getpid()}.partial"
+    tmp_path = output / f".preparing.{os.getpid()}.partial"
     new = not output.exists()
     try:
-        aside.mkdir(parents=True)
-        record = write_splits(splits, settings, aside)
+        tmp_path.mkdir(parents=True)
+        record = write_splits(splits, settings, tmp_path)
         (output / "prepared.json").unlink(missing_ok=True)
         for stale in output.glob("*_*.*"):
             if stale.name.startswith(("train_", "val_", "test_")):
-                stale.unlink()  # of an earlier preparation: pictures, captions and features belong together
-        for file in sorted(aside.iterdir()):
+                stale.unlink()  # of an earlier preparation: images, captions and features belong together
+        for file in sorted(tmp_path.iterdir()):
             os.replace(file, output / file.name)
         write_json(output / "prepared.json", record)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(tmp_path, ignore_errors=True)
         if new and output.is_dir() and not any(output.iterdir()):
             output.rmdir()
     print_summary(record, output)
     return record
 
 
-def read_splits(settings: Settings) -> dict[str, list[Picture]]:
-    """The pictures of train, val and, where there are any, test."""
-    pictures = read_annotations(settings.annotations, settings.image_folder)
-    if any(picture.split for picture in pictures):
-        splits = {name: [p for p in pictures if p.split == name] for name in ("train", "val", "test")}
+def read_splits(settings: Settings) -> dict[str, list[Record]]:
+    """The images of train, val and, where there are any, test."""
+    images = read_annotations(settings.annotations, settings.image_folder)
+    if any(image.split for image in images):
+        splits = {name: [p for p in images if p.split == name] for name in ("train", "val", "test")}
     else:
-        validating = held_out(pictures, settings.val_fraction, settings.seed)
+        validating = held_out(images, settings.val_fraction, settings.seed)
         splits = {
-            "train": [p for p in pictures if p.image_id not in validating],
-            "val": [p for p in pictures if p.image_id in validating],
+            "train": [p for p in images if p.image_id not in validating],
+            "val": [p for p in images if p.image_id in validating],
             "test": [],
         }
     test_annotations, test_image_folder = find_test(settings)
     if test_annotations:
         splits["test"] = read_annotations(test_annotations, test_image_folder)
-    if not any(picture.captions for picture in splits["train"]):
+    if not any(image.captions for image in splits["train"]):
         raise UserError(
             f"{settings.annotations}: no training captions in it; expected a caption column with text"
         )
-    return {name: pictures for name, pictures in splits.items() if pictures}
+    return {name: images for name, images in splits.items() if images}
 
 
 def find_test(settings: Settings) -> tuple[str | None, str | None]:
-    """The test annotations and their pictures: as set, or what lies beside a Kaggle train.csv."""
+    """The test annotations and their images: as set, or what lies beside a Kaggle train.csv."""
     annotations = settings.test_annotations
     beside = Path(settings.annotations).parent
     if annotations is None and Path(settings.annotations).name == "train.csv":
@@ -124,26 +125,26 @@ def find_test(settings: Settings) -> tuple[str | None, str | None]:
     return annotations, settings.test_image_folder or str(Path(annotations).parent / "test" / "test")
 
 
-def write_splits(splits: dict[str, list[Picture]], settings: Settings, folder: Path) -> dict:
+def write_splits(splits: dict[str, list[Record]], settings: Settings, folder: Path) -> dict:
     """Write the files of all splits to `folder`; return the record of what was done."""
     skipped: list[tuple[str, str]] = []
-    kept: dict[str, list[Picture]] = {}
-    for name, pictures in splits.items():
-        usable = [] if name != "test" else pictures  # test pictures need no captions
-        for picture in pictures if name != "test" else []:
-            if any(0 < len(tokens) <= settings.max_len for tokens in picture.tokens):
-                usable.append(picture)
+    kept: dict[str, list[Record]] = {}
+    for name, images in splits.items():
+        usable = [] if name != "test" else images  # test images need no captions
+        for image in images if name != "test" else []:
+            if any(0 < len(tokens) <= settings.max_len for tokens in image.tokens):
+                usable.append(image)
             else:
-                skipped.append((picture.image_id, f"no caption of 1 to {settings.max_len} words"))
-        kept[name] = write_pictures(usable, name, settings, folder, skipped)
+                skipped.append((image.image_id, f"no caption of 1 to {settings.max_len} words"))
+        kept[name] = write_images(usable, name, settings, folder, skipped)
         if not kept[name]:
             (folder / f"{name}_images.hdf5").unlink()
     if not kept["train"]:
         raise UserError(
-            f"{settings.image_folder}: none of the training pictures can be used; first: {skipped[0][1]}"
+            f"{settings.image_folder}: none of the training images can be used; first: {skipped[0][1]}"
         )
 
-    words = Counter(word for picture in kept["train"] for tokens in picture.tokens for word in tokens)
+    words = Counter(word for image in kept["train"] for tokens in image.tokens for word in tokens)
     frequent = [word for word, count in words.items() if count >= settings.min_word_freq]
     if not frequent:
         raise UserError(
@@ -159,81 +160,79 @@ def write_splits(splits: dict[str, list[Picture]], settings: Settings, folder: P
         "splits": {},
         "words": len(frequent),
     }
-    for name, pictures in kept.items():
-        if not pictures:
+    for name, images in kept.items():
+        if not images:
             continue
-        paths = [picture.path for picture in pictures]
-        write_json(folder / f"{name}_image_ids.json", [picture.image_id for picture in pictures])
+        paths = [image.path for image in images]
+        write_json(folder / f"{name}_image_ids.json", [image.image_id for image in images])
         write_json(folder / f"{name}_image_paths.json", paths)
-        write_json(folder / f"{name}_references.json", [picture.captions for picture in pictures])
-        counts = {"pictures": len(pictures), "captions": sum(len(p.captions) for p in pictures)}
-        if all(any(0 < len(t) <= settings.max_len for t in picture.tokens) for picture in pictures):
-            counts["unknown_share"] = write_captions(pictures, name, word_map, settings, folder, rng)
+        write_json(folder / f"{name}_references.json", [image.captions for image in images])
+        counts = {"images": len(images), "captions": sum(len(p.captions) for p in images)}
+        if all(any(0 < len(t) <= settings.max_len for t in image.tokens) for image in images):
+            counts["unknown_share"] = write_captions(images, name, word_map, settings, folder, rng)
         record["splits"][name] = counts
     record["skipped"] = skipped
     return record
 
 
-def write_pictures(
-    pictures: list[Picture], split: str, settings: Settings, folder: Path, skipped: list[tuple[str, str]]
-) -> list[Picture]:
-    """Write the readable ones of `pictures` to SPLIT_images.hdf5, add the others to `skipped`; return the
+def write_images(
+    records: list[Record], split: str, settings: Settings, folder: Path, skipped: list[tuple[str, str]]
+) -> list[Record]:
+    """Write the readable ones of `records` to SPLIT_images.hdf5, add the others to `skipped`; return the
     readable."""
     size = settings.image_size
     kept, digest = [], hashlib.sha256()
     with h5py.File(folder / f"{split}_images.hdf5", "w") as file:
         shape = (size, size)
-        images = file.create_dataset(
-            "images", (len(pictures), 3, *shape), "uint8", maxshape=(None, 3, *shape), chunks=(1, 3, *shape)
+        stored = file.create_dataset(
+            "images", (len(records), 3, *shape), "uint8", maxshape=(None, 3, *shape), chunks=(1, 3, *shape)
         )
-        results = read_pictures(pictures, size, settings.workers)
-        for picture, pixels in progress_bar(
-            results, total=len(pictures), desc=f"{split} pictures", unit="picture"
-        ):
+        results = read_images(records, size, settings.workers)
+        for record, pixels in progress_bar(results, total=len(records), desc=f"{split} images", unit="image"):
             if isinstance(pixels, UserError):
                 if settings.strict:
                     raise pixels
                 tqdm.write(f"skipped: {pixels}", file=sys.stderr)
-                skipped.append((picture.image_id, str(pixels)))
+                skipped.append((record.image_id, str(pixels)))
                 continue
-            images[len(kept)] = pixels
+            stored[len(kept)] = pixels
             digest.update(pixels)
-            kept.append(picture)
-        images.resize(len(kept), axis=0)
+            kept.append(record)
+        stored.resize(len(kept), axis=0)
         file.attrs["captions_per_image"] = settings.captions_per_image
-        file.attrs["digest"] = digest.hexdigest()  # by which cached features know their pictures
+        file.attrs["digest"] = digest.hexdigest()  # by which cached features know their images
     return kept
 
 
-def read_pictures(
-    pictures: list[Picture], size: int, workers: int
-) -> Iterator[tuple[Picture, np.ndarray | UserError]]:
-    """Each picture with its pixels (3, size, size), or with what was wrong with its file; in order."""
+def read_images(
+    images: list[Record], size: int, workers: int
+) -> Iterator[tuple[Record, np.ndarray | UserError]]:
+    """Each image with its pixels (3, size, size), or with what was wrong with its file; in order."""
 
-    def read(picture: Picture) -> tuple[Picture, np.ndarray | UserError]:
-        if picture.path is None:
-            return picture, UserError(f"{picture.image_id}: no picture file of this name in the folder")
+    def read(image: Record) -> tuple[Record, np.ndarray | UserError]:
+        if image.path is None:
+            return image, UserError(f"{image.image_id}: no image file of this name in the folder")
         try:
-            return picture, read_picture(picture.path, size)
+            return image, read_image(image.path, size)
         except UserError as error:
-            return picture, error
+            return image, error
 
-    return parallel_map(read, pictures, workers)
+    return parallel_map(read, images, workers)
 
 
 def write_captions(
-    pictures: list[Picture],
+    images: list[Record],
     split: str,
     word_map: dict[str, int],
     settings: Settings,
     folder: Path,
     rng: random.Random,
 ) -> float:
-    """Write `captions_per_image` encoded captions of each picture and their lengths; return the share of
+    """Write `captions_per_image` encoded captions of each image and their lengths; return the share of
     `<unk>`."""
     encoded, lengths, unknown = [], [], 0
-    for picture in pictures:
-        choices = [tokens for tokens in picture.tokens if 0 < len(tokens) <= settings.max_len]
+    for image in images:
+        choices = [tokens for tokens in image.tokens if 0 < len(tokens) <= settings.max_len]
         missing = settings.captions_per_image - len(choices)
         chosen = choices + rng.choices(choices, k=missing) if missing > 0 else None
         for tokens in chosen or rng.sample(choices, settings.captions_per_image):
@@ -257,10 +256,10 @@ def input_files(settings: Settings) -> dict[str, list[int]]:
 def print_summary(record: dict, output: Path) -> None:
     for name, counts in record["splits"].items():
         unknown = f", {counts['unknown_share']:.1%} of words unknown" if "unknown_share" in counts else ""
-        print(f"{name:5} {counts['pictures']} pictures, {counts['captions']} captions{unknown}")
+        print(f"{name:5} {counts['images']} images, {counts['captions']} captions{unknown}")
     print(f"words {record['words']} in the word map")
     if record["skipped"]:
-        print(f"skipped {len(record['skipped'])} pictures (listed in {output / 'prepared.json'})")
+        print(f"skipped {len(record['skipped'])} images (listed in {output / 'prepared.json'})")
     print(f"written to {output}/")
 
 

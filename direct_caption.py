@@ -1,4 +1,4 @@
-"""Caption a folder of pictures with BLIP: model + pictures -> blip_submission.csv.
+"""Caption a folder of images with BLIP: model + images -> blip_submission.csv.
 
     python direct_caption.py --model_path blip_finetuned_model/
     python direct_caption.py            # with nothing: Salesforce/blip-image-captioning-base, from the hub
@@ -16,24 +16,24 @@ import torch
 import transformers
 from torch import Tensor
 
-from blip import HUB_MODEL, Captioner, load_captioner, require_blip
-from submissions import caption_folder, find_pictures
+from captioning.blip import HUB_MODEL, Captioner, load_captioner, require_blip
+from captioning.submissions import caption_folder, find_images
 from utils import UserError, check_at_least, check_output, pick_device, run_script
 
 
 @dataclass
 class Settings:
     model_path: str = HUB_MODEL  # a folder that train_model.py wrote, or a model of the hub
-    test_folder: str = "test/test"  # pictures to caption
+    test_folder: str = "test/test"  # images to caption
     test_csv: str | None = None  # ids and their order; None: test.csv in or up to two folders above, if any
     output_csv: str = "blip_submission.csv"  # image_id,caption; a name in .json: COCO results
-    batch_size: int = 16  # pictures captioned at a time
+    batch_size: int = 16  # images captioned at a time
     num_beams: int = 3  # hypotheses searched at a time; 1 is greedy
     max_new_tokens: int = 30  # longest caption, in tokens
     prompt: str = ""  # words that every caption begins with (BLIP); they are cut from the result
     conditional: bool = False  # leave the prompt in the captions
     mixed_precision: bool = False  # bfloat16 on CUDA
-    workers: int = 4  # threads that read and prepare pictures
+    workers: int = 4  # threads that read and prepare images
 
     def __post_init__(self):
         check_at_least(self, 1, "batch_size", "num_beams", "max_new_tokens", "workers")
@@ -59,21 +59,21 @@ def caption_images(
     mixed_precision: bool = False,
     workers: int = 4,
 ) -> list[str]:
-    """Caption the pictures of a folder into a CSV `image_id,caption`; rows as caption.py has them.
+    """Caption the images of a folder into a CSV `image_id,caption`; rows as caption.py has them.
 
-    Captions do not depend on batch_size or on the order of the pictures. With a prompt, BLIP goes on from it;
+    Captions do not depend on batch_size or on the order of the images. With a prompt, BLIP goes on from it;
     its words are cut from the captions, or kept where `conditional`.
 
     Returns:
-        What was wrong with the pictures that could not be read, one line each; their captions are empty.
+        What was wrong with the images that could not be read, one line each; their captions are empty.
 
     Raises:
-        UserError: wrong input, or not one readable picture.
+        UserError: wrong input, or not one readable image.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     check_output(output_csv)  # complain before the model is loaded
-    find_pictures(test_folder, test_csv)
+    find_images(test_folder, test_csv)
     captioner = load_captioner(model_path)
     if prompt:
         require_blip(captioner, model_path, "--prompt")
@@ -99,8 +99,8 @@ def caption_loaded(
 ) -> list[str]:
     """`caption_images` with a captioner that is loaded, on its device and in its precision."""
 
-    def caption(pictures: list[Tensor]) -> list[str]:
-        return captioner.caption(torch.stack(pictures), num_beams, max_new_tokens, prompt, conditional)
+    def caption(images: list[Tensor]) -> list[str]:
+        return captioner.caption(torch.stack(images), num_beams, max_new_tokens, prompt, conditional)
 
     return caption_folder(test_folder, test_csv, output_csv, captioner.prepare, caption, batch_size, workers)
 

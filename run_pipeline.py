@@ -3,7 +3,7 @@
     python run_pipeline.py                # on train.csv, train/train/, test.csv, test/test/ where they are,
                                           # else on the demonstration set, which it draws first
     python run_pipeline.py --annotations captions.txt --image_folder Images --epochs 20
-    python run_pipeline.py --model both   # the attention model and BLIP, scored on the same test pictures
+    python run_pipeline.py --model both   # the attention model and BLIP, scored on the same test images
 
 A step whose result is there, made from the same input with the same settings, is skipped; an interrupted
 training is taken up after its last complete epoch. Every setting of create_input_files.py, train.py and
@@ -25,29 +25,22 @@ import eval as evaluation
 import make_demo_data
 import train
 import train_model as blip_training
-from blip import HUB_MODEL
-from checkpoints import load_checkpoint
-from datasets import read_annotations, read_prepared
+from captioning.annotations import read_annotations
+from captioning.blip import HUB_MODEL
+from captioning.checkpoints import load_checkpoint
+from captioning.images import list_images
+from datasets import read_prepared
 from models import EFFICIENTNETS, RESNETS
-from utils import (
-    UserError,
-    check_at_least,
-    check_output,
-    list_pictures,
-    natural_order,
-    read_json,
-    run_script,
-    write_json,
-)
+from utils import UserError, check_at_least, check_output, natural_order, read_json, run_script, write_json
 
 
 @dataclass
 class Settings:
     model: Literal["attention", "blip", "both"] = "attention"  # what to train and to caption with
     annotations: str = "train.csv"  # captions to train on, any layout
-    image_folder: str = "train/train"  # their pictures
+    image_folder: str = "train/train"  # their images
     test_annotations: str | None = None  # None: the test_captions.csv or test.csv beside a Kaggle train.csv
-    test_folder: str = "test/test"  # pictures to caption
+    test_folder: str = "test/test"  # images to caption
     data_folder: str = "data_output"  # prepared data goes here
     output_folder: str = "output_models"  # checkpoints go here
     output_csv: str = "submission.csv"  # captions go here
@@ -58,14 +51,14 @@ class Settings:
     encoder_name: str | None = None  # None: resnet101; the demonstration's own where that is used
     epochs: int | None = None  # None: train.py's own number; the demonstration's own where that is used
     blip_epochs: int | None = None  # None: train_model.py's own number
-    batch_size: int = 16  # pictures a training step of the attention model
+    batch_size: int = 16  # images a training step of the attention model
     beam_size: int = 3  # of the captions
-    demo_pictures: int = 0  # training scenes that the demonstration draws; 0: make_demo_data.py's own number
+    demo_images: int = 0  # training scenes that the demonstration draws; 0: make_demo_data.py's own number
     seed: int = 123  # of everything random
 
     def __post_init__(self):
         check_at_least(self, 1, "batch_size", "beam_size")
-        check_at_least(self, 0, "demo_pictures")
+        check_at_least(self, 0, "demo_images")
         for name in ("epochs", "blip_epochs"):
             if getattr(self, name) is not None:
                 check_at_least(self, 1, name)
@@ -92,14 +85,14 @@ def main(settings: Settings) -> None:
     for file in (settings.output_csv, settings.blip_csv):
         check_output(file)
     if settings.test_folder != Settings.test_folder and not Path(settings.test_folder).is_dir():
-        raise UserError(f"{settings.test_folder}: no such folder; give the one with pictures to caption")
+        raise UserError(f"{settings.test_folder}: no such folder; give the one with images to caption")
     steps = announce_steps({"attention": 4, "blip": 3, "both": 6}[settings.model])
     settings, demo = choose_data(settings, steps)
     best, blip_best = {}, {}
     if settings.model != "blip":
         prepare(settings, steps)
         best = train_model(settings, DEMO if demo else {}, steps)
-        caption_test_pictures(settings, steps)
+        caption_test_images(settings, steps)
     if settings.model != "attention":
         blip_best = fine_tune_blip(settings, demo, steps)
         caption_with_blip(settings, steps)
@@ -120,11 +113,11 @@ def choose_data(settings: Settings, announce: Callable[[str], None]) -> tuple[Se
         announce(f"data: {settings.annotations}, {settings.image_folder}/")
         return settings, False
     drawing = make_demo_data.Settings()
-    if settings.demo_pictures:
-        drawing = replace(drawing, train_pictures=settings.demo_pictures)
+    if settings.demo_images:
+        drawing = replace(drawing, train_images=settings.demo_images)
     folder = Path(drawing.output_folder)
     print(f"no {settings.annotations} here: using the demonstration set in {folder}/ (coloured shapes)")
-    if drawn_pictures(folder) == drawing.train_pictures:
+    if drawn_images(folder) == drawing.train_images:
         announce(f"data: {folder}/ is there, skipped")
     else:
         announce(f"data: drawing {folder}/")
@@ -138,8 +131,8 @@ def choose_data(settings: Settings, announce: Callable[[str], None]) -> tuple[Se
     return replace(settings, **paths), True
 
 
-def drawn_pictures(folder: Path) -> int:
-    """How many training pictures of a complete drawing there are; boxes.json is written last."""
+def drawn_images(folder: Path) -> int:
+    """How many training images of a complete drawing there are; boxes.json is written last."""
     return len(list((folder / "train" / "train").glob("*.jpg"))) if (folder / "boxes.json").is_file() else 0
 
 
@@ -211,7 +204,7 @@ def last_checkpoint(wanted: train.Settings) -> Path | None:
     return last if same_data and checkpoint["settings"] | free == asdict(wanted) | free else None
 
 
-def caption_test_pictures(settings: Settings, announce: Callable[[str], None]) -> None:
+def caption_test_images(settings: Settings, announce: Callable[[str], None]) -> None:
     output, result = Path(settings.output_folder), Path(settings.output_csv)
     models = [output / "encoder.pth", output / "decoder.pth"]
     if nothing_to_caption("captions", settings, result, models, announce):
@@ -226,7 +219,7 @@ def caption_test_pictures(settings: Settings, announce: Callable[[str], None]) -
 def nothing_to_caption(
     step: str, settings: Settings, result: Path, models: list[Path], announce: Callable[[str], None]
 ) -> bool:
-    """Say so where there are no test pictures, or where `result` is what was made of the same files."""
+    """Say so where there are no test images, or where `result` is what was made of the same files."""
     if not Path(settings.test_folder).is_dir():
         announce(f"{step}: no {settings.test_folder}/, skipped")
         return True
@@ -244,10 +237,10 @@ def record_file(result: Path, models: list[Path]) -> Path:
 
 def made_of(settings: Settings, result: Path, models: list[Path]) -> dict:
     """What the captions depend on, and themselves: size and time of each file."""
-    pictures = list_pictures(settings.test_folder)
-    folder = pictures[0].parent.resolve()
+    images = list_images(settings.test_folder)
+    folder = images[0].parent.resolve()
     lists = [place / "test.csv" for place in (folder, folder.parent, folder.parent.parent)]
-    files = [result, *models, *pictures, *lists]
+    files = [result, *models, *images, *lists]
     stats = {str(file): file.stat() for file in files if file.is_file()}
     sizes = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
     return {"beam_size": settings.beam_size, "files": sizes}
@@ -300,12 +293,12 @@ def report(settings: Settings, best: dict, blip_best: dict) -> None:
         ]
         print(f"test scores (beam {settings.beam_size}):")
         evaluation.print_table(rows)
-        pictures = {picture.image_id: picture for picture in read_annotations(references)}
+        images = {image.image_id: image for image in read_annotations(references)}
         for image_id in list(rows[0]["captions"])[:3]:
             print(f"\n  {image_id}")
             for row in rows:
                 print(f"      {row['model'] + ':':10} {row['captions'][image_id]}")
-            for text in pictures[image_id].captions:
+            for text in images[image_id].captions:
                 print(f"      reference: {text}")
     print()
     for model, result, folder, _ in made:
@@ -320,8 +313,8 @@ def find_references(settings: Settings) -> str | None:
             annotations=settings.annotations, test_annotations=settings.test_annotations
         )
     )
-    pictures = read_annotations(annotations) if annotations else []
-    return annotations if any(picture.captions for picture in pictures) else None
+    images = read_annotations(annotations) if annotations else []
+    return annotations if any(image.captions for image in images) else None
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
     python train.py --fine_tune_encoder --fine_tune_after 10 --augment --epochs 30   # decoder, then both
     torchrun --nproc_per_node 4 train.py                                             # on four GPUs
 
-After every epoch the model captions the validation pictures by itself (greedy decoding, no true words put
+After every epoch the model captions the validation images by itself (greedy decoding, no true words put
 in) and is scored with BLEU-4 and CIDEr against all their references; the best epoch is kept as
 best_checkpoint.pth, encoder.pth, decoder.pth.
 """
@@ -29,24 +29,24 @@ from accelerate.utils import gather_object, reduce
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from captioner import Captioner
-from checkpoints import decoder_from, encoder_from, load_checkpoint, save_checkpoint
-from datasets import BatchSampler, CaptionDataset, cache_features, read_prepared
+from captioning.captioner import Captioner
+from captioning.checkpoints import decoder_from, encoder_from, load_checkpoint, save_checkpoint
+from captioning.features import cache_features
+from datasets import BatchSampler, CaptionDataset, read_prepared
 from metrics import CiderD, bleu4, tokenize
-from models import DecoderWithAttention, Encoder, load_embeddings
+from models import DecoderWithAttention, Encoder, load_embeddings, normalize_images
 from utils import (
     UserError,
+    archive_previous_run,
+    atomic_write,
     check_at_least,
     check_output,
-    normalize_pictures,
     pick_device,
     processes,
     progress_bar,
     read_json,
     run_script,
-    set_aside,
     write_table,
-    written_aside,
 )
 
 
@@ -61,7 +61,7 @@ class Settings:
     decoder_dim: int = 512  # width of the LSTM
     dropout: float = 0.5  # before the word scores
     epochs: int = 3  # in all, those before a resumed checkpoint counted
-    batch_size: int = 16  # pictures that go through the models at once; each brings all its captions
+    batch_size: int = 16  # images that go through the models at once; each brings all its captions
     grad_accumulation: int = 1  # batches a step: big steps on a small GPU
     workers: int = 2  # processes that load batches
     encoder_lr: float = 1e-4  # learning rate of the encoder, where it is fine-tuned
@@ -70,8 +70,8 @@ class Settings:
     alpha_c: float = 1.0  # weight of the doubly stochastic penalty (Xu et al., equation 14)
     fine_tune_encoder: bool = False  # train the encoder's convolutional blocks 2 to 4 too
     fine_tune_after: int = 0  # but only after this many epochs
-    augment: bool = False  # crop, recolour and flip pictures at random while the encoder is trained
-    cache_features: bool = True  # encode each picture once and keep the result, where the encoder is frozen
+    augment: bool = False  # crop, recolour and flip images at random while the encoder is trained
+    cache_features: bool = True  # encode each image once and keep the result, where the encoder is frozen
     checkpoint: str | None = None  # resume from this file
     embeddings: str | None = None  # start from these word vectors (GloVe text file); sets emb_dim
     fine_tune_embeddings: bool = True  # train the word embeddings
@@ -147,7 +147,7 @@ def train(settings: Settings) -> dict:
             optimizers = build_optimizers(encoder, decoder, settings, earlier)
             train_loader, val_loader = build_loaders(encoder, settings, device, fine_tuned)
         if epoch == done + 1 and not same_folder and state.is_main_process:
-            set_aside(output, *OUTPUT_FILES)
+            archive_previous_run(output, *OUTPUT_FILES)
         waited = epochs_since_best(history, settings.select_by)
         if waited >= STOP_AFTER:
             say(f"stopped: no better {settings.select_by} for {STOP_AFTER} epochs")
@@ -242,7 +242,7 @@ def build_optimizers(
 def build_loaders(
     encoder: Encoder, settings: Settings, device: torch.device, fine_tuned: bool
 ) -> tuple[DataLoader, DataLoader]:
-    """Batches of this process for training and validation: pictures, or a frozen encoder's features."""
+    """Batches of this process for training and validation: images, or a frozen encoder's features."""
     state, loaders = processes(), []
     for split in ("train", "val"):
         shuffle, features = split == "train", None
@@ -291,7 +291,7 @@ def train_one_epoch(
     device: torch.device,
     epoch: int,
 ) -> dict[str, float]:
-    """One pass over the training pictures: {"train_loss", "captions_per_second"}."""
+    """One pass over the training images: {"train_loss", "captions_per_second"}."""
     decoder.train()
     state, sampler = processes(), loader.sampler
     lengths_of = loader.dataset.lengths  # (I, N_c)
@@ -355,18 +355,18 @@ def validate(
     device: torch.device,
 ) -> dict[str, float]:
     """Teacher-forced loss and top-5 accuracy, BLEU-4 and CIDEr of greedy captions: {"val_loss", "val_top5",
-    "val_bleu4", "val_cider"}, of all processes' pictures."""
+    "val_bleu4", "val_cider"}, of all processes' images."""
     decoder.eval()
     captioner = Captioner([(encoder, decoder)], word_map)
     sums, hypotheses = torch.zeros(5, dtype=torch.float64), []
-    for pictures, captions, lengths in progress_bar(
+    for images, captions, lengths in progress_bar(
         loader, desc="validation", unit="batch", leave=False, disable=not processes().is_main_process
     ):
         with autocast(settings, device):
             entropy, penalty, scores, targets = caption_loss(
-                encoder, decoder, pictures, captions, lengths, device
+                encoder, decoder, images, captions, lengths, device
             )
-            found = captioner.search([encode(encoder, pictures, device)], beam_size=1)
+            found = captioner.search([encode(encoder, images, device)], beam_size=1)
         right = (scores.topk(min(5, scores.shape[1])).indices == targets.unsqueeze(1)).sum()
         counts = (entropy, penalty, right, len(targets), lengths.numel())
         sums += torch.tensor([float(count) for count in counts], dtype=torch.float64)
@@ -387,7 +387,7 @@ def validate(
 def caption_loss(
     encoder: Encoder,
     decoder: DecoderWithAttention,
-    pictures: Tensor,
+    images: Tensor,
     captions: Tensor,
     lengths: Tensor,
     device: torch.device,
@@ -395,12 +395,12 @@ def caption_loss(
     """Cross-entropy summed over the words, doubly stochastic penalty summed over the captions.
 
     Args:
-        pictures: uint8 (N, 3, S, S) or features (N, h, w, D); captions (N, G, L); lengths (N, G).
+        images: uint8 (N, 3, S, S) or features (N, h, w, D); captions (N, G, L); lengths (N, G).
 
     Returns:
         entropy (), penalty (), scores (W, V), targets (W,).
     """
-    grid = encode(encoder, pictures, device)
+    grid = encode(encoder, images, device)
     scores, targets, coverage = decoder.score_words(grid, captions.flatten(0, 1), lengths.flatten())
     entropy = F.cross_entropy(scores, targets, reduction="sum")
     # every pixel should get a total weight of one over the caption (Xu et al., section 4.2.1)
@@ -408,14 +408,14 @@ def caption_loss(
     return entropy, penalty, scores, targets
 
 
-def encode(encoder: Encoder, pictures: Tensor, device: torch.device) -> Tensor:
-    """Pictures of a batch, or their features, as the decoder's grid (N, h, w, D)."""
-    pictures = pictures.to(device, non_blocking=True)
-    if pictures.dtype != torch.uint8:
-        return pictures.float()
+def encode(encoder: Encoder, images: Tensor, device: torch.device) -> Tensor:
+    """Images of a batch, or their features, as the decoder's grid (N, h, w, D)."""
+    images = images.to(device, non_blocking=True)
+    if images.dtype != torch.uint8:
+        return images.float()
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in encoder.parameters()):
-        return encoder.grid(normalize_pictures(pictures))
-    return encoder.encode(pictures).clone()  # a clone may take part in training, an inference tensor may not
+        return encoder.grid(normalize_images(images))
+    return encoder.encode(images).clone()  # a clone may take part in training, an inference tensor may not
 
 
 def autocast(settings: Settings, device: torch.device):
@@ -463,8 +463,8 @@ def save_epoch(
     if epochs_since_best(history, settings.select_by) == 0 or not (output / "best_checkpoint.pth").is_file():
         for name, state in weights.items():
             save_checkpoint(output / f"{name}.pth", about | {name: state})
-        with written_aside(output / "best_checkpoint.pth") as aside:
-            shutil.copyfile(checkpoint, aside)
+        with atomic_write(output / "best_checkpoint.pth") as tmp_path:
+            shutil.copyfile(checkpoint, tmp_path)
     write_table(output / "history.csv", history)
 
 

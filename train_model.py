@@ -1,4 +1,4 @@
-"""Fine-tune BLIP on captioned pictures: annotations + pictures -> blip_finetuned_model/.
+"""Fine-tune BLIP on captioned images: annotations + images -> blip_finetuned_model/.
 
     python train_model.py                                               # train.csv, train/train/
     python train_model.py --annotations captions.txt --image_folder Images --freeze_vision
@@ -6,7 +6,7 @@
     python train_model.py --resume                                      # go on after the last complete epoch
     accelerate launch train_model.py --mixed_precision bf16             # several GPUs or machines
 
-After every epoch the model captions the validation pictures by itself and is scored with CIDEr against all
+After every epoch the model captions the validation images by itself and is scored with CIDEr against all
 their references; the best epoch's model and processor are kept, to be loaded by direct_caption.py or by
 transformers. `--base_model tiny` is a small BLIP with random weights, for which nothing is downloaded.
 """
@@ -33,44 +33,44 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from blip import (
+from captioning.annotations import Record, held_out, read_annotations
+from captioning.blip import (
     HUB_MODEL,
+    BlipDataset,
     Captioner,
-    PictureSet,
     encode_captions,
     load_captioner,
     pad_captions,
     require_blip,
     tiny_captioner,
 )
-from datasets import Picture, held_out, read_annotations
 from metrics import CiderD, bleu4, tokenize
 from utils import (
     UserError,
+    archive_previous_run,
+    atomic_write,
     check_at_least,
     check_output,
     natural_order,
     progress_bar,
     run_script,
-    set_aside,
     write_table,
-    written_aside,
 )
 
 
 @dataclass
 class Settings:
     annotations: str = "train.csv"  # captions to train on, any layout that create_input_files.py reads
-    image_folder: str = "train/train"  # their pictures
-    val_fraction: float = 0.1  # share of pictures to validate on, where the file names no splits
+    image_folder: str = "train/train"  # their images
+    val_fraction: float = 0.1  # share of images to validate on, where the file names no splits
     base_model: str = HUB_MODEL  # hub id or folder to start from; tiny: a small one with random weights
     output_folder: str = "blip_finetuned_model"  # where the best epoch's model and the checkpoint go
     resume: bool = False  # go on after the last complete epoch in output_folder
     epochs: int | None = None  # None: 3; 50 for tiny
-    batch_size: int | None = None  # pictures a device and pass; None: 8; 16 for tiny
+    batch_size: int | None = None  # images a device and pass; None: 8; 16 for tiny
     captions_per_image: int | None = None  # drawn anew every epoch; None: 1; 2 for tiny
-    grad_accumulation: int = 1  # passes a step: a step has batch_size * this * devices pictures
-    augment: bool | None = None  # vary place, size and light of the pictures a little; None: for tiny alone
+    grad_accumulation: int = 1  # passes a step: a step has batch_size * this * devices images
+    augment: bool | None = None  # vary place, size and light of the images a little; None: for tiny alone
     learning_rate: float | None = None  # highest; None: 1e-5; 2e-3 for tiny
     warmup: float = 0.1  # share of the steps in which the rate rises; then it falls as a cosine
     weight_decay: float = 0.05  # of AdamW, on matrices alone
@@ -78,12 +78,12 @@ class Settings:
     grad_clip: float = 1.0  # largest norm of the gradient
     max_length: int = 40  # tokens; longer captions are cut
     freeze_vision: bool = False  # train the text half alone
-    cache_features: bool = True  # with freeze_vision: keep the pictures' features on disk
+    cache_features: bool = True  # with freeze_vision: keep the images' features on disk
     gradient_checkpointing: bool = False  # less memory, a third more time
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # on CUDA
     early_stopping: int | None = None  # epochs without a better CIDEr; 0: never; None: 5; 0 for tiny
-    val_batch_size: int = 32  # pictures captioned at a time, greedily
-    workers: int = 4  # threads that read pictures
+    val_batch_size: int = 32  # images captioned at a time, greedily
+    workers: int = 4  # threads that read images
     seed: int = 123  # of the validation split, order and draws, and tiny's weights
 
     def __post_init__(self):
@@ -133,20 +133,20 @@ def run_training(settings: Settings) -> dict:
     transformers.utils.logging.disable_progress_bar()
     accelerator = start_accelerator(settings)
     torch.manual_seed(settings.seed)
-    train_pictures, val_pictures = read_pictures(settings)
-    resumed = load_checkpoint(settings, train_pictures, val_pictures) if settings.resume else None
-    captioner = build_captioner(settings, train_pictures)
-    train_set = PictureSet(captioner, train_pictures, settings.workers, accelerator)
-    val_set = PictureSet(captioner, val_pictures, settings.workers, accelerator)
-    if not train_set.pictures:
-        raise UserError(f"{settings.image_folder}: none of the training pictures can be used")
+    train_images, val_images = read_images(settings)
+    resumed = load_checkpoint(settings, train_images, val_images) if settings.resume else None
+    captioner = build_captioner(settings, train_images)
+    train_set = BlipDataset(captioner, train_images, settings.workers, accelerator)
+    val_set = BlipDataset(captioner, val_images, settings.workers, accelerator)
+    if not train_set.images:
+        raise UserError(f"{settings.image_folder}: none of the training images can be used")
     if settings.freeze_vision and settings.cache_features:
         train_set.cache_features(Path(f"{Path(settings.output_folder)}_features.hdf5"), accelerator)
-    captions = encode_captions(captioner, train_set.pictures, settings.max_length)
+    captions = encode_captions(captioner, train_set.images, settings.max_length)
 
     loss_module = CaptionLoss(captioner.model)
     per_step = settings.batch_size * settings.grad_accumulation * accelerator.num_processes
-    steps = math.ceil(len(train_set.pictures) / per_step)
+    steps = math.ceil(len(train_set.images) / per_step)
     optimizer, schedule = build_optimizer(captioner.model, steps * settings.epochs, settings)
     if resumed:
         captioner.model.load_state_dict(resumed["model"])
@@ -159,8 +159,8 @@ def run_training(settings: Settings) -> dict:
     history = resumed["history"] if resumed else []
     trained = sum(p.numel() for p in captioner.model.parameters() if p.requires_grad)
     accelerator.print(
-        f"{settings.base_model}, {trained:,} trained parameters, {len(train_set.pictures)} pictures to train "
-        f"on, {len(val_set.pictures)} to validate on, {accelerator.num_processes} x {accelerator.device.type}"
+        f"{settings.base_model}, {trained:,} trained parameters, {len(train_set.images)} images to train "
+        f"on, {len(val_set.images)} to validate on, {accelerator.num_processes} x {accelerator.device.type}"
     )
 
     for epoch in range(len(history) + 1, settings.epochs + 1):
@@ -180,7 +180,7 @@ def run_training(settings: Settings) -> dict:
         if accelerator.is_main_process:
             checkpoint = {
                 "settings": asdict(settings),
-                "data": data_digest(train_pictures, val_pictures),
+                "data": data_digest(train_images, val_images),
                 "history": history,
                 "model": captioner.model.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -217,17 +217,17 @@ def start_accelerator(settings: Settings) -> Accelerator:
 # --- what is trained on -------------------------------------------------------------------------------------
 
 
-def read_pictures(settings: Settings) -> tuple[list[Picture], list[Picture]]:
-    """The captioned pictures to train and to validate on: the file's own splits, else `val_fraction`."""
-    pictures = read_annotations(settings.annotations, settings.image_folder)
-    captioned = [picture for picture in pictures if any(picture.tokens)]
-    if any(picture.split for picture in pictures):
-        train = [picture for picture in captioned if picture.split == "train"]
-        val = [picture for picture in captioned if picture.split == "val"]
+def read_images(settings: Settings) -> tuple[list[Record], list[Record]]:
+    """The captioned images to train and to validate on: the file's own splits, else `val_fraction`."""
+    images = read_annotations(settings.annotations, settings.image_folder)
+    captioned = [image for image in images if any(image.tokens)]
+    if any(image.split for image in images):
+        train = [image for image in captioned if image.split == "train"]
+        val = [image for image in captioned if image.split == "val"]
     else:
-        validating = held_out(pictures, settings.val_fraction, settings.seed)
-        train = [picture for picture in captioned if picture.image_id not in validating]
-        val = [picture for picture in captioned if picture.image_id in validating]
+        validating = held_out(images, settings.val_fraction, settings.seed)
+        train = [image for image in captioned if image.image_id not in validating]
+        val = [image for image in captioned if image.image_id in validating]
     if not train:
         raise UserError(
             f"{settings.annotations}: no training captions in it; expected a caption column with text"
@@ -235,11 +235,11 @@ def read_pictures(settings: Settings) -> tuple[list[Picture], list[Picture]]:
     return train, val
 
 
-def build_captioner(settings: Settings, pictures: list[Picture]) -> Captioner:
+def build_captioner(settings: Settings, images: list[Record]) -> Captioner:
     """The model to start from, with the settings that its own forward pass looks at."""
     if settings.base_model == "tiny":
-        texts = [" ".join(words) for picture in pictures for words in picture.tokens]
-        captioner = tiny_captioner(texts, [picture.path for picture in pictures if picture.path][:300])
+        texts = [" ".join(words) for image in images for words in image.tokens]
+        captioner = tiny_captioner(texts, [image.path for image in images if image.path][:300])
     else:
         captioner = load_captioner(settings.base_model)
         require_blip(captioner, settings.base_model, "fine-tuning")
@@ -256,7 +256,7 @@ def build_captioner(settings: Settings, pictures: list[Picture]) -> Captioner:
 
 
 class CaptionLoss(nn.Module):
-    """BLIP's own training loss, with one encoding of a picture for all its captions.
+    """BLIP's own training loss, with one encoding of an image for all its captions.
 
     A module of its own, as it is what Accelerate wraps for several devices.
     """
@@ -265,17 +265,17 @@ class CaptionLoss(nn.Module):
         super().__init__()
         self.blip = blip
 
-    def forward(self, pictures: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy () over the words of the captions.
 
         Args:
-            pictures: pixels (N, 3, S, S) or the vision model's output (N, tokens, D).
-            input_ids, attention_mask, labels: (N * G, L), G captions of each picture in turn; padding has 0
+            images: pixels (N, 3, S, S) or the vision model's output (N, tokens, D).
+            input_ids, attention_mask, labels: (N * G, L), G captions of each image in turn; padding has 0
                 in the mask and -100 in the labels.
         """
-        if pictures.dim() == 4:
-            pictures = self.blip.vision_model(pixel_values=pictures).last_hidden_state
-        states = pictures.repeat_interleave(len(input_ids) // len(pictures), dim=0)
+        if images.dim() == 4:
+            images = self.blip.vision_model(pixel_values=images).last_hidden_state
+        states = images.repeat_interleave(len(input_ids) // len(images), dim=0)
         return self.blip.text_decoder(
             input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=states, labels=labels
         ).loss
@@ -283,9 +283,9 @@ class CaptionLoss(nn.Module):
 
 @dataclass
 class Pass:
-    """What one device sees at once: pictures by index, their captions, the share of the step's words."""
+    """What one device sees at once: images by index, their captions, the share of the step's words."""
 
-    pictures: list[int]
+    images: list[int]
     captions: list[list[int]]
     weight: float
 
@@ -322,7 +322,7 @@ def plan_epoch(
 
 def train_one_epoch(
     loss_module: nn.Module,
-    train_set: PictureSet,
+    train_set: BlipDataset,
     captions: list[list[list[int]]],
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
@@ -330,25 +330,25 @@ def train_one_epoch(
     accelerator: Accelerator,
     epoch: int,
 ) -> float:
-    """One pass over the training pictures; return the mean loss of its steps."""
+    """One pass over the training images; return the mean loss of its steps."""
     loss_module.train()
     processes, rank = accelerator.num_processes, accelerator.process_index
     plan = plan_epoch(captions, settings, processes, rank, epoch)
     vary = f"{settings.seed} {epoch}" if settings.augment and train_set.features is None else None
-    loaded = train_set.batches([one.pictures for step in plan for one in step], vary)
+    loaded = train_set.batches([one.images for step in plan for one in step], vary)
     pad = train_set.captioner.tokenizer.pad_token_id
     total = torch.zeros((), device=accelerator.device)
     quiet = not accelerator.is_main_process
     with progress_bar(plan, desc=f"epoch {epoch}", unit="step", disable=quiet) as progress:
         for number, step in enumerate(progress, start=1):
             for one in step:
-                pictures = next(loaded).to(accelerator.device, torch.float32, non_blocking=True)
+                images = next(loaded).to(accelerator.device, torch.float32, non_blocking=True)
                 words = {
                     name: t.to(accelerator.device) for name, t in pad_captions(one.captions, pad).items()
                 }
                 last = one is step[-1]  # gradients are exchanged once a step
                 with accelerator.autocast(), nullcontext() if last else accelerator.no_sync(loss_module):
-                    loss = loss_module(pictures, **words) * one.weight
+                    loss = loss_module(images, **words) * one.weight
                     accelerator.backward(loss * processes)  # gradients are averaged over the processes
                 total += loss.detach()
             accelerator.clip_grad_norm_(loss_module.parameters(), settings.grad_clip)
@@ -365,14 +365,14 @@ def train_one_epoch(
 
 @torch.no_grad()
 def validate(
-    captioner: Captioner, val_set: PictureSet, settings: Settings, accelerator: Accelerator
+    captioner: Captioner, val_set: BlipDataset, settings: Settings, accelerator: Accelerator
 ) -> dict[str, float]:
-    """Scores of the model's own greedy captions, each picture's counted once: {"val_cider", "val_bleu4"}; 0
+    """Scores of the model's own greedy captions, each image's counted once: {"val_cider", "val_bleu4"}; 0
     where there is nothing to validate on."""
-    if not val_set.pictures:
+    if not val_set.images:
         return {"val_cider": 0.0, "val_bleu4": 0.0}
     captioner.model.eval()
-    own = range(accelerator.process_index, len(val_set.pictures), accelerator.num_processes)
+    own = range(accelerator.process_index, len(val_set.images), accelerator.num_processes)
     size = settings.val_batch_size
     batches = [list(own[start : start + size]) for start in range(0, len(own), size)]
     found: list[tuple[int, str]] = []
@@ -383,7 +383,7 @@ def validate(
             texts = captioner.caption(pixels, num_beams=1, max_new_tokens=settings.max_length)
         found += zip(batch, texts)
     hypotheses = dict(gather_object(found)) if accelerator.num_processes > 1 else dict(found)
-    references = [picture.tokens for picture in val_set.pictures]
+    references = [image.tokens for image in val_set.images]
     words = [tokenize(hypotheses[index]) for index in range(len(references))]
     scores = CiderD.from_references(references).score(references, words)
     return {"val_cider": math.fsum(scores) / len(scores), "val_bleu4": bleu4(references, words)}
@@ -419,9 +419,9 @@ def best_epoch(history: list[dict]) -> int:
     return max(range(len(history)), key=lambda index: history[index]["val_cider"])
 
 
-def data_digest(*splits: list[Picture]) -> str:
-    """A fingerprint of pictures and captions."""
-    content = [[(picture.image_id, picture.captions) for picture in pictures] for pictures in splits]
+def data_digest(*splits: list[Record]) -> str:
+    """A fingerprint of images and captions."""
+    content = [[(image.image_id, image.captions) for image in images] for images in splits]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -436,7 +436,7 @@ def same_run(settings: Settings) -> list[dict] | None:
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         same = checkpoint["settings"] | {"resume": False} == asdict(settings) | {"resume": False}
-        same = same and checkpoint["data"] == data_digest(*read_pictures(settings))
+        same = same and checkpoint["data"] == data_digest(*read_images(settings))
     except UserError:
         raise
     except Exception:  # no file, or none of ours
@@ -444,7 +444,7 @@ def same_run(settings: Settings) -> list[dict] | None:
     return checkpoint["history"] if same else None
 
 
-def load_checkpoint(settings: Settings, train_pictures: list[Picture], val_pictures: list[Picture]) -> dict:
+def load_checkpoint(settings: Settings, train_images: list[Record], val_images: list[Record]) -> dict:
     """The checkpoint of the last complete epoch in the output folder.
 
     Raises:
@@ -463,8 +463,8 @@ def load_checkpoint(settings: Settings, train_pictures: list[Picture], val_pictu
             raise UserError(
                 f"{file}: trained with --{name} {earlier[name]}; give that, or start without --resume"
             )
-    if checkpoint["data"] != data_digest(train_pictures, val_pictures):
-        raise UserError(f"{file}: trained on other pictures or captions; start without --resume")
+    if checkpoint["data"] != data_digest(train_images, val_images):
+        raise UserError(f"{file}: trained on other images or captions; start without --resume")
     if len(history) >= settings.epochs:
         raise UserError(f"{file} has its {len(history)} epochs: raise --epochs to go on")
     return checkpoint
@@ -475,12 +475,12 @@ def save_epoch(output: Path, captioner: Captioner, checkpoint: dict) -> None:
     best."""
     history = checkpoint["history"]
     if len(history) == 1:
-        set_aside(output, *OUTPUT_FILES)
+        archive_previous_run(output, *OUTPUT_FILES)
     if best_epoch(history) == len(history) - 1:
         save_model(output, captioner)
     file = output / f"checkpoint_epoch_{len(history)}.pth"
-    with written_aside(file) as aside:
-        torch.save(checkpoint, aside)
+    with atomic_write(file) as tmp_path:
+        torch.save(checkpoint, tmp_path)
     for older in output.glob("checkpoint_epoch_*.pth"):
         if older != file:
             older.unlink()
@@ -490,14 +490,14 @@ def save_epoch(output: Path, captioner: Captioner, checkpoint: dict) -> None:
 def save_model(output: Path, captioner: Captioner) -> None:
     """Put model and processor into the folder, the weights last: all other files are the same in every epoch
     of a run, so that at any moment what lies there is one complete model or, in the first epoch, none."""
-    aside = output / f".model.{os.getpid()}.partial"
+    tmp_path = output / f".model.{os.getpid()}.partial"
     try:
-        aside.mkdir(parents=True)
-        captioner.save(aside)
-        for file in sorted(aside.iterdir(), key=lambda file: (file.suffix == ".safetensors", file.name)):
+        tmp_path.mkdir(parents=True)
+        captioner.save(tmp_path)
+        for file in sorted(tmp_path.iterdir(), key=lambda file: (file.suffix == ".safetensors", file.name)):
             os.replace(file, output / file.name)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(tmp_path, ignore_errors=True)
 
 
 if __name__ == "__main__":

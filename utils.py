@@ -1,4 +1,4 @@
-"""What every script needs: settings from the command line, errors, files, pictures, devices.
+"""What every script needs: settings from the command line, errors, files, images, devices.
 
 Nothing here knows about captions or models; every other module may import this one.
 """
@@ -21,27 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import PartialState
-from PIL import Image, ImageOps
 from tqdm import tqdm
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-PICTURE_EXTENSIONS = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".jfif",
-    ".ppm",
-    ".pgm",
-)
 
 
 class UserError(Exception):
@@ -186,19 +168,19 @@ def check_at_least(settings, smallest: float, *names: str) -> None:
 
 
 @contextmanager
-def written_aside(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; it takes `path`'s place only when the block ends well.
 
     A crash or Ctrl-C leaves the old file as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    tmp_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        yield aside
-        os.replace(aside, path)
+        yield tmp_path
+        os.replace(tmp_path, path)
     finally:
-        aside.unlink(missing_ok=True)
+        tmp_path.unlink(missing_ok=True)
 
 
 def check_output(path: str | Path, folder: bool = False) -> None:
@@ -212,19 +194,19 @@ def check_output(path: str | Path, folder: bool = False) -> None:
 
 
 def write_json(path: str | Path, value) -> None:
-    with written_aside(path) as aside:
-        aside.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+    with atomic_write(path) as tmp_path:
+        tmp_path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
 
 
 def write_table(path: str | Path, rows: list[dict]) -> None:
     """Write rows with the same keys as a CSV, the keys as its header."""
-    with written_aside(path) as aside, aside.open("w", encoding="utf-8", newline="") as stream:
+    with atomic_write(path) as tmp_path, tmp_path.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
 
-def set_aside(folder: Path, *patterns: str) -> None:
+def archive_previous_run(folder: Path, *patterns: str) -> None:
     """Move the files of an earlier run in the folder to its subfolder earlier_N, so that runs do not mix."""
     files = {file for pattern in patterns for file in folder.glob(pattern)}
     if not any(file.suffix in (".pth", ".safetensors") for file in files):
@@ -280,75 +262,6 @@ def progress_bar(*args, **options) -> tqdm:
     """tqdm; where the output is no terminal, such as a log file, it writes a line every ten seconds at
     most."""
     return tqdm(*args, mininterval=0.2 if sys.stderr.isatty() else 10, **options)
-
-
-# --- pictures -----------------------------------------------------------------------------------------------
-
-
-def read_picture(path: str | Path, size: int | None = None) -> np.ndarray:
-    """A picture file as RGB, uint8 in [0, 255], (3, height, width); (3, size, size) where a size is given.
-
-    The whole picture is kept and stretched to the square, as the encoder's training data was in Xu et al.
-    and its successors. EXIF rotation is applied, transparency is laid on white, 16 bits become 8, and of an
-    animation the first frame is taken.
-
-    Raises:
-        UserError: the file is missing or holds no readable picture.
-    """
-    try:
-        with Image.open(path) as image:
-            if size:
-                image.draft(
-                    None, (2 * size, 2 * size)
-                )  # a JPEG decodes at a fraction of its size, never below
-            image = _to_rgb(ImageOps.exif_transpose(image))
-            if size:
-                image = image.resize((size, size), Image.Resampling.BILINEAR)
-            return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such picture") from None
-    except (MemoryError, PermissionError):
-        raise
-    except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
-        reason = "no picture format that Pillow knows" if "cannot identify" in str(error) else error
-        raise UserError(f"{path}: not a readable picture ({reason}); replace or remove it") from None
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode[0] in "IF":  # one channel of 16 or 32 bits
-        values = np.asarray(image).astype(np.float64)
-        largest = values.max(initial=0)
-        white = next((white for white in (1.0, 255.0, 65535.0) if largest <= white), largest)
-        if image.mode[0] == "I":
-            white = max(white, 65535.0)  # integers: a dark 16-bit picture is dark, not an 8-bit one
-        image = Image.fromarray((values.clip(0) * (255.0 / white)).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white_page = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white_page, image)
-    return image.convert("RGB")
-
-
-def normalize_pictures(pictures: torch.Tensor) -> torch.Tensor:
-    """uint8 pictures (N, 3, H, W) in [0, 255] -> float32 with ImageNet's mean 0 and deviation 1 per
-    channel."""
-    mean = torch.tensor(IMAGENET_MEAN, device=pictures.device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=pictures.device).view(3, 1, 1)
-    return (pictures.float() / 255 - mean) / std
-
-
-def list_pictures(folder: str | Path) -> list[Path]:
-    """The picture files of a folder (by extension) in natural order. Raises UserError where there are
-    none."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of pictures")
-    paths = [
-        path for path in folder.iterdir() if path.suffix.lower() in PICTURE_EXTENSIONS and path.is_file()
-    ]
-    if not paths:
-        raise UserError(f"{folder}: no pictures in it ({', '.join(PICTURE_EXTENSIONS)})")
-    return sorted(paths, key=lambda path: natural_order(path.name))
 
 
 # --- devices ------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""Pictures per second of direct_caption.py beside the plain loop, a picture at a time through `processor` and
+"""Images per second of direct_caption.py beside the plain loop, an image at a time through `processor` and
 `generate`.
 
     python benchmarks/blip_speed.py
-    python benchmarks/blip_speed.py --pictures 256 --mixed_precision       # on CUDA
+    python benchmarks/blip_speed.py --images 256 --mixed_precision       # on CUDA
 
 Both caption the same JPEG files with the same BLIP of full size (base, 384 x 384 pixels), whose weights are
 random: speed does not depend on them. It never says that a caption ends, so both search `max_new_tokens`
@@ -18,32 +18,32 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import timed, write_pictures  # isort: skip
+from common import timed, write_images  # isort: skip
 import torch
 import transformers
 from PIL import Image
 from tokenizers import BertWordPieceTokenizer
 
 import direct_caption
-from blip import Captioner
-from submissions import read_submission
+from captioning.blip import Captioner
+from captioning.submissions import read_submission
 from utils import UserError, check_at_least, pick_device, run_script
 
 
 @dataclass
 class Settings:
-    pictures: int = 16  # captioned by both
+    images: int = 16  # captioned by both
     batch_size: int = 16  # of direct_caption.py
     num_beams: int = 3  # hypotheses searched at a time
     max_new_tokens: int = 12  # steps of the search
     mixed_precision: bool = False  # bfloat16, on CUDA
-    workers: int = os.cpu_count() or 1  # threads that prepare pictures
+    workers: int = os.cpu_count() or 1  # threads that prepare images
     width: int = 640  # pixels of the JPEG files
     height: int = 480
     seed: int = 0
 
     def __post_init__(self):
-        check_at_least(self, 1, "pictures", "batch_size", "num_beams", "max_new_tokens", "workers")
+        check_at_least(self, 1, "images", "batch_size", "num_beams", "max_new_tokens", "workers")
 
 
 def main(settings: Settings) -> None:
@@ -53,12 +53,12 @@ def main(settings: Settings) -> None:
     dtype = torch.bfloat16 if settings.mixed_precision and device.type == "cuda" else torch.float32
     folder = Path(tempfile.mkdtemp())
     try:
-        paths = write_pictures(
-            folder / "pictures", settings.pictures, settings.height, settings.width, settings.seed
+        paths = write_images(
+            folder / "images", settings.images, settings.height, settings.width, settings.seed
         )
         random_blip(settings.seed).save(folder / "model")
         print(
-            f"{settings.pictures} pictures, {settings.num_beams} beams, {settings.max_new_tokens} tokens, "
+            f"{settings.images} images, {settings.num_beams} beams, {settings.max_new_tokens} tokens, "
             f"batches of {settings.batch_size}, {dtype} on {device.type}, {torch.get_num_threads()} threads"
         )
         captioner = direct_caption.load_captioner(folder / "model")
@@ -76,8 +76,8 @@ def main(settings: Settings) -> None:
     same = sum(a == b for a, b in zip(ours, plain, strict=True))
     if same < len(plain) and dtype == torch.float32:
         raise UserError(f"only {same} of {len(plain)} captions are the same")
-    print(f"plain loop         {len(plain) / plain_seconds:8.2f} pictures/s")
-    print(f"direct_caption.py  {len(plain) / seconds:8.2f} pictures/s")
+    print(f"plain loop         {len(plain) / plain_seconds:8.2f} images/s")
+    print(f"direct_caption.py  {len(plain) / seconds:8.2f} images/s")
     print(f"ratio              {plain_seconds / seconds:8.2f}, {same} of {len(plain)} captions the same")
 
 
@@ -112,7 +112,7 @@ def plain_loop(paths: list[Path], captioner: Captioner, processor, settings: Set
 def our_path(folder: Path, captioner: Captioner, settings: Settings) -> None:
     direct_caption.caption_loaded(
         captioner,
-        folder / "pictures",
+        folder / "images",
         folder / "captions.csv",
         batch_size=settings.batch_size,
         num_beams=settings.num_beams,

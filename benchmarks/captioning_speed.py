@@ -1,16 +1,16 @@
-"""Pictures captioned a second, beside a plain textbook implementation on the same pictures and weights.
+"""Images captioned a second, beside a plain textbook implementation on the same images and weights.
 
     python benchmarks/captioning_speed.py
 
-Evaluation: the textbook goes over a split as its data set holds it, each picture once for each of its
-captions, one at a time, encoder included; we search batches of pictures, each once, from the pictures and
+Evaluation: the textbook goes over a split as its data set holds it, each image once for each of its
+captions, one at a time, encoder included; we search batches of images, each once, from the images and
 from their cached features. Both must find the same captions, or the script stops with an error.
 
 Captioning a folder: `caption_images` on JPEG files, from the call to the written CSV, beside the encoder's
-forward passes alone on the same pictures, already read.
+forward passes alone on the same images, already read.
 
 The encoder's weights are random. The decoder is first trained for a few steps on a made-up caption of each
-picture of the split, so that captions end as captions do and hypotheses are clearly apart. On two CPU cores
+image of the split, so that captions end as captions do and hypotheses are clearly apart. On two CPU cores
 it takes about five minutes.
 """
 
@@ -24,16 +24,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import make_captions, make_pictures, make_word_map, random_encoder, timed, write_pictures
+from common import make_captions, make_images, make_word_map, random_encoder, timed, write_images
 from textbook import TextbookDecoder, TextbookEncoder, textbook_search
 from torch import Tensor
 
 import train
-from beam_search import beam_search
 from caption import caption_images
-from datasets import END, START
-from models import DecoderWithAttention, Encoder
-from utils import check_at_least, normalize_pictures, pick_device, read_picture, run_script
+from captioning.annotations import END, START
+from captioning.beam_search import beam_search
+from captioning.images import read_image
+from models import DecoderWithAttention, Encoder, normalize_images
+from utils import check_at_least, pick_device, run_script
 
 
 @dataclass
@@ -42,38 +43,38 @@ class Settings:
     image_size: int = 256  # pixels
     vocabulary: int = 9490  # entries of the word map; COCO has as many with words seen five times
     width: int = 512  # of embeddings, attention and LSTM
-    pictures: int = 32  # in the split
-    textbook_pictures: int = 6  # of these, which the textbook captions too
+    images: int = 32  # in the split
+    textbook_images: int = 6  # of these, which the textbook captions too
     captions_per_image: int = 5  # how often the textbook captions each
-    batch_size: int = 32  # pictures that we search at a time
+    batch_size: int = 32  # images that we search at a time
     training_steps: int = 40  # of the decoder, before anything is timed
-    folder_pictures: int = 128  # JPEG files of 640 x 480 pixels
+    folder_images: int = 128  # JPEG files of 640 x 480 pixels
     folder_beam_size: int = 3  # hypotheses, for the folder
-    seed: int = 0  # of weights, pictures and captions
+    seed: int = 0  # of weights, images and captions
 
     def __post_init__(self):
-        check_at_least(self, 1, "captions_per_image", "batch_size", "textbook_pictures", "folder_pictures")
-        check_at_least(self, self.textbook_pictures, "pictures")
+        check_at_least(self, 1, "captions_per_image", "batch_size", "textbook_images", "folder_images")
+        check_at_least(self, self.textbook_images, "images")
 
 
 def main(settings: Settings) -> None:
     device = pick_device()
     print(
-        f"{settings.encoder_name}, pictures of {settings.image_size} pixels, {settings.vocabulary} words, "
+        f"{settings.encoder_name}, images of {settings.image_size} pixels, {settings.vocabulary} words, "
         f"on {device} ({torch.get_num_threads()} threads)"
     )
     word_map = make_word_map(settings.vocabulary)
     encoder = random_encoder(settings.encoder_name, settings.seed, device)
-    pictures = make_pictures(settings.pictures, settings.image_size, settings.image_size, settings.seed)
-    features = torch.cat([encoder.encode(part.to(device)).half().cpu() for part in pictures.split(32)])
+    images = make_images(settings.images, settings.image_size, settings.image_size, settings.seed)
+    features = torch.cat([encoder.encode(part.to(device)).half().cpu() for part in images.split(32)])
     decoder = train_decoder(features, settings, device)
-    compare_evaluation(encoder, decoder, pictures, features, word_map, settings, device)
+    compare_evaluation(encoder, decoder, images, features, word_map, settings, device)
     with tempfile.TemporaryDirectory() as folder:
         compare_folder(encoder, decoder, word_map, Path(folder), settings, device)
 
 
 def train_decoder(features: Tensor, settings: Settings, device: torch.device) -> DecoderWithAttention:
-    """A decoder that has half learned a caption of each picture."""
+    """A decoder that has half learned a caption of each image."""
     torch.manual_seed(settings.seed)
     width = settings.width
     decoder = DecoderWithAttention(width, width, width, settings.vocabulary, features.shape[3], dropout=0)
@@ -94,7 +95,7 @@ def train_decoder(features: Tensor, settings: Settings, device: torch.device) ->
 def compare_evaluation(
     encoder: Encoder,
     decoder: DecoderWithAttention,
-    pictures: Tensor,
+    images: Tensor,
     features: Tensor,
     word_map: dict[str, int],
     settings: Settings,
@@ -110,10 +111,10 @@ def compare_evaluation(
 
     def textbook_captions(beam_size: int, chosen: Tensor) -> list[list[int]]:
         captions = []
-        for picture in chosen:
+        for image in chosen:
             for _ in range(settings.captions_per_image):
-                image = normalize_pictures(picture.to(device))
-                found = textbook_search(textbook_encoder, textbook, image, start, end, beam_size)
+                normalized = normalize_images(image.to(device))
+                found = textbook_search(textbook_encoder, textbook, normalized, start, end, beam_size)
             captions.append(found)
         return captions
 
@@ -121,25 +122,25 @@ def compare_evaluation(
         found = (beam_search([decoder], [grid], start, end, beam_size) for grid in grids)
         return [hypothesis.words for batch in found for hypothesis in batch]
 
-    def from_pictures(beam_size: int, chosen: Tensor) -> list[list[int]]:
+    def from_images(beam_size: int, chosen: Tensor) -> list[list[int]]:
         return search((encoder.encode(part.to(device)) for part in chosen.split(size)), beam_size)
 
     def from_features(beam_size: int, chosen: Tensor) -> list[list[int]]:
         return search((part.to(device).float() for part in chosen.split(size)), beam_size)
 
     ways = {
-        "textbook": (textbook_captions, pictures[: settings.textbook_pictures]),
-        "ours, from pictures": (from_pictures, pictures),
+        "textbook": (textbook_captions, images[: settings.textbook_images]),
+        "ours, from images": (from_images, images),
         "ours, from cached features": (from_features, features),
     }
     for way, chosen in ways.values():
         way(1, chosen[:1])  # warms up
     for beam_size in (1, 3, 5):
-        print(f"evaluation with beam {beam_size}, pictures a second:")
+        print(f"evaluation with beam {beam_size}, images a second:")
         rate, expected = None, None
         for name, (way, chosen) in ways.items():
             captions, seconds = timed(way, beam_size, chosen, device=device)
-            line = f"    {name}: {len(chosen) / seconds:.2f} ({len(chosen)} pictures"
+            line = f"    {name}: {len(chosen) / seconds:.2f} ({len(chosen)} images"
             if expected is None:
                 rate, expected = len(chosen) / seconds, captions
                 print(f"{line}, {settings.captions_per_image} times each)")
@@ -180,21 +181,21 @@ def compare_folder(
         },
         checkpoint,
     )
-    paths = write_pictures(folder / "pictures", settings.folder_pictures, 480, 640, settings.seed)
-    write_pictures(folder / "one", 1, 480, 640, settings.seed)
-    pictures = torch.stack([torch.from_numpy(read_picture(path, settings.image_size)) for path in paths])
+    paths = write_images(folder / "images", settings.folder_images, 480, 640, settings.seed)
+    write_images(folder / "one", 1, 480, 640, settings.seed)
+    images = torch.stack([torch.from_numpy(read_image(path, settings.image_size)) for path in paths])
 
     def encode() -> None:
-        for part in pictures.split(settings.batch_size):
+        for part in images.split(settings.batch_size):
             encoder.encode(part.to(device))
 
-    def caption(pictures_folder: str) -> None:
+    def caption(images_folder: str) -> None:
         caption_images(
             checkpoint,
             checkpoint,
             None,
-            folder / pictures_folder,
-            folder / f"{pictures_folder}.csv",
+            folder / images_folder,
+            folder / f"{images_folder}.csv",
             settings.folder_beam_size,
             batch_size=settings.batch_size,
         )
@@ -202,10 +203,10 @@ def compare_folder(
     print(f"a folder of {len(paths)} JPEG files, beam {settings.folder_beam_size}:", flush=True)
     _, one = timed(caption, "one", device=device)
     _, encoding = timed(encode, device=device)
-    _, captioning = timed(caption, "pictures", device=device)
-    print(f"    encoder alone: {len(paths) / encoding:.2f} pictures a second")
+    _, captioning = timed(caption, "images", device=device)
+    print(f"    encoder alone: {len(paths) / encoding:.2f} images a second")
     print(f"    captioning: {len(paths) / captioning:.2f}, takes {captioning / encoding:.2f} times as long")
-    print(f"    less the {one:.1f} s of a folder with one picture: {(captioning - one) / encoding:.2f} times")
+    print(f"    less the {one:.1f} s of a folder with one image: {(captioning - one) / encoding:.2f} times")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the clock, made-up pictures and captions, an encoder with random weights.
+"""What the benchmarks share: the clock, made-up images and captions, an encoder with random weights.
 
 A benchmark imports this module before any of the repository's: it puts the repository on the path.
 """
@@ -20,9 +20,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from datasets import END, PAD, START, UNK  # noqa: E402
-from models import Encoder  # noqa: E402
-from utils import normalize_pictures  # noqa: E402
+from captioning.annotations import END, PAD, START, UNK  # noqa: E402
+from models import Encoder, normalize_images  # noqa: E402
 
 
 def timed(work: Callable, *arguments, device: torch.device | None = None) -> tuple[Any, float]:
@@ -42,23 +41,23 @@ def synchronize(device: torch.device | None) -> None:
 # --- made-up data -------------------------------------------------------------------------------------------
 
 
-def make_pictures(count: int, height: int, width: int, seed: int) -> Tensor:
+def make_images(count: int, height: int, width: int, seed: int) -> Tensor:
     """Soft patches of colour under grain, uint8 (count, 3, height, width)."""
     generator = torch.Generator().manual_seed(seed)
     patches = torch.rand(count, 3, 6, 8, generator=generator)
-    pictures = F.interpolate(patches, (height, width), mode="bicubic", align_corners=False)
+    images = F.interpolate(patches, (height, width), mode="bicubic", align_corners=False)
     grain = torch.randn(count, 1, height, width, generator=generator)
-    return ((pictures + 0.05 * grain) * 255).clamp(0, 255).byte()
+    return ((images + 0.05 * grain) * 255).clamp(0, 255).byte()
 
 
-def write_pictures(folder: Path, count: int, height: int, width: int, seed: int) -> list[Path]:
-    """Write made-up pictures as JPEG files picture_00000.jpg, ...; return their paths."""
+def write_images(folder: Path, count: int, height: int, width: int, seed: int) -> list[Path]:
+    """Write made-up images as JPEG files image_00000.jpg, ...; return their paths."""
     folder.mkdir(parents=True)
     paths = []
     for number in range(count):
-        (picture,) = make_pictures(1, height, width, seed + number)
-        paths.append(folder / f"picture_{number:05}.jpg")
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(paths[-1], quality=90)
+        (image,) = make_images(1, height, width, seed + number)
+        paths.append(folder / f"image_{number:05}.jpg")
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(paths[-1], quality=90)
     return paths
 
 
@@ -68,16 +67,16 @@ def make_word_map(vocabulary: int) -> dict[str, int]:
 
 
 def make_captions(
-    pictures: int, captions_per_image: int, vocabulary: int, max_len: int, seed: int
+    images: int, captions_per_image: int, vocabulary: int, max_len: int, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Random captions in the indices of `make_word_map`: as long as COCO's, some words far more frequent.
 
     Returns:
-        captions int64 (pictures, captions_per_image, max_len + 2), `<start> ... <end>` then `<pad>`; lengths
-        int64 (pictures, captions_per_image), of 8 to 20 words, about 10.5, `<start>` and `<end>` counted.
+        captions int64 (images, captions_per_image, max_len + 2), `<start> ... <end>` then `<pad>`; lengths
+        int64 (images, captions_per_image), of 8 to 20 words, about 10.5, `<start>` and `<end>` counted.
     """
     generator = torch.Generator().manual_seed(seed)
-    shape = (pictures, captions_per_image)
+    shape = (images, captions_per_image)
     words = (7 + torch.empty(shape).geometric_(1 / 3.5, generator=generator).long()).clamp(max=20)
     # the logarithm of a word's rank is uniform: Zipf's law
     captions = (vocabulary - 4) ** torch.rand(*shape, max_len + 2, generator=generator)
@@ -94,7 +93,7 @@ def make_captions(
 def random_encoder(encoder_name: str, seed: int, device: torch.device) -> Encoder:
     """A ResNet with random weights that is as well-behaved as a trained one.
 
-    Its batch-norm statistics are those of made-up pictures: with none, values grow from block to block until
+    Its batch-norm statistics are those of made-up images: with none, values grow from block to block until
     float16 cannot hold them. Residual branches are scaled down: at full scale the rounding of float32 alone
     turns the gradients of a hundred random layers by several per cent.
     """
@@ -108,5 +107,5 @@ def random_encoder(encoder_name: str, seed: int, device: torch.device) -> Encode
             nn.init.constant_(last.weight, 0.2)
     encoder.network.train()
     with torch.no_grad():
-        encoder.grid(normalize_pictures(make_pictures(8, 128, 128, seed)))
+        encoder.grid(normalize_images(make_images(8, 128, 128, seed)))
     return encoder.eval().to(device)

@@ -1,4 +1,4 @@
-"""Memory of training's data loading with as many captions as COCO has: 566,000 of 113,200 pictures.
+"""Memory of training's data loading with as many captions as COCO has: 566,000 of 113,200 images.
 
     python benchmarks/memory.py
 
@@ -6,7 +6,7 @@ Writes such a prepared split with made-up captions and features to a temporary f
 goes through an epoch of it with the loader of train.py and reports, at the start, in the middle and at the
 end, the resident memory of the main process and the private memory of each worker, which is what a worker
 really costs: pages that it shares with the main process are not counted. An aim that is missed is an error.
-Features are kept small on disk (4 KB a picture in place of 256 KB for resnet101): they are read as they are
+Features are kept small on disk (4 KB an image in place of 256 KB for resnet101): they are read as they are
 needed, so their number matters here, not their size. Linux only. On two CPU cores it takes about three
 minutes.
 """
@@ -28,7 +28,7 @@ from common import make_captions, make_word_map
 from torch import nn
 
 import train
-from datasets import weights_digest
+from captioning.features import weights_digest
 from utils import UserError, check_at_least, progress_bar, run_script, write_json
 
 MAX_LEN = 50  # words
@@ -36,12 +36,12 @@ MAX_LEN = 50  # words
 
 @dataclass
 class Settings:
-    pictures: int = 113_200  # of the training split
-    captions_per_image: int = 5  # captions of each picture
+    images: int = 113_200  # of the training split
+    captions_per_image: int = 5  # captions of each image
     vocabulary: int = 9490  # entries of the word map
-    grid: int = 8  # cells, height and width of a picture's features
+    grid: int = 8  # cells, height and width of an image's features
     feature_dim: int = 32  # channels of the features
-    batch_size: int = 16  # pictures
+    batch_size: int = 16  # images
     workers: int = 2  # processes that load batches
     epoch_share: float = 1.0  # part of the epoch to go through
     main_aim: int = 1500  # MB, resident memory of the main process
@@ -49,7 +49,7 @@ class Settings:
     growth_aim: int = 50  # MB by which either may grow from the start of the epoch to its end
 
     def __post_init__(self):
-        check_at_least(self, 100, "pictures")
+        check_at_least(self, 100, "images")
         check_at_least(self, 1, "captions_per_image", "grid", "feature_dim", "batch_size", "workers")
         check_at_least(self, 5, "vocabulary")
         if not 0 < self.epoch_share <= 1:
@@ -74,8 +74,8 @@ def main(settings: Settings) -> None:
         writer.join()
         if writer.exitcode:
             sys.exit("the data could not be written")
-        captions = settings.pictures * settings.captions_per_image
-        print(f"{captions:,} captions of {settings.pictures:,} pictures, {settings.workers} workers; MB")
+        captions = settings.images * settings.captions_per_image
+        print(f"{captions:,} captions of {settings.images:,} images, {settings.workers} workers; MB")
         print(f"{'':>8} {'main, resident':>15} {'workers, private':>18}")
         show("before", [main_memory()])
         lines = go_through(make_loader(Path(folder), settings), settings)
@@ -86,21 +86,21 @@ def main(settings: Settings) -> None:
 def write_data(folder: Path, settings: Settings) -> None:
     """Splits train and val as create_input_files.py and the feature cache of train.py write them."""
     write_json(folder / "word_map.json", make_word_map(settings.vocabulary))
-    splits = {"train": settings.pictures, "val": 100}
+    splits = {"train": settings.images, "val": 100}
     cells = (settings.grid, settings.grid, settings.feature_dim)
     some_features = np.random.default_rng(0).random((1000, *cells)).astype(np.float16)
-    for seed, (split, pictures) in enumerate(splits.items()):
+    for seed, (split, images) in enumerate(splits.items()):
         with h5py.File(folder / f"{split}_images.hdf5", "w") as file:  # no chunk is written: a small file
             shape = (3, 256, 256)
-            file.create_dataset("images", (pictures, *shape), "uint8", chunks=(1, *shape))
+            file.create_dataset("images", (images, *shape), "uint8", chunks=(1, *shape))
             file.attrs.update({"captions_per_image": settings.captions_per_image, "digest": split})
         with h5py.File(folder / f"{split}_features_{NoEncoder.name}.hdf5", "w") as file:
-            file.attrs.update({"weights": weights_digest(NoEncoder()), "pictures": split})
-            stored = file.create_dataset("features", (pictures, *cells), "float16")
-            for start in range(0, pictures, len(some_features)):
-                stored[start : start + len(some_features)] = some_features[: pictures - start]
+            file.attrs.update({"weights": weights_digest(NoEncoder()), "images": split})
+            stored = file.create_dataset("features", (images, *cells), "float16")
+            for start in range(0, images, len(some_features)):
+                stored[start : start + len(some_features)] = some_features[: images - start]
         captions, lengths = make_captions(
-            pictures, settings.captions_per_image, settings.vocabulary, MAX_LEN, seed
+            images, settings.captions_per_image, settings.vocabulary, MAX_LEN, seed
         )
         write_json(folder / f"{split}_encoded_captions.json", captions.flatten(0, 1).tolist())
         write_json(folder / f"{split}_caption_lengths.json", lengths.flatten().tolist())

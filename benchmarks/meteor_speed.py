@@ -2,7 +2,7 @@
 
     python benchmarks/meteor_speed.py
 
-Three fresh processes score the same pictures: ours with an empty cache directory (a user's first run), ours
+Three fresh processes score the same images: ours with an empty cache directory (a user's first run), ours
 again (every later run), and METEOR 1.5's jar, driven as pycocoevalcap drives it. Each is timed from its start
 to its end. The scores of all three must agree to 1e-6, or the script stops with an error. Needs
 pycocoevalcap's data, and `java` for the comparison; peak memory is measured on Unix only.
@@ -17,13 +17,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from scored_pictures import ROOT, make_pictures
+from scored_images import ROOT, make_images
 
 sys.path.insert(0, str(ROOT))
-from meteor import Meteor, MeteorDataError, find_data
+from metrics import Meteor, MeteorDataError
+from metrics.meteor_data import find_data
 
 # Settings
-N_PICTURES = 1000
+N_IMAGES = 1000
 N_REFERENCES = 5
 SEED = 0
 JAVA = ["java", "-Xmx2G", "-jar", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"]
@@ -37,14 +38,14 @@ def main() -> None:
         data_dir = find_data()
     except MeteorDataError as error:
         sys.exit(str(error))
-    pictures, origin = make_pictures(N_PICTURES, N_REFERENCES, SEED, plain=True)
-    n_texts = len({text for references, hypothesis in pictures for text in [*references, hypothesis]})
-    print(f"{len(pictures)} pictures, {N_REFERENCES} references each, {n_texts} different texts, {origin}")
+    images, origin = make_images(N_IMAGES, N_REFERENCES, SEED, plain=True)
+    n_texts = len({text for references, hypothesis in images for text in [*references, hypothesis]})
+    print(f"{len(images)} images, {N_REFERENCES} references each, {n_texts} different texts, {origin}")
 
     runs = {}
     with tempfile.TemporaryDirectory() as folder:
-        task, cache_dir, output = (Path(folder, name) for name in ("pictures.json", "cache", "scores.json"))
-        task.write_text(json.dumps(pictures))
+        task, cache_dir, output = (Path(folder, name) for name in ("images.json", "cache", "scores.json"))
+        task.write_text(json.dumps(images))
         for name in ("first run", "later run"):
             with Measured([sys.executable, __file__, str(task), str(cache_dir), str(output)]) as run:
                 pass
@@ -52,7 +53,7 @@ def main() -> None:
             runs[name] = run
     if shutil.which("java"):
         with Measured(JAVA, cwd=data_dir, stdin=-1, stdout=-1, stderr=subprocess.DEVNULL) as run:
-            run.scores = score_with_java(run.process, pictures)
+            run.scores = score_with_java(run.process, images)
         runs["Java"] = run
     else:
         print("no java here: nothing to compare with")
@@ -60,25 +61,25 @@ def main() -> None:
 
 
 def score_in_this_process(task: Path, cache_dir: Path, output: Path) -> None:
-    pictures = dict(enumerate(json.loads(task.read_text())))
+    images = dict(enumerate(json.loads(task.read_text())))
     corpus, scores = Meteor(cache_dir=cache_dir).compute_score(
-        {key: references for key, (references, _) in pictures.items()},
-        {key: hypothesis for key, (_, hypothesis) in pictures.items()},
+        {key: references for key, (references, _) in images.items()},
+        {key: hypothesis for key, (_, hypothesis) in images.items()},
     )
     output.write_text(json.dumps([*scores, corpus]))
 
 
-def score_with_java(process: subprocess.Popen, pictures: list[tuple[list[str], str]]) -> list[float]:
-    """Scores of the pictures, then of the corpus; afterwards the process ends by itself."""
+def score_with_java(process: subprocess.Popen, images: list[tuple[list[str], str]]) -> list[float]:
+    """Scores of the images, then of the corpus; afterwards the process ends by itself."""
 
     def ask(*parts: str) -> str:
         process.stdin.write((" ||| ".join(parts) + "\n").encode())
         process.stdin.flush()
         return process.stdout.readline().decode().strip()
 
-    statistics = [ask("SCORE", *references, hypothesis) for references, hypothesis in pictures]
+    statistics = [ask("SCORE", *references, hypothesis) for references, hypothesis in images]
     scores = [float(ask("EVAL", *statistics))]
-    scores += [float(process.stdout.readline()) for _ in pictures]  # the last is the corpus
+    scores += [float(process.stdout.readline()) for _ in images]  # the last is the corpus
     process.stdin.close()
     return scores
 

@@ -2,7 +2,7 @@
 
     python benchmarks/metrics_speed.py
 
-Both score N_PICTURES hypotheses against five references each: first without METEOR (theirs with its Java
+Both score N_IMAGES hypotheses against five references each: first without METEOR (theirs with its Java
 tokenizer), then with it (theirs in Java). The scores must agree to 1e-9, METEOR's to 1e-6, or the script
 stops with an error. Without pycocoevalcap or `java` only our times are printed. No caption comes twice, as
 the second time would be cheap for us. METEOR's data are prepared before the clock starts, as on any run but
@@ -17,25 +17,24 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from scored_pictures import ROOT, make_pictures
+from scored_images import ROOT, make_images
 
 sys.path.insert(0, str(ROOT))
 import metrics
-from meteor import Meteor, MeteorDataError
-from metrics import CiderD, score_captions, tokenize
+from metrics import CiderD, Meteor, MeteorDataError, score_captions, tokenize
 
 # Settings
-N_PICTURES = 5000
+N_IMAGES = 5000
 N_REFERENCES = 5
-N_SAMPLES = 5  # hypotheses a picture in one batch of the reward, as in self-critical training
-BATCH = 64  # pictures
+N_SAMPLES = 5  # hypotheses an image in one batch of the reward, as in self-critical training
+BATCH = 64  # images
 SEED = 0
 
 
 def main() -> None:
-    pictures, origin = make_pictures(N_PICTURES, N_REFERENCES, SEED)
-    references = {number: captions for number, (captions, _) in enumerate(pictures)}
-    hypotheses = {number: hypothesis for number, (_, hypothesis) in enumerate(pictures)}
+    images, origin = make_images(N_IMAGES, N_REFERENCES, SEED)
+    references = {number: captions for number, (captions, _) in enumerate(images)}
+    hypotheses = {number: hypothesis for number, (_, hypothesis) in enumerate(images)}
     print(f"{len(references)} hypotheses, {N_REFERENCES} references each, {origin}")
     tokenizer_rate([caption for captions in references.values() for caption in captions])
 
@@ -130,10 +129,10 @@ def official_meteor(words: dict[int, list[str]], guesses: dict[int, list[str]]):
 def check(result: metrics.Scores, expected: dict[str, tuple[float, list[float]]], tolerance: float) -> None:
     largest = 0.0
     for name, (score, column) in expected.items():
-        own = [picture[name] for picture in result.per_picture.values()]
+        own = [image[name] for image in result.per_image.values()]
         differences = [abs(a - b) for a, b in zip(own, column, strict=True)]
         largest = max(largest, abs(result.overall[name] - score), *differences)
-    print(f"    largest difference of a score, overall or of a picture: {largest:.1e}")
+    print(f"    largest difference of a score, overall or of an image: {largest:.1e}")
     if not largest <= tolerance:
         sys.exit("the scores differ")
 
@@ -152,13 +151,11 @@ def reward_rate(references: dict[int, list[str]], hypotheses: dict[int, str]) ->
     keys = list(words)
     cider = CiderD.from_references(words.values())
     print("CIDEr-D reward, captions a second:")
-    print(f"    one hypothesis a picture, its references not seen before: {rate(cider, keys):,.0f}")
-    print(f"    one hypothesis a picture, its references seen before: {rate(cider, keys[-BATCH:] * 20):,.0f}")
+    print(f"    one hypothesis an image, its references not seen before: {rate(cider, keys):,.0f}")
+    print(f"    one hypothesis an image, its references seen before: {rate(cider, keys[-BATCH:] * 20):,.0f}")
     cider = CiderD.from_references(words.values())
     samples = [key for key in keys for _ in range(N_SAMPLES)]
-    print(
-        f"    {N_SAMPLES} hypotheses a picture, its references not seen before: {rate(cider, samples):,.0f}"
-    )
+    print(f"    {N_SAMPLES} hypotheses an image, its references not seen before: {rate(cider, samples):,.0f}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Time of create_input_files.py beside plain preparation, one picture after the other, of the same files.
+"""Time of create_input_files.py beside plain preparation, one image after the other, of the same files.
 
     python benchmarks/preparation_speed.py
 
-Both turn the same folder of JPEG files and the same captions into picture tensors and encoded captions on
-disk. They must agree in pictures, word map and captions, or the script stops with an error. Pixels may differ
+Both turn the same folder of JPEG files and the same captions into image tensors and encoded captions on
+disk. They must agree in images, word map and captions, or the script stops with an error. Pixels may differ
 a little where a file is more than four times as large as the tensor: ours lets the JPEG decoder shrink it
 first. The mean difference is reported, and is an error above `pixel_bound`. On two CPU cores it takes about
 half a minute.
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-from common import make_captions, timed, write_pictures
+from common import make_captions, timed, write_images
 from PIL import Image
 
 import create_input_files
@@ -33,17 +33,17 @@ MAX_LEN = 50  # words
 
 @dataclass
 class Settings:
-    pictures: int = 300  # JPEG files made for the purpose
+    images: int = 300  # JPEG files made for the purpose
     width: int = 640  # of a file, pixels
     height: int = 480  # of a file, pixels
     image_size: int = 256  # of a tensor, pixels
-    captions_per_image: int = 5  # captions of each picture
+    captions_per_image: int = 5  # captions of each image
     workers: int = os.cpu_count() or 1  # threads of create_input_files.py
     pixel_bound: float = 1.0  # largest mean difference of a pixel, of 255
-    seed: int = 0  # of pictures and captions
+    seed: int = 0  # of images and captions
 
     def __post_init__(self):
-        check_at_least(self, 1, "pictures", "captions_per_image", "workers")
+        check_at_least(self, 1, "images", "captions_per_image", "workers")
         check_at_least(self, 16, "width", "height")
 
 
@@ -67,26 +67,24 @@ def main(settings: Settings) -> None:
         _, plain_seconds = timed(prepare_plainly, folder, settings)
         _, our_seconds = timed(create_input_files.create_input_files, ours)
         compare(folder, settings)
-    print(f"plain: {settings.pictures / plain_seconds:.1f} pictures/s ({plain_seconds:.2f} s)")
+    print(f"plain: {settings.images / plain_seconds:.1f} images/s ({plain_seconds:.2f} s)")
     print(
-        f"ours:  {settings.pictures / our_seconds:.1f} pictures/s ({our_seconds:.2f} s, {settings.workers} "
+        f"ours:  {settings.images / our_seconds:.1f} images/s ({our_seconds:.2f} s, {settings.workers} "
         f"workers), {plain_seconds / our_seconds:.2f} times the plain rate"
     )
 
 
 def make_files(folder: Path, settings: Settings) -> None:
-    """Pictures in train/ and their captions in train.csv, as a Kaggle download has them."""
-    paths = write_pictures(
-        folder / "train", settings.pictures, settings.height, settings.width, settings.seed
-    )
+    """Images in train/ and their captions in train.csv, as a Kaggle download has them."""
+    paths = write_images(folder / "train", settings.images, settings.height, settings.width, settings.seed)
     captions, lengths = make_captions(
-        settings.pictures, settings.captions_per_image, 9490, MAX_LEN, settings.seed
+        settings.images, settings.captions_per_image, 9490, MAX_LEN, settings.seed
     )
     with (folder / "train.csv").open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(("image_id", "caption"))
-        for path, of_picture, their_lengths in zip(paths, captions.tolist(), lengths.tolist()):
-            for caption, length in zip(of_picture, their_lengths):
+        for path, of_image, their_lengths in zip(paths, captions.tolist(), lengths.tolist()):
+            for caption, length in zip(of_image, their_lengths):
                 words = " ".join(f"word{index}" for index in caption[1 : length - 1])
                 writer.writerow((path.stem, words))
 
@@ -134,7 +132,7 @@ def compare(folder: Path, settings: Settings) -> None:
     plain_map, our_map = both("word_map")
     plain_paths, our_paths = both("train_image_paths")
     group = settings.captions_per_image
-    # of a picture's captions ours takes as many as are asked for, in an order of its own
+    # of an image's captions ours takes as many as are asked for, in an order of its own
     plain_captions, our_captions = (
         [sorted(captions[first : first + group]) for first in range(0, len(captions), group)]
         for captions in both("train_encoded_captions")
@@ -151,8 +149,8 @@ def compare(folder: Path, settings: Settings) -> None:
         ]
     mean = float(np.mean(differences))
     print(
-        f"{settings.pictures} pictures of {settings.width} x {settings.height}, the same captions; pixels "
-        f"differ by {mean:.3f} of 255 on average, in the worst picture by {max(differences):.3f}"
+        f"{settings.images} images of {settings.width} x {settings.height}, the same captions; pixels "
+        f"differ by {mean:.3f} of 255 on average, in the worst image by {max(differences):.3f}"
     )
     if not mean <= settings.pixel_bound:
         sys.exit(f"the pixels differ by more than {settings.pixel_bound}")

@@ -10,12 +10,12 @@ ROOT = Path(__file__).resolve().parent.parent
 CAPTIONS = ROOT.parent / "shared" / "flickr8k_small" / "captions.txt"  # else captions are made up
 
 
-def make_pictures(
+def make_images(
     count: int, n_references: int, seed: int, plain: bool = False
 ) -> tuple[list[tuple[list[str], str]], str]:
-    """(references, hypothesis) of each picture, and in words where they come from.
+    """(references, hypothesis) of each image, and in words where they come from.
 
-    A hypothesis is a caption of the picture; its other captions are references, filled up with any captions.
+    A hypothesis is a caption of the image; its other captions are references, filled up with any captions.
     No text comes twice, as the second time would be cheap for us: words are exchanged until it is new.
 
     Args:
@@ -44,13 +44,13 @@ def make_pictures(
         used.add(new)
         return new
 
-    pictures = []
+    images = []
     for _ in range(count):
         hypothesis, *references = generator.sample(generator.choice(groups), 5)
         while len(references) < n_references:
             references.append(generator.choice(generator.choice(groups)))
-        pictures.append(([unused(text) for text in references[:n_references]], unused(hypothesis)))
-    return pictures, origin
+        images.append(([unused(text) for text in references[:n_references]], unused(hypothesis)))
+    return images, origin
 
 
 def make_caption(generator: random.Random) -> str:

@@ -1,7 +1,7 @@
 """Show, Attend and Tell just as the formulae of Xu et al. (2015) read: what the benchmarks compare with.
 
-Every caption has its own copy of its picture, which the encoder sees again each time; at every step attention
-projects all 196 pixels anew and every word's score is computed; captions are searched one picture at a time,
+Every caption has its own copy of its image, which the encoder sees again each time; at every step attention
+projects all 196 pixels anew and every word's score is computed; captions are searched one image at a time,
 the encoding repeated for each hypothesis. Parameters have the names that `models.py` gives them, so that both
 run on the same weights.
 """
@@ -32,7 +32,7 @@ class TextbookEncoder(nn.Module):
             block.requires_grad_(True)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalized pictures (N, 3, H, W) -> encoding (N, 14, 14, D)."""
+        """Normalized images (N, 3, H, W) -> encoding (N, 14, 14, D)."""
         return pool(self.network(images).permute(0, 2, 3, 1))
 
 
@@ -131,7 +131,7 @@ def textbook_search(
     beam_size: int,
     max_steps: int = 50,
 ) -> list[int]:
-    """The caption of one normalized picture (3, H, W), by the rule of `beam_search.py`, encoder included."""
+    """The caption of one normalized image (3, H, W), by the rule of `beam_search.py`, encoder included."""
     pixels = encoder(image[None]).flatten(1, 2).expand(beam_size, -1, -1)
     h, c = decoder.initial_state(pixels)
     captions = torch.full((beam_size, 1), start, device=image.device)

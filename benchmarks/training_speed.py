@@ -2,14 +2,14 @@
 
     python benchmarks/training_speed.py
 
-Frozen encoder: the textbook encodes a picture for each of its captions in every step; we train on features
+Frozen encoder: the textbook encodes an image for each of its captions in every step; we train on features
 kept as train.py keeps them. First both train on the same features, then the textbook on those of its own
 encoder, in float32 where ours are kept in float16. Fine-tuned encoder: the textbook runs it forward and back
-for each caption's copy of the picture; we run it once a picture. Here each step starts from the textbook's
+for each caption's copy of the image; we run it once an image. Here each step starts from the textbook's
 weights: Adam makes large steps of the smallest rounding differences in a deep network.
 
 Both get the same captions, the textbook first. Losses, and gradients of the fine-tuned models, must agree, or
-the script stops with an error. The first step of each warms up and is not counted. Weights, pictures and
+the script stops with an error. The first step of each warms up and is not counted. Weights, images and
 captions are random; reading them from disk is left out on both sides, and so is dropout. On two CPU cores it
 takes about five minutes.
 """
@@ -21,15 +21,15 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
-from common import make_captions, make_pictures, random_encoder, timed
+from common import make_captions, make_images, random_encoder, timed
 from textbook import TextbookDecoder, TextbookEncoder, pool, textbook_loss
 from torch import Tensor, nn
 
 import train
-from models import DecoderWithAttention, Encoder
-from utils import check_at_least, normalize_pictures, pick_device, run_script
+from models import DecoderWithAttention, Encoder, normalize_images
+from utils import check_at_least, pick_device, run_script
 
-Batch = tuple[Tensor, Tensor, Tensor]  # pictures (N, 3, S, S), captions (N, G, L), lengths (N, G)
+Batch = tuple[Tensor, Tensor, Tensor]  # images (N, 3, S, S), captions (N, G, L), lengths (N, G)
 
 
 @dataclass
@@ -38,15 +38,15 @@ class Settings:
     image_size: int = 256  # pixels
     vocabulary: int = 9490  # entries of the word map; COCO has as many with words seen five times
     width: int = 512  # of embeddings, attention and LSTM
-    batch_size: int = 16  # pictures a step, as in train.py
-    captions_per_image: int = 5  # each a copy of its picture for the textbook
+    batch_size: int = 16  # images a step, as in train.py
+    captions_per_image: int = 5  # each a copy of its image for the textbook
     batches: int = 3  # different ones, used in turn
     steps: int = 20  # frozen encoder, on the same features
     textbook_steps: int = 1  # frozen encoder, the textbook's running
     fine_tuned_steps: int = 2  # encoder fine-tuned, the first for warming up
     tolerance: float = 1e-4  # largest difference of a loss
     gradient_tolerance: float = 1e-2  # of the gradient, as a share of its length; float32 turns ReLUs over
-    seed: int = 0  # of weights, pictures and captions
+    seed: int = 0  # of weights, images and captions
 
     def __post_init__(self):
         check_at_least(self, 1, "batch_size", "captions_per_image", "batches", "textbook_steps")
@@ -59,7 +59,7 @@ def main(settings: Settings) -> None:
     encoder = random_encoder(settings.encoder_name, settings.seed, device)
     batches = make_batches(settings)
     print(
-        f"{settings.encoder_name}, {settings.batch_size} pictures of {settings.image_size} pixels with "
+        f"{settings.encoder_name}, {settings.batch_size} images of {settings.image_size} pixels with "
         f"{settings.captions_per_image} captions each a step, {settings.vocabulary} words, on {device} "
         f"({torch.get_num_threads()} threads)",
         flush=True,
@@ -72,7 +72,7 @@ def make_batches(settings: Settings) -> list[Batch]:
     size, count = settings.image_size, settings.batch_size
     return [
         (
-            make_pictures(count, size, size, settings.seed + number),
+            make_images(count, size, size, settings.seed + number),
             *make_captions(
                 count, settings.captions_per_image, settings.vocabulary, 50, settings.seed + number
             ),
@@ -84,7 +84,7 @@ def make_batches(settings: Settings) -> list[Batch]:
 def compare_frozen(encoder: Encoder, batches: list[Batch], settings: Settings, device: torch.device) -> None:
     textbook, ours = make_pair(encoder, settings, device)
     features = [(encoder.encode(batch[0].to(device)).half().cpu(), *batch[1:]) for batch in batches]
-    textbook.encoder(normalize_pictures(batches[0][0].to(device)))  # warms up
+    textbook.encoder(normalize_images(batches[0][0].to(device)))  # warms up
     record = Record(settings)
     for step in range(settings.steps + settings.textbook_steps):
         same_features = step < settings.steps
@@ -165,12 +165,12 @@ class Trainer:
 
 class Textbook(Trainer):
     def step(self, batch: Batch, encodings: Tensor | None = None) -> float:
-        """One step on a batch; its loss. `encodings` (N, 14, 14, D): of its pictures, where known."""
-        pictures, captions, lengths = batch
+        """One step on a batch; its loss. `encodings` (N, 14, 14, D): of its images, where known."""
+        images, captions, lengths = batch
         group = captions.shape[1]
         if encodings is None:
-            copies = pictures.repeat_interleave(group, dim=0).to(self.device)
-            encodings = self.encoder(normalize_pictures(copies))
+            copies = images.repeat_interleave(group, dim=0).to(self.device)
+            encodings = self.encoder(normalize_images(copies))
         else:
             encodings = encodings.repeat_interleave(group, dim=0)
         captions, lengths = captions.flatten(0, 1).to(self.device), lengths.flatten().to(self.device)
@@ -182,7 +182,7 @@ class Ours(Trainer):
         return list(train.build_optimizers(self.encoder, self.decoder, self.settings, {}).values())
 
     def step(self, batch: Batch) -> float:
-        """One step on a batch, which may have features in place of its pictures; its loss."""
+        """One step on a batch, which may have features in place of its images; its loss."""
         lengths = batch[2]
         entropy, penalty, _, _ = train.caption_loss(self.encoder, self.decoder, *batch, self.device)
         words = int((lengths - 1).sum())

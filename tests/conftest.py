@@ -22,13 +22,13 @@ def fixed_seed():
 def demo(tmp_path_factory) -> Path:
     """A small demonstration set, drawn as users draw it."""
     folder = tmp_path_factory.mktemp("data") / "demo"
-    make_demo_data.make_demo_data(make_demo_data.Settings(str(folder), train_pictures=40, test_pictures=12))
+    make_demo_data.make_demo_data(make_demo_data.Settings(str(folder), train_images=40, test_images=12))
     return folder
 
 
 @pytest.fixture(scope="session")
 def prepared(demo) -> Path:
-    """The demonstration set, prepared; small pictures, so that a real network runs quickly."""
+    """The demonstration set, prepared; small images, so that a real network runs quickly."""
     output = demo.parent / "data_output"
     settings = create_input_files.Settings(
         annotations=str(demo / "train.csv"),

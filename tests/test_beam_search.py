@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from beam_search import beam_search
+from captioning.beam_search import beam_search
 from models import DecoderWithAttention
 from utils import UserError
 
@@ -55,13 +55,13 @@ def test_equals_plain_search(beam_size, length_penalty):
     found = beam_search(
         [decoder], [encoding], START, END, beam_size, max_steps=15, length_penalty=length_penalty
     )
-    for picture, hypothesis in zip(encoding, found):
-        words, score = plain_beam_search(decoder, picture.flatten(0, 1), beam_size, 15, length_penalty)
+    for image, hypothesis in zip(encoding, found):
+        words, score = plain_beam_search(decoder, image.flatten(0, 1), beam_size, 15, length_penalty)
         assert hypothesis.words == words
         assert hypothesis.score == pytest.approx(score, abs=1e-4)
     if beam_size == 1:
         lengths = {len(hypothesis.words) for hypothesis in found}
-        assert len(lengths) > 1  # the pictures are not all alike
+        assert len(lengths) > 1  # the images are not all alike
 
 
 @pytest.mark.parametrize("beam_size", [1, 3, 5])
@@ -77,9 +77,9 @@ def test_batches_of_1_and_32_give_the_same_captions(beam_size):
 def test_alphas_are_those_of_the_words():
     decoder, grid = make_decoder(), torch.rand(6, 8, 8, 32) * 3
     found = beam_search([decoder], [grid], START, END, beam_size=4, max_steps=12, keep_alphas=True)
-    for picture, hypothesis in zip(grid, found):
+    for image, hypothesis in zip(grid, found):
         caption = torch.tensor([[START, *hypothesis.words, END]])
-        _, _, _, alphas, _ = decoder(picture.unsqueeze(0), caption, torch.tensor([[caption.shape[1]]]))
+        _, _, _, alphas, _ = decoder(image.unsqueeze(0), caption, torch.tensor([[caption.shape[1]]]))
         torch.testing.assert_close(
             hypothesis.alphas, alphas[0, : len(hypothesis.words)], atol=1e-5, rtol=1e-4
         )

@@ -15,12 +15,13 @@ import transformers
 from conftest import ROOT, assert_one_line
 from PIL import Image
 
-import blip
 import direct_caption
 import train_model
-from blip import load_captioner, pad_captions, tiny_captioner
-from submissions import find_pictures, read_submission
-from utils import UserError, list_pictures
+from captioning import blip
+from captioning.blip import load_captioner, pad_captions, tiny_captioner
+from captioning.images import list_images
+from captioning.submissions import find_images, read_submission
+from utils import UserError
 
 CAPTIONS = ["a red circle on grass", "two blue squares on gravel", "a large star above a small circle"]
 
@@ -51,7 +52,7 @@ def captioner(trained):
 
 @pytest.fixture(scope="module")
 def pixels(demo, captioner):
-    return torch.stack([captioner.prepare(path) for path in list_pictures(demo / "test" / "test")])
+    return torch.stack([captioner.prepare(path) for path in list_images(demo / "test" / "test")])
 
 
 def history(output) -> list[dict]:
@@ -70,11 +71,11 @@ def test_the_script_learns(trained):
 
 @pytest.mark.parametrize("prompt", ["", "there are two"])
 def test_captions_are_those_of_the_plain_loop(trained, demo, captioner, pixels, prompt):
-    """transformers' classes by themselves, a picture at a time, against batches of 16, in either order."""
+    """transformers' classes by themselves, an image at a time, against batches of 16, in either order."""
     processor = transformers.AutoProcessor.from_pretrained(trained)
     model = transformers.BlipForConditionalGeneration.from_pretrained(trained)
     plain = []
-    for path in list_pictures(demo / "test" / "test"):
+    for path in list_images(demo / "test" / "test"):
         inputs = processor(Image.open(path).convert("RGB"), *[prompt] * bool(prompt), return_tensors="pt")
         found = model.generate(**inputs, num_beams=3, max_new_tokens=30)
         plain.append(processor.decode(found[0], skip_special_tokens=True))
@@ -89,7 +90,7 @@ def test_captions_are_those_of_the_plain_loop(trained, demo, captioner, pixels, 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize("prompt", ["", "there are two"])
-def test_beams_share_the_keys_and_values_of_their_picture(captioner, pixels, monkeypatch, num_beams, prompt):
+def test_beams_share_the_keys_and_values_of_their_image(captioner, pixels, monkeypatch, num_beams, prompt):
     assert blip.CACHE_CAN_BE_SHARED, "the installed transformers keeps its keys elsewhere: adapt blip.py"
     attention = [layer.crossattention.self for layer in captioner.model.text_decoder.bert.encoder.layer]
     linears = [linear for module in attention for linear in (module.key, module.value)]
@@ -124,20 +125,20 @@ def test_a_new_process_gives_the_same_captions(trained, demo, captioner, pixels,
     options = ["--test_folder", demo / "test" / "test", "--output_csv", output, "--batch_size", 5]
     result = run_script("direct_caption.py", "--model_path", f"{trained}/", *options)
     assert result.returncode == 0, result.stderr
-    ids = [image_id for image_id, _ in find_pictures(demo / "test" / "test")]
+    ids = [image_id for image_id, _ in find_images(demo / "test" / "test")]
     assert read_submission(output) == list(zip(ids, captioner.caption(pixels), strict=True))
 
 
-def test_bad_pictures_keep_their_rows(trained, demo, run_script, tmp_path):
-    folder = tmp_path / "pictures"
+def test_bad_images_keep_their_rows(trained, demo, run_script, tmp_path):
+    folder = tmp_path / "images"
     folder.mkdir()
     path = next(iter((demo / "test" / "test").iterdir()))
-    picture = Image.open(path)
-    (folder / "1_text.jpg").write_text("no picture")
+    image = Image.open(path)
+    (folder / "1_text.jpg").write_text("no image")
     (folder / "2_cut.jpg").write_bytes(path.read_bytes()[:2000])
-    picture.convert("L").save(folder / "3_grey.png")
-    picture.convert("CMYK").save(folder / "4_cmyk.jpg")
-    picture.save(folder / "5_moving.gif", save_all=True, append_images=[picture.rotate(90)])
+    image.convert("L").save(folder / "3_grey.png")
+    image.convert("CMYK").save(folder / "4_cmyk.jpg")
+    image.save(folder / "5_moving.gif", save_all=True, append_images=[image.rotate(90)])
     output = tmp_path / "out.csv"
     result = run_script(
         "direct_caption.py", "--model_path", trained, "--test_folder", folder, "--output_csv", output
@@ -200,7 +201,7 @@ def test_other_captioners_work_by_their_path(build, demo, tmp_path):
     build(tmp_path, transformers.GPT2TokenizerFast(tokenizer_object=pieces._tokenizer))
     other = load_captioner(tmp_path)
     assert other.model.config.model_type != "blip"
-    paths = list_pictures(demo / "test" / "test")[:4]
+    paths = list_images(demo / "test" / "test")[:4]
     together = other.caption(torch.stack([other.prepare(path) for path in paths]), 2, 8)
     plain = []
     for path in paths:
@@ -225,7 +226,7 @@ def test_wrong_models_get_one_line(trained, tmp_path):
     refused(tmp_path, "no config.json")
     refused(tmp_path / "nowhere", "no such folder")
     transformers.BertConfig().save_pretrained(tmp_path / "bert")
-    refused(tmp_path / "bert", "captions no pictures")
+    refused(tmp_path / "bert", "captions no images")
     shutil.copytree(trained, tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -264,10 +265,10 @@ def test_loss_is_transformers_own_without_padding():
     """Against the model's own forward pass, and against cross-entropy with label smoothing written out."""
     captioner = tiny_captioner([*CAPTIONS, "two small black stars lie on the gravel"])
     captioner.model.text_decoder.label_smoothing = 0.1
-    pictures, captions = a_batch(captioner)
+    images, captions = a_batch(captioner)
     words = pad_captions(captions, captioner.tokenizer.pad_token_id)
-    loss = train_model.CaptionLoss(captioner.model)(pictures, **words)
-    own = captioner.model(pixel_values=pictures, **words)
+    loss = train_model.CaptionLoss(captioner.model)(images, **words)
+    own = captioner.model(pixel_values=images, **words)
     torch.testing.assert_close(loss, own.loss)
 
     losses = []
@@ -278,26 +279,26 @@ def test_loss_is_transformers_own_without_padding():
     assert loss.item() == pytest.approx(sum(losses) / len(losses), abs=1e-5)
 
     longer = {name: F.pad(t, (0, 5), value=-100 if name == "labels" else 0) for name, t in words.items()}
-    torch.testing.assert_close(train_model.CaptionLoss(captioner.model)(pictures, **longer), loss)
+    torch.testing.assert_close(train_model.CaptionLoss(captioner.model)(images, **longer), loss)
 
 
-def test_a_picture_is_encoded_once_for_its_captions():
+def test_a_image_is_encoded_once_for_its_captions():
     captioner = tiny_captioner([*CAPTIONS, "two small black stars lie on the gravel"])
-    pictures, captions = a_batch(captioner)
+    images, captions = a_batch(captioner)
     words = pad_captions(captions, captioner.tokenizer.pad_token_id)
     loss = train_model.CaptionLoss(captioner.model)
-    torch.testing.assert_close(loss(pictures[:1], **words), loss(pictures[[0, 0]], **words))
+    torch.testing.assert_close(loss(images[:1], **words), loss(images[[0, 0]], **words))
 
 
 def test_every_epoch_draws_anew(demo, tmp_path):
-    captions = [[[9, picture, number] for number in range(5)] for picture in range(21)]
+    captions = [[[9, image, number] for number in range(5)] for image in range(21)]
     settings = settings_for(demo, tmp_path, batch_size=2, grad_accumulation=2)
     epochs = []
     for epoch in (1, 2):
         plans = [train_model.plan_epoch(captions, settings, 2, rank, epoch) for rank in (0, 1)]
         seen = [one for plan in plans for step in plan for one in step if one.weight]
-        assert sorted(index for one in seen for index in one.pictures) == list(range(21))
-        assert all(caption[1] == i for one in seen for i, caption in zip(one.pictures, one.captions))
+        assert sorted(index for one in seen for index in one.images) == list(range(21))
+        assert all(caption[1] == i for one in seen for i, caption in zip(one.images, one.captions))
         for steps in zip(*plans):
             assert sum(one.weight for step in steps for one in step) == pytest.approx(1)
         epochs.append({caption[1]: caption[2] for one in seen for caption in one.captions})
@@ -404,12 +405,12 @@ def test_gradient_checkpointing_changes_memory_alone(demo, tmp_path):
     assert results[0]["train_loss"] == pytest.approx(results[1]["train_loss"], abs=1e-5)
 
 
-def test_splits_of_the_file_are_kept_and_bad_pictures_left_out(demo, tmp_path, capsys):
-    """Karpathy's layout names its splits; a missing and a damaged picture are named."""
-    folder = tmp_path / "pictures"
+def test_splits_of_the_file_are_kept_and_bad_images_left_out(demo, tmp_path, capsys):
+    """Karpathy's layout names its splits; a missing and a damaged image are named."""
+    folder = tmp_path / "images"
     shutil.copytree(demo / "train" / "train", folder)
     names = sorted(path.name for path in folder.iterdir())
-    (folder / names[0]).write_bytes(b"no picture")
+    (folder / names[0]).write_bytes(b"no image")
     (folder / names[1]).unlink()
     splits = ["train"] * 10 + ["val"] * 2 + ["test"] * 2
     sentence = {"tokens": ["A", "red", "star"], "raw": "A red star."}
@@ -423,5 +424,5 @@ def test_splits_of_the_file_are_kept_and_bad_pictures_left_out(demo, tmp_path, c
     )  # fmt: skip
     train_model.train(settings)
     printed = capsys.readouterr().out
-    assert "8 pictures to train on, 2 to validate on" in printed
+    assert "8 images to train on, 2 to validate on" in printed
     assert printed.count("skipped: ") == 2 and names[0] in printed and names[1] in printed

@@ -1,4 +1,4 @@
-"""Annotation readers, pictures and preparation, on real files."""
+"""Annotation readers, images and preparation, on real files."""
 
 import csv
 import json
@@ -12,24 +12,19 @@ from conftest import SHARED
 from PIL import Image
 
 import create_input_files as preparation
-from datasets import (
-    SIDED,
-    BatchSampler,
-    CaptionDataset,
-    Request,
-    augment_picture,
-    cache_features,
-    read_annotations,
-)
+from captioning.annotations import read_annotations
+from captioning.features import cache_features
+from captioning.images import list_images, read_image
+from datasets import SIDED, BatchSampler, CaptionDataset, Request, augment_image
 from models import Encoder
-from utils import UserError, list_pictures, natural_order, parallel_map, read_picture
+from utils import UserError, natural_order, parallel_map
 
 FLICKR, COCO = SHARED / "flickr8k_small", SHARED / "coco_small"
 needs_flickr = pytest.mark.skipif(not FLICKR.is_dir(), reason="no real photographs here")
 needs_coco = pytest.mark.skipif(not COCO.is_dir(), reason="no real photographs here")
 
 
-# --- pictures -----------------------------------------------------------------------------------------------
+# --- images -----------------------------------------------------------------------------------------------
 
 
 def colourful(width: int = 40, height: int = 24) -> Image.Image:
@@ -43,74 +38,74 @@ KINDS = "a.png RGB, a.jpg RGB, a.png P, a.jpg CMYK, a.png RGBA, a.webp RGB, a.gi
 
 
 @pytest.mark.parametrize("name, mode", [kind.split() for kind in KINDS.split(", ")])
-def test_every_kind_of_picture_keeps_its_colours(tmp_path, name, mode):
+def test_every_kind_of_image_keeps_its_colours(tmp_path, name, mode):
     colourful().convert(mode).save(tmp_path / name)
-    pixels = read_picture(tmp_path / name)
+    pixels = read_image(tmp_path / name)
     assert pixels.dtype == np.uint8 and pixels.shape == (3, 24, 40)
     expected = np.asarray(colourful()).transpose(2, 0, 1).astype(int)
     inner = np.s_[:, 4:-4, [4, 10, 30, 36]]  # away from the edge, where JPEG blurs
     assert np.abs(pixels[inner].astype(int) - expected[inner]).max() < 16
 
 
-def test_grey_and_deep_pictures(tmp_path):
+def test_grey_and_deep_images(tmp_path):
     grey = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
     Image.fromarray(grey).save(tmp_path / "grey.png")
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
     Image.fromarray((grey.astype(np.uint16) // 4) * 257).save(tmp_path / "dark.png")
     Image.fromarray((grey / 255).astype(np.float32)).save(tmp_path / "float.tif")
-    assert (read_picture(tmp_path / "grey.png") == grey).all()
-    assert (read_picture(tmp_path / "deep.png") == grey).all()
-    assert (read_picture(tmp_path / "dark.png") == grey // 4).all()
-    assert (read_picture(tmp_path / "float.tif") == grey).all()
+    assert (read_image(tmp_path / "grey.png") == grey).all()
+    assert (read_image(tmp_path / "deep.png") == grey).all()
+    assert (read_image(tmp_path / "dark.png") == grey // 4).all()
+    assert (read_image(tmp_path / "float.tif") == grey).all()
 
 
 def test_transparency_is_laid_on_white(tmp_path):
-    picture = colourful().convert("RGBA")
-    picture.putalpha(Image.new("L", picture.size, 0))
-    picture.save(tmp_path / "clear.png")
-    assert (read_picture(tmp_path / "clear.png") == 255).all()
+    image = colourful().convert("RGBA")
+    image.putalpha(Image.new("L", image.size, 0))
+    image.save(tmp_path / "clear.png")
+    assert (read_image(tmp_path / "clear.png") == 255).all()
 
 
 def test_exif_rotation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned right by 90 degrees
     colourful(64, 32).save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    pixels = read_picture(tmp_path / "turned.jpg")
+    pixels = read_image(tmp_path / "turned.jpg")
     assert pixels.shape == (3, 64, 32)
     assert pixels[0, 5, 16] > 150 and pixels[2, 58, 16] > 150  # red above, blue below
 
 
 def test_large_jpeg_is_reduced_like_any_other(tmp_path):
     values = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
-    picture = Image.fromarray(values).resize((1600, 1200), Image.Resampling.BICUBIC)
-    picture.save(tmp_path / "a.jpg", quality=95)
-    picture.save(tmp_path / "a.png")
+    image = Image.fromarray(values).resize((1600, 1200), Image.Resampling.BICUBIC)
+    image.save(tmp_path / "a.jpg", quality=95)
+    image.save(tmp_path / "a.png")
     a, b = (
-        read_picture(tmp_path / "a.jpg", 256).astype(int),
-        read_picture(tmp_path / "a.png", 256).astype(int),
+        read_image(tmp_path / "a.jpg", 256).astype(int),
+        read_image(tmp_path / "a.png", 256).astype(int),
     )
     assert a.shape == (3, 256, 256) and np.abs(a - b).mean() < 2
 
 
 @pytest.mark.parametrize("content", [b"this is text", b"", b"\xff\xd8\xff\xe0 broken"])
-def test_no_picture(tmp_path, content):
+def test_no_image(tmp_path, content):
     (tmp_path / "a.jpg").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.jpg") as error:
-        read_picture(tmp_path / "a.jpg", 64)
+        read_image(tmp_path / "a.jpg", 64)
     assert "\n" not in str(error.value)
 
 
-def test_truncated_picture(tmp_path):
+def test_truncated_image(tmp_path):
     colourful(300, 300).save(tmp_path / "a.jpg", quality=95)
     (tmp_path / "b.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:1500])
     with pytest.raises(UserError, match=r"b\.jpg"):
-        read_picture(tmp_path / "b.jpg", 64)
+        read_image(tmp_path / "b.jpg", 64)
 
 
 def test_natural_order_and_listing(tmp_path):
     for name in ("img10.jpg", "img2.jpg", "img1.JPG", "notes.txt"):
         colourful().save(tmp_path / name, "JPEG") if not name.endswith("txt") else (tmp_path / name).touch()
-    assert [path.name for path in list_pictures(tmp_path)] == ["img1.JPG", "img2.jpg", "img10.jpg"]
+    assert [path.name for path in list_images(tmp_path)] == ["img1.JPG", "img2.jpg", "img10.jpg"]
     assert sorted(["b", "a10", "a9", "9"], key=natural_order) == ["9", "a9", "a10", "b"]
 
 
@@ -135,7 +130,7 @@ def test_three_layouts_of_the_same_data_agree():
     kaggle = read_annotations(FLICKR / "train.csv", FLICKR / "train" / "train")
     flickr = read_annotations(FLICKR / "captions.txt", FLICKR / "train" / "train")
     karpathy = read_annotations(FLICKR / "dataset_flickr8k_small.json", FLICKR / "train" / "train")
-    karpathy_train = [picture for picture in karpathy if picture.split != "test"]
+    karpathy_train = [image for image in karpathy if image.split != "test"]
     assert len(kaggle) == len(flickr) == len(karpathy_train) == 750
     assert {p.path for p in kaggle} == {p.path for p in flickr} == {p.path for p in karpathy_train}
     assert all(p.path for p in kaggle) and all(len(p.captions) == 5 for p in kaggle)
@@ -147,8 +142,8 @@ def test_three_layouts_of_the_same_data_agree():
 
 @needs_coco
 def test_coco_layout():
-    pictures = read_annotations(COCO / "captions_train2017.json", COCO / "train2017")
-    assert pictures and all(p.path and len(p.captions) >= 5 and p.image_id.isdecimal() for p in pictures)
+    images = read_annotations(COCO / "captions_train2017.json", COCO / "train2017")
+    assert images and all(p.path and len(p.captions) >= 5 and p.image_id.isdecimal() for p in images)
 
 
 def test_karpathy_details(tmp_path):
@@ -157,9 +152,9 @@ def test_karpathy_details(tmp_path):
     sentence = {"tokens": ["A", "Dog"], "raw": "A Dog."}
     image = {"filename": "x.jpg", "filepath": "val2014", "split": "restval", "sentences": [sentence]}
     (tmp_path / "d.json").write_text(json.dumps({"images": [image], "dataset": "coco"}))
-    (picture,) = read_annotations(tmp_path / "d.json", tmp_path)
-    assert picture.path.endswith("val2014/x.jpg") and picture.split == "train"
-    assert picture.tokens == [["a", "dog"]] and picture.captions == ["A Dog."]
+    (record,) = read_annotations(tmp_path / "d.json", tmp_path)
+    assert record.path.endswith("val2014/x.jpg") and record.split == "train"
+    assert record.tokens == [["a", "dog"]] and record.captions == ["A Dog."]
 
 
 def test_csv_details(tmp_path):
@@ -180,7 +175,7 @@ def test_csv_details(tmp_path):
     [
         ("", "is empty"),
         ("id,text\n1,a\n", "id,text"),
-        ("image_id,caption\n", "no pictures"),
+        ("image_id,caption\n", "no images"),
         ("{}", "neither"),
         ("{", "not a JSON file"),
         ('{"images": [{"id": 1}], "annotations": []}', "damaged"),
@@ -203,18 +198,18 @@ def read_record(folder):
 
 def test_prepared_files_fit_each_other(demo, prepared):
     record, word_map = read_record(prepared), json.loads((prepared / "word_map.json").read_text())
-    assert record["splits"]["train"]["pictures"] == 32 and record["splits"]["val"]["pictures"] == 8
-    assert record["splits"]["test"]["pictures"] == 12 and record["skipped"] == []
+    assert record["splits"]["train"]["images"] == 32 and record["splits"]["val"]["images"] == 8
+    assert record["splits"]["test"]["images"] == 12 and record["skipped"] == []
     assert word_map["<pad>"] == 0 and list(word_map)[-3:] == ["<unk>", "<start>", "<end>"]
     words = {index: word for word, index in word_map.items()}
     truth = {p.path: p for p in read_annotations(demo / "train.csv", demo / "train" / "train")}
-    for split, pictures in (("train", 32), ("val", 8)):
+    for split, images in (("train", 32), ("val", 8)):
         paths = json.loads((prepared / f"{split}_image_paths.json").read_text())
         dataset = CaptionDataset(prepared, split)
-        assert len(dataset) == len(paths) == pictures
-        for i in (0, pictures - 1):
+        assert len(dataset) == len(paths) == images
+        for i in (0, images - 1):
             (pixels,), (captions,), (lengths,) = dataset[Request(np.array([i]), 0)]
-            assert torch.equal(pixels, torch.from_numpy(read_picture(paths[i], 64)))
+            assert torch.equal(pixels, torch.from_numpy(read_image(paths[i], 64)))
             for caption, length in zip(captions.tolist(), lengths.tolist()):
                 text = [words[index] for index in caption]
                 assert (
@@ -228,7 +223,7 @@ def test_prepared_files_fit_each_other(demo, prepared):
     "size, batch_size, parts, processes",
     [(32, 5, 1, 1), (32, 8, 2, 2), (7, 16, 1, 3), (5, 1, 2, 2), (9, 4, 1, 2)],
 )
-def test_batches_share_out_every_picture_once(size, batch_size, parts, processes):
+def test_batches_share_out_every_image_once(size, batch_size, parts, processes):
     samplers = [
         BatchSampler(size, batch_size, parts, rank, processes, shuffle=True, seed=3)
         for rank in range(processes)
@@ -245,7 +240,7 @@ def test_batches_share_out_every_picture_once(size, batch_size, parts, processes
                 assert max(len(request.indices) for request in requests) <= batch_size
             seen += [index for request in requests for index in request.indices.tolist()]
         assert sorted(seen) == list(range(size))
-        # a step's pictures are the same however it is cut up
+        # a step's images are the same however it is cut up
         whole = BatchSampler(size, batch_size * parts * processes, shuffle=True, seed=3)
         whole.start_epoch(epoch)
         if len(whole) == len(samplers[0].steps):
@@ -257,26 +252,26 @@ def test_batches_share_out_every_picture_once(size, batch_size, parts, processes
         BatchSampler(3, 1, 2, 0, 2)
 
 
-def test_a_batch_is_its_pictures_one_by_one(prepared):
+def test_a_batch_is_its_images_one_by_one(prepared):
     dataset = CaptionDataset(prepared, "train")
-    pictures, captions, lengths = dataset[Request(np.array([3, 4, 9]), 0)]
+    images, captions, lengths = dataset[Request(np.array([3, 4, 9]), 0)]
     for row, index in enumerate((3, 4, 9)):
-        picture, caption, length = dataset[Request(np.array([index]), 0)]
-        assert torch.equal(pictures[row], picture[0]) and torch.equal(lengths[row], length[0])
+        image, caption, length = dataset[Request(np.array([index]), 0)]
+        assert torch.equal(images[row], image[0]) and torch.equal(lengths[row], length[0])
         assert torch.equal(captions[row, :, : caption.shape[2]], caption[0])
         assert not captions[row, :, caption.shape[2] :].any()
 
 
-def test_augmented_pictures_keep_left_and_right_where_captions_say_so(prepared):
+def test_augmented_images_keep_left_and_right_where_captions_say_so(prepared):
     half = torch.zeros(3, 64, 64, dtype=torch.uint8)
     half[:, :, 32:] = 255  # white is on the right
     results = {False: [], True: []}
     for flip in results:
         for seed in range(40):
             torch.manual_seed(seed)
-            picture = augment_picture(half, flip).float()
-            assert picture.shape == half.shape
-            results[flip].append(bool(picture[:, :, -16:].mean() > picture[:, :, :16].mean()))
+            image = augment_image(half, flip).float()
+            assert image.shape == half.shape
+            results[flip].append(bool(image[:, :, -16:].mean() > image[:, :, :16].mean()))
     assert all(results[False]) and 10 < sum(results[True]) < 30
 
     dataset = CaptionDataset(prepared, "train", augment=True)
@@ -326,26 +321,26 @@ def test_validation_split_does_not_depend_on_the_order_of_the_file(demo, tmp_pat
     held_out = []
     for file in (demo / "train.csv", tmp_path / "shuffled.csv"):
         splits = preparation.read_splits(preparation.Settings(str(file), str(demo / "train" / "train")))
-        held_out.append({picture.image_id for picture in splits["val"]})
-        assert held_out[-1].isdisjoint(picture.image_id for picture in splits["train"])
+        held_out.append({image.image_id for image in splits["val"]})
+        assert held_out[-1].isdisjoint(image.image_id for image in splits["train"])
     assert held_out[0] == held_out[1] and len(held_out[0]) == 4
 
 
-def test_bad_pictures_are_named_and_skipped(tmp_path, run_script):
+def test_bad_images_are_named_and_skipped(tmp_path, run_script):
     rows = ["image_id,caption"]
     for name in ("a", "b", "c", "d"):
         colourful().save(tmp_path / f"{name}.png")
-        rows += [f"{name},a red and blue picture"] * 2
+        rows += [f"{name},a red and blue image"] * 2
     (tmp_path / "b.png").write_text("text")
     (tmp_path / "d.png").unlink()
     (tmp_path / "train.csv").write_text("\n".join(rows))
     command = ["create_input_files.py", "--annotations", tmp_path / "train.csv", "--image_folder", tmp_path,
                "--output_folder", tmp_path / "out", "--min_word_freq", 1, "--val_fraction", 0]  # fmt: skip
     result = run_script(*command)
-    assert result.returncode == 0 and "b.png" in result.stderr and "d: no picture" in result.stderr
+    assert result.returncode == 0 and "b.png" in result.stderr and "d: no image" in result.stderr
     assert "skipped 2" in result.stdout
     record = read_record(tmp_path / "out")
-    assert record["splits"]["train"]["pictures"] == 2
+    assert record["splits"]["train"]["images"] == 2
     assert [name for name, _ in record["skipped"]] == ["b", "d"]
     result = run_script(*command, "--strict", "--output_folder", tmp_path / "strict")
     assert result.returncode == 2 and "b.png" in result.stderr and not (tmp_path / "strict").exists()
@@ -389,8 +384,8 @@ def test_preparation_does_not_depend_on_workers(demo, tmp_path):
 def test_feature_cache_is_made_once_and_never_stale(prepared):
     encoder = Encoder("resnet18", "none")
     file = cache_features(encoder, prepared, "val", torch.device("cpu"))
-    with h5py.File(file) as cache, h5py.File(prepared / "val_images.hdf5") as pictures:
-        truth = encoder.encode(torch.from_numpy(pictures["images"][:]))
+    with h5py.File(file) as cache, h5py.File(prepared / "val_images.hdf5") as images:
+        truth = encoder.encode(torch.from_numpy(images["images"][:]))
         difference = np.abs(cache["features"][:] - truth.numpy()).max()
         assert difference < 1e-3 * truth.abs().max()
     made = file.stat().st_mtime_ns

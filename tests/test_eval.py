@@ -14,11 +14,11 @@ from conftest import ROOT, assert_one_line
 import caption_from_checkpoint
 import eval as evaluation
 import train
-from captioner import Captioner
-from checkpoints import load_checkpoint, save_checkpoint
-from datasets import read_annotations
+from captioning.annotations import read_annotations
+from captioning.captioner import Captioner
+from captioning.checkpoints import load_checkpoint, save_checkpoint
+from captioning.submissions import coco_id, read_submission, write_submission
 from metrics import score_captions
-from submissions import coco_id, read_submission, write_submission
 from utils import UserError, parse_settings
 
 
@@ -40,7 +40,7 @@ def settings(prepared, *checkpoints, **options):
 
 @pytest.fixture
 def captions(demo):
-    """The first reference of each test picture."""
+    """The first reference of each test image."""
     return {p.image_id: p.captions[0] for p in read_annotations(demo / "test_captions.csv")}
 
 
@@ -80,14 +80,14 @@ def test_ensemble_of_one_model_twice_is_that_model(prepared, models):
 
 def test_ensemble_does_not_depend_on_the_order_and_shares_encoders(prepared, models, other):
     files = [folder / "best_checkpoint.pth" for folder in (models, other)]
-    pictures = torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8)
+    images = torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8)
     there, back = Captioner.load(files), Captioner.load(files[::-1])
     assert len(there.encoders) == 1 and len(there.decoders) == 2
-    results = [captioner.search(captioner.encode(pictures), 3) for captioner in (there, back)]
+    results = [captioner.search(captioner.encode(images), 3) for captioner in (there, back)]
     for a, b in zip(*results):
         assert a.words == b.words and a.score == pytest.approx(b.score, abs=1e-4)
     alone = Captioner.load(files[:1])
-    scores = [found.score for found in alone.search(alone.encode(pictures), 3)]
+    scores = [found.score for found in alone.search(alone.encode(images), 3)]
     assert scores != pytest.approx([found.score for found in results[0]], abs=1e-3)
 
 
@@ -104,14 +104,14 @@ def test_the_table_and_its_files(prepared, models, tmp_path, run_script):
         rows = list(csv.DictReader(stream))
     for line in scores:
         own = [row for row in rows if row["beam_size"] == str(line["beam_size"])]
-        assert len(own) == line["pictures"] == 12
+        assert len(own) == line["images"] == 12
         for name in ("CIDEr", "ROUGE_L"):
             assert fmean(float(row[name]) for row in own) == pytest.approx(line[name])
         captions = dict(read_submission(tmp_path / f"c_beam{line['beam_size']}.json"))
         assert captions == {row["image_id"]: row["caption"] for row in own}
 
 
-def test_two_processes_score_each_picture_once(prepared, models, tmp_path):
+def test_two_processes_score_each_image_once(prepared, models, tmp_path):
     command = [str(ROOT / "eval.py"), "--checkpoint", str(models / "best_checkpoint.pth")]
     command += ["--data_folder", str(prepared), "--beam_sizes", "2", "--output_json"]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -122,7 +122,7 @@ def test_two_processes_score_each_picture_once(prepared, models, tmp_path):
     one, two = (json.loads((tmp_path / name).read_text())["scores"][0] for name in ("one", "two"))
     assert (one.pop("processes"), two.pop("processes")) == (1, 2)
     for line in (one, two):
-        del line["pictures_per_second"]
+        del line["images_per_second"]
     assert one == two
 
 
@@ -151,7 +151,7 @@ def test_wrong_input_for_models(prepared, demo, models, other, tmp_path, run_scr
     changed = load_checkpoint(other / "best_checkpoint.pth")
     changed["data"]["settings"]["image_size"] = 96
     save_checkpoint(bad, changed)
-    with pytest.raises(UserError, match=r"changed.pth: trained on pictures of 96 pixels"):
+    with pytest.raises(UserError, match=r"changed.pth: trained on images of 96 pixels"):
         Captioner.load([good, bad])
     with pytest.raises(UserError, match="--image_size 96"):
         evaluation.evaluate(evaluation.Settings((str(bad),), data_folder=str(prepared)))
@@ -201,10 +201,10 @@ def test_coco_numbers(tmp_path):
     assert coco_id("test_0001") == "test_0001"
     references = {
         "images": [{"id": number, "file_name": f"{number:012}.jpg"} for number in (7, 11)],
-        "annotations": [{"image_id": number, "caption": f"picture {number} here"} for number in (7, 11)],
+        "annotations": [{"image_id": number, "caption": f"image {number} here"} for number in (7, 11)],
     }
     (tmp_path / "r.json").write_text(json.dumps(references))
-    rows = [("COCO_val2014_000000000007.jpg", "picture 7 here"), ("11", "picture 11 here")]
+    rows = [("COCO_val2014_000000000007.jpg", "image 7 here"), ("11", "image 11 here")]
     for name in ("s.csv", "s.json"):
         write_submission(tmp_path / name, rows)
         row = evaluation.score_submission(tmp_path / name, tmp_path / "r.json")
@@ -228,11 +228,11 @@ def test_incomplete_submissions_are_refused_by_name(demo, captions, tmp_path, ru
             evaluation.score_submission(tmp_path / "s.csv", references)
     write_submission(tmp_path / "s.csv", [*rows[2:], ("nobody", "a dog")])
     row = evaluation.score_submission(tmp_path / "s.csv", references, partial=True)
-    assert (row["pictures"], row["missing"], row["unknown"]) == (len(rows) - 2, 2, 1)
+    assert (row["images"], row["missing"], row["unknown"]) == (len(rows) - 2, 2, 1)
     assert "PARTIAL" in capsys.readouterr().out
     write_submission(tmp_path / "s.csv", [(rows[0][0], ""), *rows[1:]])
     row = evaluation.score_submission(tmp_path / "s.csv", references)
-    assert row["scores"].per_picture[rows[0][0]]["CIDEr"] == 0
+    assert row["scores"].per_image[rows[0][0]]["CIDEr"] == 0
     assert "1 of 12 captions are empty" in capsys.readouterr().out
 
 

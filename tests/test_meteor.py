@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-import meteor
-from meteor import Lexicon, Meteor, MeteorDataError, ParaphraseTable, java_hash, normalize, stem
+from metrics import Meteor, MeteorDataError, meteor
+from metrics.meteor import java_hash, normalize
+from metrics.meteor_data import Lexicon, ParaphraseTable, stem
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -183,16 +184,16 @@ def golden() -> dict:
 
 
 def real_captions() -> list[list[str]]:
-    """The captions of each picture, in lower case."""
+    """The captions of each image, in lower case."""
     if not (FLICKR8K.exists() and COCO.exists()):
         pytest.skip("needs real captions")
-    pictures: dict = {}
+    images: dict = {}
     with FLICKR8K.open(newline="") as file:
         for row in csv.DictReader(file):
-            pictures.setdefault(row["image"], []).append(row["caption"].lower())
+            images.setdefault(row["image"], []).append(row["caption"].lower())
     for annotation in json.loads(COCO.read_text())["annotations"]:
-        pictures.setdefault(annotation["image_id"], []).append(annotation["caption"].lower())
-    return list(pictures.values())
+        images.setdefault(annotation["image_id"], []).append(annotation["caption"].lower())
+    return list(images.values())
 
 
 # -------------------------------------------------------------------------------------------- official scores
@@ -228,7 +229,7 @@ def test_recorded_scores(scorer):
     assert scores == pytest.approx(list(expected["per_image"]["METEOR"].values()), abs=1e-12)
 
 
-def run_java(data_dir: Path, pictures: list[tuple[list[str], str]]) -> tuple[float, list[float], list]:
+def run_java(data_dir: Path, images: list[tuple[list[str], str]]) -> tuple[float, list[float], list]:
     """Corpus score, scores and statistics of the Java program, asked as pycocoevalcap asks it."""
     command = ["java", "-Xmx2G", "-jar", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"]
     with subprocess.Popen(command, cwd=data_dir, stdin=-1, stdout=-1, stderr=subprocess.DEVNULL) as process:
@@ -239,10 +240,10 @@ def run_java(data_dir: Path, pictures: list[tuple[list[str], str]]) -> tuple[flo
             return process.stdout.readline().decode().strip()
 
         statistics = []
-        for references, hypothesis in pictures:
+        for references, hypothesis in images:
             statistics.append(ask("SCORE", *references, hypothesis.replace("|||", "").replace("  ", " ")))
         scores = [float(ask("EVAL", *statistics))]
-        scores += [float(process.stdout.readline()) for _ in pictures]
+        scores += [float(process.stdout.readline()) for _ in images]
         process.stdin.close()
     return scores.pop(), scores, [[int(float(n)) for n in line.split()] for line in statistics]
 
@@ -252,27 +253,27 @@ def test_beside_the_java_program(scorer, data_dir, tmp_path):
         pytest.skip("needs java")
     captions = real_captions()
     generator = random.Random(0)
-    pictures = []
+    images = []
     for number in range(2000):
         hypothesis, *references = generator.sample(generator.choice(captions), 2)
         if number % 2:
             references = [generator.choice(generator.choice(captions))]
-        pictures.append((references, hypothesis))
-    pictures += [(generator.choice(captions), hypothesis) for hypothesis in STRANGE if "\n" not in hypothesis]
-    pictures += [(["", "a ||| dog runs", "a dog|||||| plays"], "dog runs a | |||| dog")]
+        images.append((references, hypothesis))
+    images += [(generator.choice(captions), hypothesis) for hypothesis in STRANGE if "\n" not in hypothesis]
+    images += [(["", "a ||| dog runs", "a dog|||||| plays"], "dog runs a | |||| dog")]
     # The paraphrases of these texts alone: the program takes ten seconds to read all of them.
-    texts = (scorer._text(text) for references, hypothesis in pictures for text in [*references, hypothesis])
+    texts = (scorer._text(text) for references, hypothesis in images for text in [*references, hypothesis])
     phrases = sorted({phrase for text in texts for phrase in text.phrases})
     pairs = [(phrase, target) for phrase in phrases for target in scorer._table.targets(phrase)]
     folder = make_data(tmp_path / "data_dir", data_dir, pairs)
-    expected_corpus, expected_scores, expected_statistics = run_java(folder, pictures)
+    expected_corpus, expected_scores, expected_statistics = run_java(folder, images)
     corpus, scores = scorer.compute_score(
-        dict(enumerate(references for references, _ in pictures)),
-        dict(enumerate(hypothesis for _, hypothesis in pictures)),
+        dict(enumerate(references for references, _ in images)),
+        dict(enumerate(hypothesis for _, hypothesis in images)),
     )
     assert scores == pytest.approx(expected_scores, abs=1e-12)
     assert corpus == pytest.approx(expected_corpus, abs=1e-12)
-    assert [scorer.statistics(*picture) for picture in pictures] == expected_statistics
+    assert [scorer.statistics(*image) for image in images] == expected_statistics
     assert len({round(score, 6) for score in scores}) > 300  # not all zeros
 
 
@@ -306,7 +307,7 @@ def test_reference_with_separator_is_two_references(scorer):
 def test_mistakes_of_the_caller(scorer):
     with pytest.raises(ValueError, match="reference"):
         scorer.score([], "a dog")
-    with pytest.raises(ValueError, match="same pictures"):
+    with pytest.raises(ValueError, match="same images"):
         scorer.compute_score({1: ["a dog"]}, {2: "a dog"})
     assert scorer.compute_score({}, {}) == (0.0, [])
 
@@ -394,7 +395,7 @@ def test_another_data_file_has_another_cache(small_data, tmp_path):
 
 
 def test_processes_that_build_at_once(small_data, tmp_path):
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from meteor import Meteor; "
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from metrics import Meteor; "
     code += "print(Meteor(sys.argv[2], sys.argv[3]).score(['people near car'], 'people next to car'))"
     command = [sys.executable, "-c", code, str(ROOT), str(small_data), str(tmp_path / "cache")]
     with ThreadPoolExecutor(6) as pool:
@@ -427,7 +428,7 @@ def test_cache_directory_of_the_platform(monkeypatch, tmp_path):
 
 
 def test_missing_package():
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import meteor\n"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from metrics import meteor\n"
     code += "try: meteor.Meteor()\nexcept meteor.MeteorDataError as error: print(error)"
     # -S: without the installed packages
     run = subprocess.run([sys.executable, "-I", "-S", "-c", code, str(ROOT)], capture_output=True, text=True)
@@ -502,7 +503,7 @@ def test_large_corpus_is_shared_by_default(scorer, monkeypatch):
 def test_workers_in_a_script_without_a_guard(small_data, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        f"import sys, threading; sys.path.insert(0, {str(ROOT)!r}); from meteor import Meteor\n"
+        f"import sys, threading; sys.path.insert(0, {str(ROOT)!r}); from metrics import Meteor\n"
         "print('started')\n"
         "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
         f"meteor = Meteor({str(small_data)!r}, {str(tmp_path / 'cache')!r}, workers=2)\n"
@@ -522,11 +523,11 @@ def test_failed_worker_is_stood_in_for(scorer, cache_dir, monkeypatch):
 
 def test_threads_share_one_meteor(scorer):
     expected = golden()["tokenized"]
-    pictures = [(expected["references"][key], expected["hypotheses"][key]) for key in expected["references"]][
+    images = [(expected["references"][key], expected["hypotheses"][key]) for key in expected["references"]][
         :60
     ]
-    alone = [scorer.statistics(*picture) for picture in pictures]
+    alone = [scorer.statistics(*image) for image in images]
     fresh = Meteor(cache_dir=scorer._cache_dir)
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(lambda picture: fresh.statistics(*picture), pictures)) == alone
+        assert list(pool.map(lambda image: fresh.statistics(*image), images)) == alone
     assert threading.active_count() >= 1

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 import metrics
-from meteor import Meteor, MeteorDataError
-from metrics import CiderD, bleu4, rouge_l, score_captions, tokenize
+from metrics import CiderD, Meteor, MeteorDataError, bleu4, rouge_l, score_captions, tokenize
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -86,16 +85,16 @@ def golden() -> dict:
 
 
 def real_captions() -> list[list[str]]:
-    """The captions of each picture."""
+    """The captions of each image."""
     if not (FLICKR8K.exists() and COCO.exists()):
         pytest.skip("needs real captions")
-    pictures: dict = {}
+    images: dict = {}
     with FLICKR8K.open(newline="") as file:
         for row in csv.DictReader(file):
-            pictures.setdefault(row["image"], []).append(row["caption"])
+            images.setdefault(row["image"], []).append(row["caption"])
     for annotation in json.loads(COCO.read_text())["annotations"]:
-        pictures.setdefault(annotation["image_id"], []).append(annotation["caption"])
-    return list(pictures.values())
+        images.setdefault(annotation["image_id"], []).append(annotation["caption"])
+    return list(images.values())
 
 
 def official(module: str, name: str):
@@ -164,7 +163,7 @@ def test_recorded_scores(meteor):
         assert result.overall[name] == pytest.approx(score, abs=1e-9)
     for name, scores in expected["per_image"].items():
         for key, score in scores.items():
-            assert result.per_picture[key][name] == pytest.approx(score, abs=1e-9)
+            assert result.per_image[key][name] == pytest.approx(score, abs=1e-9)
 
 
 @pytest.mark.parametrize("source", ["real", "recorded", "small"])
@@ -188,7 +187,7 @@ def test_beside_the_official_scorers(source, no_meteor):
     scores["CIDEr"] = official("cider.cider", "Cider")().compute_score(words, guesses)
     for name, (score, column) in scores.items():
         assert result.overall[name] == pytest.approx(score, abs=1e-9)
-        own = [picture[name] for picture in result.per_picture.values()]
+        own = [image[name] for image in result.per_image.values()]
         assert own == pytest.approx(list(column), abs=1e-9)
 
 
@@ -226,19 +225,19 @@ def test_bleu4_without_a_match(no_meteor):
 def test_same_caption_scores_one(meteor):
     captions = {i: caption for i, (caption, *_) in enumerate(REFERENCES.values())}
     result = score_captions({i: [caption] for i, caption in captions.items()}, captions, meteor)
-    for scores in (result.overall, *result.per_picture.values()):
+    for scores in (result.overall, *result.per_image.values()):
         assert scores.pop("CIDEr") == pytest.approx(10)
         assert list(scores.values()) == pytest.approx([1.0] * 6)
 
 
 def test_scores_are_in_their_ranges(meteor):
     result = score_captions(REFERENCES, HYPOTHESES, meteor)
-    assert list(result.per_picture) == list(REFERENCES)
-    for scores in (result.overall, *result.per_picture.values()):
+    assert list(result.per_image) == list(REFERENCES)
+    for scores in (result.overall, *result.per_image.values()):
         assert all(0 <= score <= (10 if name == "CIDEr" else 1) for name, score in scores.items())
         assert scores["Bleu_1"] >= scores["Bleu_2"] >= scores["Bleu_3"] >= scores["Bleu_4"]
     for name in ("ROUGE_L", "CIDEr"):
-        mean = sum(scores[name] for scores in result.per_picture.values()) / 3
+        mean = sum(scores[name] for scores in result.per_image.values()) / 3
         assert result.overall[name] == pytest.approx(mean)
 
 
@@ -247,8 +246,8 @@ def test_order_does_not_matter(no_meteor):
     backward = {key: captions[::-1] for key, captions in reversed(REFERENCES.items())}
     result = score_captions(backward, HYPOTHESES)
     assert result.overall == pytest.approx(forward.overall, abs=1e-12)
-    for key, scores in forward.per_picture.items():
-        assert result.per_picture[key] == pytest.approx(scores, abs=1e-12)
+    for key, scores in forward.per_image.items():
+        assert result.per_image[key] == pytest.approx(scores, abs=1e-12)
 
 
 def test_case_and_full_stop_do_not_matter(no_meteor):
@@ -267,14 +266,14 @@ def test_one_more_reference_never_lowers_rouge():
 # ------------------------------------------------------------------------------------------------ mistakes
 
 
-def test_pictures_that_do_not_fit(no_meteor):
-    with pytest.raises(ValueError, match="2 pictures without a hypothesis: 1, 2"):
+def test_images_that_do_not_fit(no_meteor):
+    with pytest.raises(ValueError, match="2 images without a hypothesis: 1, 2"):
         score_captions(REFERENCES, {3: HYPOTHESES[3]})
-    with pytest.raises(ValueError, match="1 pictures without a reference: 'b'"):
+    with pytest.raises(ValueError, match="1 images without a reference: 'b'"):
         score_captions({"a": ["a dog"]}, {"a": "a dog", "b": "a cat"})
     with pytest.raises(ValueError, match="without a reference: 1"):
         score_captions({1: []}, {1: "a dog"})
-    with pytest.raises(ValueError, match=r"30 pictures without a hypothesis: 0, .*9, \.\.\.$"):
+    with pytest.raises(ValueError, match=r"30 images without a hypothesis: 0, .*9, \.\.\.$"):
         score_captions({i: ["a dog"] for i in range(31)}, {30: "a dog"})
     with pytest.raises(ValueError, match="no captions"):
         score_captions({}, {})
@@ -303,8 +302,8 @@ def test_needs_no_installed_package():
 # ---------------------------------------------------------------------------------------------------- CIDEr-D
 
 
-def words_of(captions_of_pictures) -> list[list[list[str]]]:
-    return [[tokenize(caption) for caption in captions] for captions in captions_of_pictures]
+def words_of(captions_of_images) -> list[list[list[str]]]:
+    return [[tokenize(caption) for caption in captions] for captions in captions_of_images]
 
 
 def test_cider_reward_is_the_official_score(no_meteor):
@@ -314,9 +313,9 @@ def test_cider_reward_is_the_official_score(no_meteor):
     expected = score_captions(
         {i: g[1:] for i, g in enumerate(groups)}, {i: g[0] for i, g in enumerate(groups)}
     )
-    batch = [words[i] for i in (7, 3, 7, 11)]  # any pictures in any order
+    batch = [words[i] for i in (7, 3, 7, 11)]  # any images in any order
     scores = cider.score([captions[1:] for captions in batch], [captions[0] for captions in batch])
-    assert scores == pytest.approx([expected.per_picture[i]["CIDEr"] for i in (7, 3, 7, 11)], abs=1e-12)
+    assert scores == pytest.approx([expected.per_image[i]["CIDEr"] for i in (7, 3, 7, 11)], abs=1e-12)
     assert cider.score([words[5][1:]] * 2, [words[5][0], []])[1] == 0
 
 
@@ -344,7 +343,7 @@ def test_cider_mistakes():
         CiderD.from_references([])
 
 
-def test_cider_of_one_picture_is_zero():
+def test_cider_of_one_image_is_zero():
     # Every word is in every document, so none says anything: the reward wants frequencies of a whole set.
     assert CiderD.from_references([[["a", "dog"]]]).score([[["a", "dog"]]], [["a", "dog"]]) == [0.0]
     assert math.isfinite(CiderD({}, 10).score([[["a"]]], [["a"]])[0])

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from models import DecoderWithAttention, Encoder, _efficientnet, load_embeddings
-from utils import UserError, normalize_pictures
+from models import DecoderWithAttention, Encoder, _efficientnet, load_embeddings, normalize_images
+from utils import UserError
 
 VOCABULARY = 50
 
@@ -25,14 +25,14 @@ def make_decoder(**options) -> DecoderWithAttention:
     return decoder
 
 
-def make_captions(pictures: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    lengths = torch.randint(3, 12, (pictures * group,))
-    captions = torch.randint(1, VOCABULARY, (pictures * group, 13))
+def make_captions(images: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    lengths = torch.randint(3, 12, (images * group,))
+    captions = torch.randint(1, VOCABULARY, (images * group, 13))
     return captions * (torch.arange(13) < lengths.unsqueeze(1)), lengths
 
 
 def plain_decoding(decoder, encoding, caption, length):
-    """One caption of one picture, word by word: encoding (196, D) -> scores (length - 1, V), alphas (length
+    """One caption of one image, word by word: encoding (196, D) -> scores (length - 1, V), alphas (length
     - 1, 196)."""
     attention = decoder.attention
     mean = encoding.mean(dim=0)
@@ -147,7 +147,7 @@ def test_parameter_names_are_the_published_ones():
 @pytest.mark.parametrize("name, dim", [("resnet18", 512), ("resnet50", 2048), ("efficientnet_lite0", 1280)])
 def test_encoder_shapes_and_fine_tuning(name, dim):
     encoder = Encoder(name, "none")
-    images = normalize_pictures(torch.randint(0, 256, (2, 3, 256, 256), dtype=torch.uint8))
+    images = normalize_images(torch.randint(0, 256, (2, 3, 256, 256), dtype=torch.uint8))
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
     encoder.train()
     encoding, grid = encoder(images), encoder.grid(images)
@@ -199,11 +199,11 @@ def test_folded_batch_norms_give_the_same_features_and_gradients(name):
         torch.testing.assert_close(parameter.grad, gradients[key].grad, msg=key)
 
 
-def test_encoder_of_many_pictures_equals_one_by_one():
+def test_encoder_of_many_images_equals_one_by_one():
     encoder = Encoder("resnet18", "none")
-    pictures = torch.randint(0, 256, (11, 3, 64, 64), dtype=torch.uint8)
-    single = torch.cat([encoder.encode(picture.unsqueeze(0)) for picture in pictures])
-    difference = (encoder.encode(pictures) - single).abs().max()
+    images = torch.randint(0, 256, (11, 3, 64, 64), dtype=torch.uint8)
+    single = torch.cat([encoder.encode(image.unsqueeze(0)) for image in images])
+    difference = (encoder.encode(images) - single).abs().max()
     assert difference < 1e-5 * single.abs().max()  # untrained, its values are large
 
 
@@ -212,10 +212,10 @@ def test_pip_shipped_weights_know_what_they_see():
     import skimage.data
 
     cat, rocket = skimage.data.chelsea(), skimage.data.rocket()
-    pictures = [cat, cat[:, ::-1].copy(), rocket]
+    images = [cat, cat[:, ::-1].copy(), rocket]
     resized = [
         F.interpolate(torch.from_numpy(p).permute(2, 0, 1)[None].float(), (256, 256)).byte()[0]
-        for p in pictures
+        for p in images
     ]
     features = Encoder("efficientnet_lite0", "imagenet").encode(torch.stack(resized)).mean(dim=(1, 2))
     cosine = F.cosine_similarity(features[0], features[1:])
@@ -266,12 +266,12 @@ def test_load_embeddings(tmp_path):
 
 
 def test_tutorial_size_model_trains_and_captions_on_the_cpu():
-    from beam_search import beam_search
+    from captioning.beam_search import beam_search
 
     encoder = Encoder("resnet101", "none")
     decoder = DecoderWithAttention(512, 512, 512, 9490, dropout=0.0)
-    pictures = torch.randint(0, 256, (32, 3, 256, 256), dtype=torch.uint8)
-    grid = encoder.encode(pictures).clone()
+    images = torch.randint(0, 256, (32, 3, 256, 256), dtype=torch.uint8)
+    grid = encoder.encode(images).clone()
     grid /= grid.std()  # untrained, it is large
     captions, lengths = make_captions(32, 1)
     optimizer = torch.optim.Adam(decoder.parameters(), lr=4e-4)

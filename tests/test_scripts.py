@@ -12,8 +12,9 @@ from conftest import ROOT, assert_one_line
 from PIL import Image
 
 from caption import caption_image_beam_search, caption_images
-from checkpoints import load_models
-from utils import UserError, check_output, parse_settings, read_picture, write_json
+from captioning.checkpoints import load_models
+from captioning.images import read_image
+from utils import UserError, check_output, parse_settings, write_json
 
 
 def read_rows(file):
@@ -66,25 +67,25 @@ def test_help_lists_every_setting(script, run_script):
 # --- captions -----------------------------------------------------------------------------------------------
 
 
-def test_picture_mode(demo, models, run_script, tmp_path):
-    picture = demo / "test" / "test" / "test_0001.jpg"
+def test_image_mode(demo, models, run_script, tmp_path):
+    image = demo / "test" / "test" / "test_0001.jpg"
     figure = tmp_path / "figure.png"
     result = run_script(
-        "caption.py", "--img", picture, "--model", models / "best_checkpoint.pth", "--figure", figure
+        "caption.py", "--img", image, "--model", models / "best_checkpoint.pth", "--figure", figure
     )
     assert result.returncode == 0, result.stderr
     encoder, decoder, word_map = load_models(models / "encoder.pth", models / "decoder.pth")
-    words, alphas = caption_image_beam_search(encoder, decoder, picture, word_map, beam_size=3)
+    words, alphas = caption_image_beam_search(encoder, decoder, image, word_map, beam_size=3)
     assert result.stdout.strip() == " ".join(words)
     assert alphas.shape == (len(words), 14, 14)
     torch.testing.assert_close(alphas.sum(dim=(1, 2)), torch.ones(len(words), device=alphas.device))
-    assert np.ptp(read_picture(figure)) > 100
+    assert np.ptp(read_image(figure)) > 100
 
 
 def test_folder_mode_follows_test_csv(demo, models, run_script, tmp_path):
     folder = tmp_path / "test" / "test"
     shutil.copytree(demo / "test" / "test", folder)
-    (folder / "test_0002.jpg").write_text("no picture")
+    (folder / "test_0002.jpg").write_text("no image")
     ids = ["test_0003", "gone", "test_0001", "test_0002", "001"]
     Image.open(folder / "test_0001.jpg").convert("L").save(folder / "001.png")
     (tmp_path / "test.csv").write_text("\n".join(["image_id", *ids]))
@@ -108,7 +109,7 @@ def test_folder_mode_without_test_csv_is_in_natural_order(demo, models, tmp_path
     folder.mkdir(parents=True)
     for name in ("p10.jpg", "p9.jpg", "p1.jpg"):
         shutil.copy(demo / "test" / "test" / "test_0001.jpg", folder / name)
-    (folder.parent / "test.csv").write_text("image_id\nother\n")  # about other pictures
+    (folder.parent / "test.csv").write_text("image_id\nother\n")  # about other images
     for batch_size in (1, 2):
         caption_images(
             models / "encoder.pth",
@@ -185,8 +186,8 @@ def test_the_pipeline_knows_what_captions_were_made_of(demo, models, tmp_path):
 
     captions, files, said = tmp_path / "captions.csv", [tmp_path / "model.pth"], []
     files[0].write_bytes((models / "decoder.pth").read_bytes())
-    shutil.copytree(demo / "test" / "test", tmp_path / "pictures")
-    settings = run_pipeline.Settings(test_folder=str(tmp_path / "pictures"))
+    shutil.copytree(demo / "test" / "test", tmp_path / "images")
+    settings = run_pipeline.Settings(test_folder=str(tmp_path / "images"))
 
     def up_to_date(settings=settings):
         return run_pipeline.nothing_to_caption("captions", settings, captions, files, said.append)
@@ -198,8 +199,8 @@ def test_the_pipeline_knows_what_captions_were_made_of(demo, models, tmp_path):
     write_json(run_pipeline.record_file(captions, files), made)
     assert up_to_date() and "up to date" in said[0]
     assert not up_to_date(replace(settings, beam_size=1))
-    picture = next((tmp_path / "pictures").glob("*.jpg"))
-    picture.write_bytes(picture.read_bytes() + b" ")
+    image = next((tmp_path / "images").glob("*.jpg"))
+    image.write_bytes(image.read_bytes() + b" ")
     assert not up_to_date()
 
 
@@ -246,10 +247,10 @@ def test_wrong_input_of_captioning(run_script, models, demo, prepared, tmp_path)
     assert_one_line(
         run_script("caption.py", "--model", tmp_path / "other.pth", "--test_folder", folder), "other.pth"
     )
-    (tmp_path / "text.jpg").write_text("no picture")
-    for picture in (tmp_path / "text.jpg", tmp_path / "none.jpg"):
+    (tmp_path / "text.jpg").write_text("no image")
+    for image in (tmp_path / "text.jpg", tmp_path / "none.jpg"):
         assert_one_line(
-            run_script("caption.py", "--model", models / "best_checkpoint.pth", "--img", picture), picture
+            run_script("caption.py", "--model", models / "best_checkpoint.pth", "--img", image), image
         )
     assert not out.exists()
 

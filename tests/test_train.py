@@ -12,8 +12,8 @@ from conftest import ROOT
 
 import train
 from caption import caption_images
-from checkpoints import decoder_from, encoder_from, load_checkpoint
-from datasets import read_annotations
+from captioning.annotations import read_annotations
+from captioning.checkpoints import decoder_from, encoder_from, load_checkpoint
 from metrics import bleu4, tokenize
 from utils import UserError
 
@@ -24,8 +24,8 @@ def small_settings(prepared, output, **options) -> train.Settings:
     return train.Settings(**names | sizes | {"workers": 0, "epochs": 2} | options)
 
 
-def test_a_model_overfits_twenty_pictures(demo, tmp_path):
-    """Real pictures, real ImageNet features: what it has learned by heart it says by itself."""
+def test_a_model_overfits_twenty_images(demo, tmp_path):
+    """Real images, real ImageNet features: what it has learned by heart it says by itself."""
     import create_input_files
 
     with (demo / "train.csv").open() as stream:
@@ -178,7 +178,7 @@ def test_a_frozen_encoder_does_not_move_and_an_open_one_does(prepared, tmp_path)
             assert not moved
 
 
-def test_an_earlier_run_is_set_aside(prepared, tmp_path):
+def test_an_earlier_run_is_archive_previous_run(prepared, tmp_path):
     options = {"encoder_name": "resnet18", "encoder_weights": "none"}
     train.train(small_settings(prepared, tmp_path, **options))
     content = (tmp_path / "decoder.pth").read_bytes()

@@ -17,10 +17,10 @@ import torch
 import torchvision
 from torch import nn
 
-import tutorial_checkpoint
-from checkpoints import decoder_from, encoder_from
+from captioning import tutorial_checkpoint
+from captioning.checkpoints import decoder_from, encoder_from
+from captioning.tutorial_checkpoint import read_tutorial_checkpoint
 from models import Encoder as OurEncoder
-from tutorial_checkpoint import read_tutorial_checkpoint
 from utils import UserError
 
 VOCABULARY = 30
@@ -39,8 +39,8 @@ class Encoder(nn.Module):
         self.resnet = nn.Sequential(*list(torchvision.models.resnet18().children())[:-2])
         self.adaptive_pool = nn.AdaptiveAvgPool2d((14, 14))
 
-    def forward(self, pictures):
-        return self.adaptive_pool(self.resnet(pictures)).permute(0, 2, 3, 1)
+    def forward(self, images):
+        return self.adaptive_pool(self.resnet(images)).permute(0, 2, 3, 1)
 
 
 class Attention(nn.Module):
@@ -227,11 +227,11 @@ def test_weights_are_those_of_the_file(tutorial, files, name):
 def test_models_compute_as_the_originals(tutorial, files):
     checkpoint = read_tutorial_checkpoint(files["legacy"], WORD_MAP)
     encoder, decoder = encoder_from(checkpoint, "file"), decoder_from(checkpoint, "file")
-    pictures, captions = torch.randn(3, 3, 64, 64), torch.randint(VOCABULARY, (3, 6))
+    images, captions = torch.randn(3, 3, 64, 64), torch.randint(VOCABULARY, (3, 6))
     with torch.no_grad():
-        encoding = tutorial["encoder"](pictures)
-        torch.testing.assert_close(encoder(pictures), encoding, atol=1e-5, rtol=1e-5)
-        scores, _, _, _, order = decoder(encoder.grid(pictures), captions, torch.full((3, 1), 6))
+        encoding = tutorial["encoder"](images)
+        torch.testing.assert_close(encoder(images), encoding, atol=1e-5, rtol=1e-5)
+        scores, _, _, _, order = decoder(encoder.grid(images), captions, torch.full((3, 1), 6))
         expected = tutorial["decoder"](encoding, captions)[order]
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
 

@@ -22,11 +22,11 @@ from typing import BinaryIO
 import torch
 from torch import Tensor, nn
 
-from datasets import END, PAD, START, UNK
+from captioning.annotations import END, PAD, START, UNK
 from models import ENCODED_SIZE, RESNETS, DecoderWithAttention, Encoder
 from utils import UserError
 
-IMAGE_SIZE = 256  # pixels, as the tutorial prepares pictures
+IMAGE_SIZE = 256  # pixels, as the tutorial prepares images
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a file of torch before 1.6
 LEGACY_PROTOCOL = 1001  # second pickle
 MOST_INSTRUCTIONS = 1_000_000  # of a pickle; a ResNet-101 and both optimizers take 70,000

@@ -1,7 +1,7 @@
-"""Beam search over one attention decoder, or several at once, for a whole batch of pictures.
+"""Beam search over one attention decoder, or several at once, for a whole batch of images.
 
 The rule, as in the published Show, Attend and Tell programs: hypotheses are ranked by summed
-log-probability; one that ends is set aside and its picture's beam narrows by one; when the beam is used up
+log-probability; one that ends is set aside and its image's beam narrows by one; when the beam is used up
 the best ended one wins; where none ended within the step limit, the best unfinished one does.
 """
 
@@ -37,24 +37,24 @@ def beam_search(
     length_penalty: float = 0.0,
     keep_alphas: bool = False,
 ) -> list[Hypothesis]:
-    """The best caption of each of N pictures.
+    """The best caption of each of N images.
 
-    A picture's caption does not depend on the others in the batch. One beam is greedy decoding.
+    An image's caption does not depend on the others in the batch. One beam is greedy decoding.
 
     Args:
         decoders: in eval mode, with one word map. Of several, the word distributions are averaged at every
             step.
-        grids: for each decoder the pictures as its own encoder sees them, (N, h, w, D).
+        grids: for each decoder the images as its own encoder sees them, (N, h, w, D).
         start, end: indices of `<start>` and `<end>`.
-        beam_size: hypotheses a picture, at least 1.
+        beam_size: hypotheses an image, at least 1.
         max_steps: steps of the search, at least 1; a caption that has not ended by then has that many words.
         forbidden: indices of words that captions must not have.
         length_penalty: ended hypotheses are compared by score / words ** length_penalty, `<end>` counted as
             a word; 0 is the plain sum.
         keep_alphas: return attention too (of several decoders, the mean).
     """
-    pictures, device = len(grids[0]), grids[0].device
-    best: list[Hypothesis | None] = [None] * pictures
+    images, device = len(grids[0]), grids[0].device
+    best: list[Hypothesis | None] = [None] * images
     beams = _Beams(decoders, grids, start, beam_size, keep_alphas)
     for step in range(1, max_steps + 1):
         log_probs, alphas = beams.advance()  # (n, K, V), (n, K, P)
@@ -68,25 +68,25 @@ def beam_search(
         ended = (words == end) & scores.isfinite()
 
         divisor = step**length_penalty
-        for i, k in ended.nonzero().tolist():  # few: at most beam_size a picture over the whole search
-            picture, score = beams.picture[i], float(scores[i, k]) / divisor
-            if best[picture] is None or score > best[picture].score:
-                best[picture] = beams.hypothesis(i, int(parents[i, k]), score, finished=True)
+        for i, k in ended.nonzero().tolist():  # few: at most beam_size an image over the whole search
+            image, score = beams.image[i], float(scores[i, k]) / divisor
+            if best[image] is None or score > best[image].score:
+                best[image] = beams.hypothesis(i, int(parents[i, k]), score, finished=True)
         beams.follow(parents, words, scores.masked_fill(ended, -torch.inf), ended.sum(dim=1), alphas)
 
         # scores only fall, so a plain sum that trails the best ended one can never win
         leading = beams.scores[:, 0].tolist()
         open_ = [
-            i for i, (picture, lead) in enumerate(zip(beams.picture, leading))
-            if lead > (-math.inf if best[picture] is None or length_penalty else best[picture].score)
+            i for i, (image, lead) in enumerate(zip(beams.image, leading))
+            if lead > (-math.inf if best[image] is None or length_penalty else best[image].score)
         ]  # fmt: skip
         if not open_:
             break
         beams.keep(open_)
-    for i, picture in enumerate(beams.picture):
+    for i, image in enumerate(beams.image):
         score = float(beams.scores[i, 0]) / max_steps**length_penalty
-        if best[picture] is None and math.isfinite(score):  # follow() left the best unfinished one first
-            best[picture] = beams.hypothesis(i, 0, score, finished=False)
+        if best[image] is None and math.isfinite(score):  # follow() left the best unfinished one first
+            best[image] = beams.hypothesis(i, 0, score, finished=False)
     if None in best:
         raise UserError(
             "the decoder's word scores are not numbers: its training went astray, take another checkpoint"
@@ -95,7 +95,7 @@ def beam_search(
 
 
 class _Beams:
-    """The live hypotheses of the pictures still searched: n pictures, K hypotheses each, best first."""
+    """The live hypotheses of the images still searched: n images, K hypotheses each, best first."""
 
     def __init__(self, decoders, grids: Sequence[Tensor], start: int, beam_size: int, keep_alphas: bool):
         n, device = len(grids[0]), grids[0].device
@@ -105,7 +105,7 @@ class _Beams:
             d.init_hidden_state(pixels) for d, pixels in zip(decoders, self.pixels)
         ]  # h, c (n, K, H)
         self.weights = [d.step_weights() for d in decoders]
-        self.picture = list(range(n))  # index in the batch
+        self.image = list(range(n))  # index in the batch
         self.room = torch.full((n,), beam_size, device=device)  # hypotheses that may still live
         self.scores = torch.zeros(n, 1, device=device)  # -inf: no hypothesis
         self.words = torch.full((n, 1, 1), start, device=device)  # (n, K, length + 1)
@@ -128,7 +128,7 @@ class _Beams:
         return mean, torch.stack(alphas).mean(dim=0)
 
     def follow(self, parents: Tensor, words: Tensor, scores: Tensor, ended: Tensor, alphas: Tensor) -> None:
-        """Take the chosen continuations (n, K), live ones first, in as many columns as any picture needs."""
+        """Take the chosen continuations (n, K), live ones first, in as many columns as any image needs."""
         self.room = self.room - ended
         width = max(int(self.room.max()), 1)
         scores, order = scores.sort(dim=1, descending=True, stable=True)
@@ -140,10 +140,10 @@ class _Beams:
             self.alphas = torch.cat([_pick(self.alphas, parents), _pick(alphas, parents).unsqueeze(2)], dim=2)
 
     def keep(self, rows: list[int]) -> None:
-        """Go on with these pictures only."""
-        if len(rows) == len(self.picture):
+        """Go on with these images only."""
+        if len(rows) == len(self.image):
             return
-        self.picture = [self.picture[row] for row in rows]
+        self.image = [self.image[row] for row in rows]
         index = torch.tensor(rows, device=self.scores.device)
         self.room, self.scores, self.words = self.room[index], self.scores[index], self.words[index]
         self.states = [(h[index], c[index]) for h, c in self.states]

@@ -12,16 +12,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from captioning.tutorial_checkpoint import read_tutorial_checkpoint
 from models import DecoderWithAttention, Encoder
-from tutorial_checkpoint import read_tutorial_checkpoint
-from utils import UserError, pick_device, read_json, written_aside
+from utils import UserError, atomic_write, pick_device, read_json
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
     """Write a dictionary of tensors and plain values such that `torch.load(path, weights_only=True)` reads
     it."""
-    with written_aside(path) as aside:
-        torch.save(checkpoint, aside)
+    with atomic_write(path) as tmp_path:
+        torch.save(checkpoint, tmp_path)
 
 
 def load_checkpoint(path: str | Path, *needed: str, word_map_path: str | Path | None = None) -> dict:

@@ -3,7 +3,7 @@
 Automatic differentiation would keep the energies relu(projection + query) of every step, (N, G, P, A)
 numbers, and add up the weights' gradients at every step. Here
 
-* energies are computed a picture at a time on the CPU, where they stay in the cache, and again in the
+* energies are computed an image at a time on the CPU, where they stay in the cache, and again in the
   backward pass instead of being kept;
 * gradients of the weights are one product each after the last step, over all words at once;
 * captions that have ended take no further part.
@@ -26,14 +26,14 @@ from torch.autograd.function import once_differentiable
 
 
 class Plan(NamedTuple):
-    """Which captions take part in which step. A slot is a place in (N, G): pictures and, of each picture, its
+    """Which captions take part in which step. A slot is a place in (N, G): images and, of each image, its
     captions, both by falling length. A row is a caption's place by falling length among all."""
 
-    pictures: Tensor  # (N,) on the CPU: which picture is where among the slots
+    images: Tensor  # (N,) on the CPU: which image is where among the slots
     slots: Tensor  # (N * G,) each row's slot
-    captions: Tensor  # (N * G,) each row's caption, counted through the pictures
+    captions: Tensor  # (N * G,) each row's caption, counted through the images
     counts: list[int]  # for each step the rows that take part: the first ones
-    parts: list[list[tuple[int, int, int]]]  # for each step (a, b, k): pictures a to b, the first k captions
+    parts: list[list[tuple[int, int, int]]]  # for each step (a, b, k): images a to b, the first k captions
     packed_captions: Tensor  # (W,) on the CPU: each word's caption
     packed_steps: Tensor  # (W,) on the CPU: and its step
 
@@ -42,9 +42,9 @@ def plan_steps(steps: Tensor, device: torch.device) -> Plan:
     """steps (N, G): words to put in of each caption, at least 1. On the CPU, or the device is waited for."""
     steps = steps.cpu()
     group = steps.shape[1]
-    pictures = steps.max(dim=1).values.argsort(descending=True, stable=True)
-    in_slots, order = steps[pictures].sort(dim=1, descending=True, stable=True)
-    caption_of_slot = (pictures.unsqueeze(1) * group + order).flatten()
+    images = steps.max(dim=1).values.argsort(descending=True, stable=True)
+    in_slots, order = steps[images].sort(dim=1, descending=True, stable=True)
+    caption_of_slot = (images.unsqueeze(1) * group + order).flatten()
     slots = in_slots.flatten().argsort(descending=True, stable=True)
     captions = caption_of_slot[slots]
     taking_part = in_slots.unsqueeze(0) > torch.arange(int(steps.max())).view(-1, 1, 1)  # (T, N, G)
@@ -55,7 +55,7 @@ def plan_steps(steps: Tensor, device: torch.device) -> Plan:
     else:
         parts = [[(0, sum(k > 0 for k in row), max(row))] for row in at_work]
     return Plan(
-        pictures,
+        images,
         slots.to(device, non_blocking=True),
         captions.to(device, non_blocking=True),
         counts,
@@ -72,7 +72,7 @@ def attention_scores(
 
     Args:
         projection: (N, P, A). query: (N, G, A). weight: (A,).
-        parts: (a, b, k): what to compute at a time, pictures a to b and the first k states of each.
+        parts: (a, b, k): what to compute at a time, images a to b and the first k states of each.
 
     Returns:
         (N, G, P), zero where no part was.
@@ -171,7 +171,7 @@ class Recurrence(Function):
             context_weight, hidden_weight, score_weight,
         ) = ctx.saved_tensors  # fmt: skip
         plan, dtype, full = ctx.plan, cells.dtype, c_in.dtype
-        pictures, group, width = len(cells), len(plan.slots) // len(cells), c_in.shape[1]
+        images, group, width = len(cells), len(plan.slots) // len(cells), c_in.shape[1]
         d_products = h_in.new_empty(len(h_in), len(hidden_weight))
         d_own, d_gate, d_query = d_products.split([4 * width, cells.shape[2], projection.shape[2]], dim=1)
         open_encoder = ctx.needs_input_grad[4]
@@ -205,14 +205,14 @@ class Recurrence(Function):
             d_context = d_gated.mul_(beta)
             if open_encoder:
                 d_contexts[now] = d_context
-            d_weights = _to_slots(d_context, slots, pictures, group) @ cells.mT  # (N, G, C)
+            d_weights = _to_slots(d_context, slots, images, group) @ cells.mT  # (N, G, C)
             d_weights = d_weights.flatten(0, 1)[slots]
             d_alpha = d_weights if pooling is None else d_weights @ pooling.T
             d_alpha = d_alphas[now] + d_alpha
             alpha = alphas[now]
             d_score = alpha * (d_alpha - (alpha * d_alpha).sum(dim=1, keepdim=True))
-            d_score = _to_slots(d_score.to(dtype), slots, pictures, group)
-            query = _to_slots(queries[now], slots, pictures, group)
+            d_score = _to_slots(d_score.to(dtype), slots, images, group)
+            query = _to_slots(queries[now], slots, images, group)
             by_query = torch.zeros_like(query)
             for a, b, k in parts:
                 slope = projection.new_empty(b - a, k, *projection.shape[1:])
@@ -229,12 +229,12 @@ class Recurrence(Function):
         d_cells = None
         if open_encoder:
             weights = alphas.to(dtype) if pooling is None else alphas.to(dtype) @ pooling
-            # each word's place among its picture's words
+            # each word's place among its image's words
             rows = torch.cat([plan.slots[:count] for count in plan.counts])
             places = rows * len(plan.counts) + plan.packed_steps.to(rows.device)
             size = len(plan.slots) * len(plan.counts)
-            d_cells = _to_slots(weights, places, pictures, size // pictures).mT @ _to_slots(
-                d_contexts, places, pictures, size // pictures
+            d_cells = _to_slots(weights, places, images, size // images).mT @ _to_slots(
+                d_contexts, places, images, size // images
             )  # (N, C, D)
         return (
             None,
@@ -251,8 +251,6 @@ class Recurrence(Function):
         )
 
 
-def _to_slots(rows: Tensor, slots: Tensor, pictures: int, group: int) -> Tensor:
+def _to_slots(rows: Tensor, slots: Tensor, images: int, group: int) -> Tensor:
     """rows (n, X) in their slots: (N, G, X), zero elsewhere."""
-    return (
-        rows.new_zeros(pictures * group, rows.shape[1]).index_copy_(0, slots, rows).view(pictures, group, -1)
-    )
+    return rows.new_zeros(images * group, rows.shape[1]).index_copy_(0, slots, rows).view(images, group, -1)

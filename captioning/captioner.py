@@ -1,9 +1,9 @@
 """Trained models ready to caption: one, or an ensemble of several (Vinyals et al., 2015, section 4.3.3).
 
     captioner = Captioner.load(["output_models/best_checkpoint.pth"])
-    captioner.caption(pictures, beam_size=3)    # uint8 (N, 3, S, S) -> N strings
+    captioner.caption(images, beam_size=3)    # uint8 (N, 3, S, S) -> N strings
 
-The members of an ensemble each look at the picture with their own encoder and attention; at every step of
+The members of an ensemble each look at the image with their own encoder and attention; at every step of
 one beam search their word distributions are averaged.
 """
 
@@ -14,9 +14,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from beam_search import Hypothesis, beam_search
-from checkpoints import load_models
-from datasets import END, PAD, START, UNK, weights_digest
+from captioning.annotations import END, PAD, START, UNK
+from captioning.beam_search import Hypothesis, beam_search
+from captioning.checkpoints import load_models
+from captioning.features import weights_digest
 from models import DecoderWithAttention, Encoder
 from utils import UserError
 
@@ -29,7 +30,7 @@ class Captioner:
         encoder_of: for each member the index of its encoder.
         decoders: one for each member.
         word_map: word -> index.
-        image_size: pixels, height and width of the pictures that all members were trained on.
+        image_size: pixels, height and width of the images that all members were trained on.
     """
 
     def __init__(self, members: Sequence[tuple[Encoder, DecoderWithAttention]], word_map: dict[str, int]):
@@ -52,7 +53,7 @@ class Captioner:
         """The model of a checkpoint, or the ensemble of several.
 
         Raises:
-            UserError: a file is missing or damaged, or the members' word maps or picture sizes differ.
+            UserError: a file is missing or damaged, or the members' word maps or image sizes differ.
         """
         members, first = [], None
         for path in checkpoints:
@@ -65,17 +66,17 @@ class Captioner:
                 )
             if encoder.image_size != first[1]:
                 raise UserError(
-                    f"{path}: trained on pictures of {encoder.image_size} pixels, {checkpoints[0]} on "
-                    f"{first[1]}; only models of one picture size make an ensemble"
+                    f"{path}: trained on images of {encoder.image_size} pixels, {checkpoints[0]} on "
+                    f"{first[1]}; only models of one image size make an ensemble"
                 )
             members.append((encoder, decoder))
         return cls(members, first[0])
 
-    def encode(self, pictures: Tensor) -> list[Tensor]:
-        """uint8 pictures (N, 3, S, S) -> a grid (N, h, w, D) of each of `encoders`."""
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """uint8 images (N, 3, S, S) -> a grid (N, h, w, D) of each of `encoders`."""
         device = next(self.encoders[0].parameters()).device
-        pictures = pictures.to(device, non_blocking=True)
-        return [encoder.encode(pictures) for encoder in self.encoders]
+        images = images.to(device, non_blocking=True)
+        return [encoder.encode(images) for encoder in self.encoders]
 
     def search(
         self,
@@ -84,7 +85,7 @@ class Captioner:
         length_penalty: float = 0.0,
         keep_alphas: bool = False,
     ) -> list[Hypothesis]:
-        """The best hypothesis of each picture; `<unk>`, no word to show anybody, is not among its words.
+        """The best hypothesis of each image; `<unk>`, no word to show anybody, is not among its words.
 
         Args:
             grids: what `encode` returns, on the decoders' device; float16 features are taken too.
@@ -105,6 +106,6 @@ class Captioner:
     def text(self, hypothesis: Hypothesis) -> str:
         return " ".join(self.words[index] for index in hypothesis.words)
 
-    def caption(self, pictures: Tensor, beam_size: int = 3, length_penalty: float = 0.0) -> list[str]:
-        """uint8 pictures (N, 3, S, S) -> their captions."""
-        return [self.text(found) for found in self.search(self.encode(pictures), beam_size, length_penalty)]
+    def caption(self, images: Tensor, beam_size: int = 3, length_penalty: float = 0.0) -> list[str]:
+        """uint8 images (N, 3, S, S) -> their captions."""
+        return [self.text(found) for found in self.search(self.encode(images), beam_size, length_penalty)]

@@ -14,7 +14,7 @@ Any Target Language". Published numbers come from the latter's Java program, run
 of its habits are in neither paper and change scores; they are kept, and marked "as the original" where they
 look like mistakes.
 
-What it knows about words is in `lexicon.py`: stems, and the synonyms and paraphrases of an installed
+What it knows about words is in `meteor_data.py`: stems, and the synonyms and paraphrases of an installed
 `pycocoevalcap`. The first Meteor takes a few seconds to prepare these in the user's cache directory.
 """
 
@@ -31,7 +31,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from lexicon import Lexicon, MeteorDataError, ParaphraseTable, find_data, stem, user_cache
+from .meteor_data import Lexicon, MeteorDataError, ParaphraseTable, find_data, stem, user_cache
 
 __all__ = ["Meteor", "MeteorDataError"]
 
@@ -43,9 +43,11 @@ BEAM = 40  # partial alignments kept at each reference word
 LONGEST_PHRASE = 7  # words, on either side of the paraphrase table
 
 # What one Meteor remembers, so that references scored again and again are read once. A caption takes about
-# 8 kB; 2^15 hold the 5,000 pictures of COCO's usual validation split, hypotheses and references.
+# 8 kB; 2^15 hold the 5,000 images of COCO's usual validation split, hypotheses and references.
 KEPT_TEXTS, KEPT_WORDS = 2**15, 2**16
 TEXTS_PER_WORKER = 2**13  # at least: it takes a worker some 0.3 s to start, and it remembers nothing
+
+WORKER = "import sys; sys.path.insert(0, sys.argv[1]); from metrics.meteor import work; work()"
 
 
 # ---------------------------------------------------------------------------------------------- normalization
@@ -305,7 +307,7 @@ def _matched_share(counts: Sequence[int], side: int) -> float:
 
 
 def score_corpus(all_counts: Sequence[Sequence[int]]) -> float:
-    """METEOR of a corpus in [0, 1]: of the sums of its pictures' counts, not the mean of their scores."""
+    """METEOR of a corpus in [0, 1]: of the sums of its images' counts, not the mean of their scores."""
     # As the original, a caption matched whole in one chunk adds no chunk.
     rows = [[*counts[:20], 0, *counts[21:]] if _is_complete(counts) else counts for counts in all_counts]
     return score_counts([sum(column) for column in zip(*rows)]) if rows else 0.0
@@ -358,12 +360,12 @@ class Meteor:
     def compute_score(
         self, references: Mapping[Hashable, Sequence[str]], hypotheses: Mapping[Hashable, str]
     ) -> tuple[float, list[float]]:
-        """METEOR of a corpus and of each of its pictures, in [0, 1], in the order of `references`.
+        """METEOR of a corpus and of each of its images, in [0, 1], in the order of `references`.
 
-        Raises ValueError where the keys of the two differ or a picture has no reference.
+        Raises ValueError where the keys of the two differ or an image has no reference.
         """
         if references.keys() != hypotheses.keys():
-            raise ValueError("references and hypotheses are not of the same pictures")
+            raise ValueError("references and hypotheses are not of the same images")
         all_counts = self._corpus_statistics([(list(references[key]), hypotheses[key]) for key in references])
         return score_corpus(all_counts), [score_counts(counts) for counts in all_counts]
 
@@ -395,40 +397,36 @@ class Meteor:
         is_function = token in self._lexicon.function_words
         return Word(java_hash(token), java_hash(stem(token)), self._lexicon.synsets(token), is_function)
 
-    def _corpus_statistics(self, pictures: list[tuple[list[str], str]]) -> list[list[int]]:
+    def _corpus_statistics(self, images: list[tuple[list[str], str]]) -> list[list[int]]:
         workers = self._workers
         if workers is None:
-            n_texts = sum(1 + len(references) for references, _ in pictures)
+            n_texts = sum(1 + len(references) for references, _ in images)
             workers = min(os.cpu_count() or 1, n_texts // TEXTS_PER_WORKER) if n_texts > KEPT_TEXTS else 1
-        workers = min(workers, len(pictures))
+        workers = min(workers, len(images))
         if workers <= 1 or not self._table.is_shared:
-            return self._all_statistics(pictures)
-        bounds = [len(pictures) * i // workers for i in range(workers + 1)]
-        own, *others = (pictures[start:end] for start, end in pairwise(bounds))
+            return self._all_statistics(images)
+        bounds = [len(images) * i // workers for i in range(workers + 1)]
+        own, *others = (images[start:end] for start, end in pairwise(bounds))
         with ThreadPoolExecutor(len(others)) as waiting:
             results = waiting.map(self._in_other_process, others)
             return self._all_statistics(own) + list(chain.from_iterable(results))
 
-    def _all_statistics(self, pictures: list[tuple[list[str], str]]) -> list[list[int]]:
-        return [self.statistics(*picture) for picture in pictures]
+    def _all_statistics(self, images: list[tuple[list[str], str]]) -> list[list[int]]:
+        return [self.statistics(*image) for image in images]
 
-    def _in_other_process(self, pictures: list[tuple[list[str], str]]) -> list[list[int]]:
-        # This file as a script, not multiprocessing: spawned workers would run the caller's main script anew,
+    def _in_other_process(self, images: list[tuple[list[str], str]]) -> list[list[int]]:
+        # A new interpreter, not multiprocessing: spawned workers would run the caller's main script anew,
         # with all it imports, and forked ones are not safe beside threads.
-        task = json.dumps([str(self._data_dir), str(self._cache_dir), pictures]).encode()
+        task = json.dumps([str(self._data_dir), str(self._cache_dir), images]).encode()
         try:
-            command = [sys.executable, __file__]
+            command = [sys.executable, "-c", WORKER, str(Path(__file__).resolve().parent.parent)]
             return json.loads(subprocess.run(command, input=task, stdout=subprocess.PIPE, check=True).stdout)
         except (OSError, ValueError, subprocess.SubprocessError):
-            return self._all_statistics(pictures)
+            return self._all_statistics(images)
 
 
-def _work() -> None:
-    """Be a worker of another process's Meteor: pictures in, their statistics out."""
-    data_dir, cache_dir, pictures = json.load(sys.stdin.buffer)
+def work() -> None:
+    """Be a worker of another process's Meteor: images in, their statistics out."""
+    data_dir, cache_dir, images = json.load(sys.stdin.buffer)
     meteor = Meteor(data_dir, cache_dir)
-    json.dump(meteor._all_statistics(pictures), sys.stdout)
-
-
-if __name__ == "__main__":
-    _work()
+    json.dump(meteor._all_statistics(images), sys.stdout)

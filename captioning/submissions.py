@@ -1,4 +1,4 @@
-"""From a folder of pictures to a file of captions, and back from such a file.
+"""From a folder of images to a file of captions, and back from such a file.
 
 Two formats, by the file's extension: a CSV `image_id,caption` as Kaggle takes it, and COCO results JSON,
 `[{"image_id": 391895, "caption": "..."}, ...]`, as the official evaluation server takes it.
@@ -13,38 +13,28 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from datasets import PictureFinder, read_annotations
-from utils import (
-    UserError,
-    check_output,
-    list_pictures,
-    parallel_map,
-    progress_bar,
-    read_json,
-    write_json,
-    written_aside,
-)
+from captioning.annotations import ImageFinder, read_annotations
+from captioning.images import list_images
+from utils import UserError, atomic_write, check_output, parallel_map, progress_bar, read_json, write_json
 
 
-def find_pictures(
-    test_folder: str | Path, test_csv: str | Path | None = None
-) -> list[tuple[str, str | None]]:
-    """(id, path) of each picture to caption; the path is None where there is no file.
+def find_images(test_folder: str | Path, test_csv: str | Path | None = None) -> list[tuple[str, str | None]]:
+    """(id, path) of each image to caption; the path is None where there is no file.
 
     With a test.csv, given or found in the folder or up to two folders above it, its ids in its order;
-    otherwise every picture of the folder in natural order, by its name without extension.
+    otherwise every image of the folder in natural order, by its name without extension.
     """
     folder = Path(test_folder)
-    finder = PictureFinder(folder)
+    finder = ImageFinder(folder)
     if test_csv is not None:
-        return [(picture.image_id, picture.path) for picture in read_annotations(test_csv, folder)]
+        return [(image.image_id, image.path) for image in read_annotations(test_csv, folder)]
     resolved = folder.resolve()
     for parent in (resolved, resolved.parent, resolved.parent.parent):
         if (parent / "test.csv").is_file():
-            ids = [picture.image_id for picture in read_annotations(parent / "test.csv")]
-            if any(finder(image_id) for image_id in ids):  # otherwise it is about other pictures
+            ids = [image.image_id for image in read_annotations(parent / "test.csv")]
+            if any(finder(image_id) for image_id in ids):  # otherwise it is about other images
                 return [(image_id, finder(image_id)) for image_id in ids]
-    paths = list_pictures(folder)
+    paths = list_images(folder)
     stems = Counter(path.stem for path in paths)
     return [(path.stem if stems[path.stem] == 1 else path.name, str(path)) for path in paths]
 
@@ -58,22 +48,22 @@ def caption_folder(
     batch_size: int,
     workers: int,
 ) -> list[str]:
-    """Caption the pictures that `find_pictures` finds and write the file `output`.
+    """Caption the images that `find_images` finds and write the file `output`.
 
-    Threads read pictures while the model works on the batch before.
+    Threads read images while the model works on the batch before.
 
     Args:
-        read: a picture's path -> what `caption` takes; raises UserError for a picture that cannot be read.
-        caption: what was read of up to `batch_size` pictures -> their captions.
+        read: an image's path -> what `caption` takes; raises UserError for an image that cannot be read.
+        caption: what was read of up to `batch_size` images -> their captions.
 
     Returns:
-        What was wrong with the pictures that could not be read, one line each; their captions are empty.
+        What was wrong with the images that could not be read, one line each; their captions are empty.
 
     Raises:
-        UserError: wrong input, or not one readable picture.
+        UserError: wrong input, or not one readable image.
     """
     check_output(output)
-    rows = find_pictures(test_folder, test_csv)
+    rows = find_images(test_folder, test_csv)
     captions: dict[str, str] = {}
     failed: list[str] = []
 
@@ -81,28 +71,28 @@ def caption_folder(
         image_id, path = row
         try:
             if path is None:
-                raise UserError(f"{image_id}: no picture file of this name in {test_folder}")
+                raise UserError(f"{image_id}: no image file of this name in {test_folder}")
             return image_id, read(path), ""
         except UserError as error:
             return image_id, None, str(error)
 
     def readable() -> Iterator[tuple[str, object]]:
         results = parallel_map(read_row, rows, workers, ahead=2 * batch_size)
-        for image_id, picture, problem in progress_bar(
-            results, total=len(rows), desc="captioning", unit="picture"
+        for image_id, image, problem in progress_bar(
+            results, total=len(rows), desc="captioning", unit="image"
         ):
             if problem:
                 print(f"no caption: {problem}", file=sys.stderr)
                 failed.append(problem)
             else:
-                yield image_id, picture
+                yield image_id, image
 
     batch: list[tuple[str, object]] = []
 
     def caption_batch() -> None:
         if batch:
-            ids, pictures = zip(*batch)
-            captions.update(zip(ids, caption(list(pictures)), strict=True))
+            ids, images = zip(*batch)
+            captions.update(zip(ids, caption(list(images)), strict=True))
             batch.clear()
 
     for item in readable():
@@ -111,10 +101,10 @@ def caption_folder(
             caption_batch()
     caption_batch()
     if not captions:
-        raise UserError(f"{test_folder}: not one readable picture among {len(rows)}")
+        raise UserError(f"{test_folder}: not one readable image among {len(rows)}")
     write_submission(output, [(image_id, captions.get(image_id, "")) for image_id, _ in rows])
     empty = f", {len(failed)} left empty" if failed else ""
-    print(f"{len(rows) - len(failed)} pictures captioned in {output}{empty}")
+    print(f"{len(rows) - len(failed)} images captioned in {output}{empty}")
     return failed
 
 
@@ -123,14 +113,14 @@ def write_submission(path: str | Path, rows: Sequence[tuple[str, str]]) -> None:
     if Path(path).suffix.lower() == ".json":
         write_json(path, [{"image_id": coco_id(image_id), "caption": text} for image_id, text in rows])
         return
-    with written_aside(path) as aside, aside.open("w", encoding="utf-8", newline="") as stream:
+    with atomic_write(path) as tmp_path, tmp_path.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(("image_id", "caption"))
         writer.writerows(rows)
 
 
 def coco_id(image_id: str) -> int | str:
-    """COCO's number of a picture: its file names are like COCO_val2014_000000391895.jpg. Other ids stay."""
+    """COCO's number of an image: its file names are like COCO_val2014_000000391895.jpg. Other ids stay."""
     number = re.fullmatch(r"(?:COCO_\w+?_)?0*(\d+)(?:\.jpg)?", image_id)
     return int(number[1]) if number else image_id
 

@@ -5,7 +5,7 @@
     captioner.caption(pixels, num_beams=3)    # two strings
 
 Model, processor and search are transformers' own. `tiny_captioner` builds a small BLIP with random weights,
-for which nothing has to be downloaded; `PictureSet`, `encode_captions` and `pad_captions` feed a training.
+for which nothing has to be downloaded; `BlipDataset`, `encode_captions` and `pad_captions` feed a training.
 """
 
 from __future__ import annotations
@@ -49,8 +49,10 @@ from transformers import (
 )
 from transformers.models.blip import modeling_blip_text
 
-from datasets import Picture, weights_digest
-from utils import UserError, parallel_map, progress_bar, read_picture, written_aside
+from captioning.annotations import Record
+from captioning.features import weights_digest
+from captioning.images import read_image
+from utils import UserError, atomic_write, parallel_map, progress_bar
 
 try:
     from transformers import AutoModelForImageTextToText
@@ -63,20 +65,20 @@ MISSING_SHARE = 0.1  # of a model's tensors; where more are not in its file, it 
 
 @dataclass
 class Captioner:
-    """A captioning model with what prepares its pictures and reads its words."""
+    """A captioning model with what prepares its images and reads its words."""
 
     model: PreTrainedModel
     image_processor: object
     tokenizer: object
 
     def prepare(self, path: str | Path) -> Tensor:
-        """A picture file as the model takes it: float32 (3, height, width), resized and normalized.
+        """An image file as the model takes it: float32 (3, height, width), resized and normalized.
 
         Raises:
-            UserError: the file is missing or holds no readable picture.
+            UserError: the file is missing or holds no readable image.
         """
-        picture = Image.fromarray(read_picture(path).transpose(1, 2, 0))
-        return self.image_processor(images=picture, return_tensors="pt")["pixel_values"][0]
+        image = Image.fromarray(read_image(path).transpose(1, 2, 0))
+        return self.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
 
     @torch.no_grad()
     def caption(
@@ -87,7 +89,7 @@ class Captioner:
         prompt: str = "",
         keep_prompt: bool = False,
     ) -> list[str]:
-        """The captions of prepared pictures (N, 3, height, width).
+        """The captions of prepared images (N, 3, height, width).
 
         Args:
             num_beams: hypotheses searched at a time; 1 is greedy.
@@ -121,15 +123,15 @@ class Captioner:
         self.image_processor.save_pretrained(folder)
 
 
-# --- beams that share a picture -----------------------------------------------------------------------------
+# --- beams that share an image -----------------------------------------------------------------------------
 
 # transformers 4.54 and later keep BLIP's keys and values in an EncoderDecoderCache, which `generate` can be
 # given; earlier ones keep bare tuples, and there every beam has a copy of its own.
 CACHE_CAN_BE_SHARED = hasattr(modeling_blip_text, "EncoderDecoderCache")
 
 
-class PictureCache(DynamicCache):
-    """Keys and values of pictures (N, heads, tokens, D): the same, whichever beams a search goes on with."""
+class ImageCache(DynamicCache):
+    """Keys and values of images (N, heads, tokens, D): the same, whichever beams a search goes on with."""
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         pass
@@ -137,10 +139,10 @@ class PictureCache(DynamicCache):
 
 @contextmanager
 def shared_by_beams(model: PreTrainedModel, num_beams: int) -> Iterator[dict[str, EncoderDecoderCache]]:
-    """Options for one `model.generate` with which the beams of a picture share its keys and values.
+    """Options for one `model.generate` with which the beams of an image share its keys and values.
 
-    By itself `generate` has each beam compute, keep and, at every step, copy those of its picture. Here
-    BLIP's cross-attention takes the beams of a picture (N * beams, L, D) as so many more of its queries
+    By itself `generate` has each beam compute, keep and, at every step, copy those of its image. Here
+    BLIP's cross-attention takes the beams of an image (N * beams, L, D) as so many more of its queries
     (N, beams * L, D), which gives the same but for rounding. One beam, and other models, need no option.
     """
     if num_beams == 1 or model.config.model_type != "blip" or not CACHE_CAN_BE_SHARED:
@@ -149,8 +151,8 @@ def shared_by_beams(model: PreTrainedModel, num_beams: int) -> Iterator[dict[str
 
     def join(module: nn.Module, inputs: tuple[Tensor], options: dict) -> tuple[tuple[Tensor], dict]:
         (hidden,) = inputs
-        states = options["encoder_hidden_states"][::num_beams]  # `generate` repeats a picture's for its beams
-        # The mask has every beam's row, and masks nothing: pictures have no padding.
+        states = options["encoder_hidden_states"][::num_beams]  # `generate` repeats an image's for its beams
+        # The mask has every beam's row, and masks nothing: images have no padding.
         options |= {"encoder_hidden_states": states, "attention_mask": None}
         return (hidden.unflatten(0, (-1, num_beams)).flatten(1, 2),), options
 
@@ -162,7 +164,7 @@ def shared_by_beams(model: PreTrainedModel, num_beams: int) -> Iterator[dict[str
         for layer in model.text_decoder.bert.encoder.layer:
             hooks.enter_context(layer.crossattention.register_forward_pre_hook(join, with_kwargs=True))
             hooks.enter_context(layer.crossattention.register_forward_hook(part))
-        yield {"past_key_values": EncoderDecoderCache(DynamicCache(), PictureCache())}
+        yield {"past_key_values": EncoderDecoderCache(DynamicCache(), ImageCache())}
 
 
 # --- loading ------------------------------------------------------------------------------------------------
@@ -206,7 +208,7 @@ def _read_captioner(name: str, local_files_only: bool) -> Captioner:
     config = AutoConfig.from_pretrained(name, **options)
     if type(config) not in AutoModelForImageTextToText._model_mapping:
         raise UserError(
-            f"{name}: a {config.model_type} model, which captions no pictures; give BLIP or the like"
+            f"{name}: a {config.model_type} model, which captions no images; give BLIP or the like"
         )
     model, loaded = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **options)
     classes = config.architectures or [type(model).__name__]
@@ -248,37 +250,37 @@ def require_blip(captioner: Captioner, name: str | Path, what: str) -> None:
 
 # --- what it learns from ------------------------------------------------------------------------------------
 
-KEPT_BYTES = 2**31  # of prepared pictures in memory; the rest is read anew every epoch
+KEPT_BYTES = 2**31  # of prepared images in memory; the rest is read anew every epoch
 
 
-class PictureSet:
-    """Pictures as the model takes them; those that cannot be read are named and left out.
+class BlipDataset:
+    """Images as the model takes them; those that cannot be read are named and left out.
 
     Item i is float32 (3, S, S), or, after `cache_features`, the vision model's float16 (tokens, D).
     """
 
-    def __init__(self, captioner: Captioner, pictures: list[Picture], workers: int, accelerator: Accelerator):
+    def __init__(self, captioner: Captioner, images: list[Record], workers: int, accelerator: Accelerator):
         self.captioner = captioner
         self.workers = workers
         self.kept: dict[str, Tensor] = {}
         self.room = KEPT_BYTES
         self.features: h5py.Dataset | None = None
         rank, processes = accelerator.process_index, accelerator.num_processes
-        problems = parallel_map(self._problem, pictures[rank::processes], self.workers)
-        share = len(pictures[rank::processes])
-        found = [p for p in progress_bar(problems, total=share, desc="reading", unit="picture") if p]
+        problems = parallel_map(self._problem, images[rank::processes], self.workers)
+        share = len(images[rank::processes])
+        found = [p for p in progress_bar(problems, total=share, desc="reading", unit="image") if p]
         unusable = dict(gather_object(found)) if processes > 1 else dict(found)
         for problem in unusable.values():
             accelerator.print(f"skipped: {problem}")
-        self.pictures = [picture for picture in pictures if picture.image_id not in unusable]
+        self.images = [image for image in images if image.image_id not in unusable]
 
-    def _problem(self, picture: Picture) -> tuple[str, str] | None:
+    def _problem(self, image: Record) -> tuple[str, str] | None:
         try:
-            if picture.path is None:
-                raise UserError(f"{picture.image_id}: no picture file of this name in the folder")
-            self._prepared(picture.path)
+            if image.path is None:
+                raise UserError(f"{image.image_id}: no image file of this name in the folder")
+            self._prepared(image.path)
         except UserError as error:
-            return picture.image_id, str(error)
+            return image.image_id, str(error)
         return None
 
     def _prepared(self, path: str) -> Tensor:
@@ -293,41 +295,41 @@ class PictureSet:
     def __getitem__(self, index: int) -> Tensor:
         if self.features is not None:
             return torch.from_numpy(self.features[index])
-        return self._prepared(self.pictures[index].path)
+        return self._prepared(self.images[index].path)
 
     def batches(self, batches: list[list[int]], vary: str | None = None) -> Iterator[Tensor]:
         """The stacked items of each batch of indices; threads read ahead.
 
-        vary: a seed; each picture is varied (`vary_picture`) as it says, whatever batch it is in.
+        vary: a seed; each image is varied (`vary_image`) as it says, whatever batch it is in.
         """
 
         def item(index: int) -> Tensor:
-            return self[index] if vary is None else vary_picture(self[index], Random(f"{vary} {index}"))
+            return self[index] if vary is None else vary_image(self[index], Random(f"{vary} {index}"))
 
         return parallel_map(lambda batch: torch.stack([item(i) for i in batch]), batches, self.workers)
 
     @torch.no_grad()
     def cache_features(self, file: Path, accelerator: Accelerator) -> None:
-        """Put the vision model's output in place of the pictures, from `file` where its fingerprints fit.
+        """Put the vision model's output in place of the images, from `file` where its fingerprints fit.
 
-        The HDF5 file has `features`, float16 (pictures, tokens, D), and fingerprints of the vision model's
-        weights, of the preparation and of the picture files.
+        The HDF5 file has `features`, float16 (images, tokens, D), and fingerprints of the vision model's
+        weights, of the preparation and of the image files.
 
         Raises:
             UserError: the disk has no room for it.
         """
         vision = self.captioner.model.vision_model
-        stats = [(p.path, os.stat(p.path).st_size, os.stat(p.path).st_mtime_ns) for p in self.pictures]
+        stats = [(p.path, os.stat(p.path).st_size, os.stat(p.path).st_mtime_ns) for p in self.images]
         key = {
             "weights": weights_digest(vision),
             "preparation": self.captioner.image_processor.to_json_string(),
-            "pictures": hashlib.sha256(json.dumps(stats).encode()).hexdigest(),
+            "images": hashlib.sha256(json.dumps(stats).encode()).hexdigest(),
         }
         if accelerator.is_main_process and not _fits(file, key):
             vision.to(accelerator.device).eval()
             chunks = [list(range(i, min(i + 16, len(stats)))) for i in range(0, len(stats), 16)]
-            progress = progress_bar(total=len(stats), desc="vision features", unit="picture")
-            with written_aside(file) as aside, h5py.File(aside, "w") as cache, progress:
+            progress = progress_bar(total=len(stats), desc="vision features", unit="image")
+            with atomic_write(file) as tmp_path, h5py.File(tmp_path, "w") as cache, progress:
                 cache.attrs.update(key)
                 for chunk, pixels in zip(chunks, self.batches(chunks)):
                     with accelerator.autocast():
@@ -343,8 +345,8 @@ class PictureSet:
         self.features = h5py.File(file, "r")["features"]
 
 
-def vary_picture(pixels: Tensor, rng: Random) -> Tensor:
-    """A prepared picture (3, S, S) moved, enlarged or reduced, and made lighter or darker a little.
+def vary_image(pixels: Tensor, rng: Random) -> Tensor:
+    """A prepared image (3, S, S) moved, enlarged or reduced, and made lighter or darker a little.
 
     Left stays left: captions speak of it.
     """
@@ -373,14 +375,14 @@ def require_room(folder: Path, needed: int) -> None:
         )
 
 
-def encode_captions(captioner: Captioner, pictures: list[Picture], max_length: int) -> list[list[list[int]]]:
-    """For each picture its captions as token ids, `[DEC] ... [SEP]`, at most `max_length` of them.
+def encode_captions(captioner: Captioner, images: list[Record], max_length: int) -> list[list[list[int]]]:
+    """For each image its captions as token ids, `[DEC] ... [SEP]`, at most `max_length` of them.
 
     In lower case and without punctuation, as BLIP's own training has them.
     """
     encoded = []
-    for picture in pictures:
-        texts = [" ".join(words) for words in picture.tokens if words]
+    for image in images:
+        texts = [" ".join(words) for words in image.tokens if words]
         ids = captioner.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
         encoded.append([[captioner.model.config.text_config.bos_token_id, *tokens[1:]] for tokens in ids])
     return encoded
@@ -406,9 +408,9 @@ TINY_VISION_LAYERS, TINY_TEXT_LAYERS = 3, 2
 def tiny_captioner(captions: Iterable[str], paths: Sequence[str] = ()) -> Captioner:
     """A small BLIP with random weights (of torch's generator) and a WordPiece vocabulary of the captions.
 
-    Its vision half starts from what a transformer otherwise takes long to find, so that a thousand pictures
+    Its vision half starts from what a transformer otherwise takes long to find, so that a thousand images
     and minutes are enough: positions, attention, and a patch embedding that whitens the patches of the
-    pictures `paths`.
+    images `paths`.
     """
     split = BertPreTokenizer().pre_tokenize_str
     words = Counter(word for caption in captions for word, _ in split(caption.lower()))
@@ -437,26 +439,26 @@ def tiny_captioner(captions: Iterable[str], paths: Sequence[str] = ()) -> Captio
             start_attention(layer.self_attn.qkv.weight, layer.self_attn.projection.weight, TINY_HEADS)
     size = {"height": TINY_IMAGE, "width": TINY_IMAGE}
     captioner = Captioner(model.eval(), BlipImageProcessor(size=size), tokenizer)
-    pictures = []
+    images = []
     for path in paths:
-        with suppress(UserError):  # named where the training reads all pictures
-            pictures.append(captioner.prepare(path))
-    if pictures:
-        whiten_patches(model.vision_model.embeddings.patch_embedding, torch.stack(pictures))
+        with suppress(UserError):  # named where the training reads all images
+            images.append(captioner.prepare(path))
+    if images:
+        whiten_patches(model.vision_model.embeddings.patch_embedding, torch.stack(images))
     return captioner
 
 
 @torch.no_grad()
-def whiten_patches(embedding: nn.Conv2d, pictures: Tensor) -> None:
+def whiten_patches(embedding: nn.Conv2d, images: Tensor) -> None:
     """Let the patch embedding start as the principal components of the patches, each with deviation 1.
 
     In patches as they are, brightness drowns the edges by which shapes differ.
 
     Args:
         embedding: of D channels, written in place; D is no more than the numbers in a patch.
-        pictures: prepared (N, 3, S, S).
+        images: prepared (N, 3, S, S).
     """
-    patches = F.unfold(pictures, embedding.kernel_size, stride=embedding.stride).transpose(1, 2).flatten(0, 1)
+    patches = F.unfold(images, embedding.kernel_size, stride=embedding.stride).transpose(1, 2).flatten(0, 1)
     mean = patches.mean(dim=0)
     sizes, directions = torch.linalg.eigh((patches - mean).T.cov(correction=0))  # rising
     largest = slice(-embedding.out_channels, None)

@@ -242,7 +242,7 @@ class ParaphraseTable:
 
     @classmethod
     def _build(cls, packed: Path, path: Path) -> None:
-        # Written aside, then renamed: a process that is killed, or builds at the same time, does no harm.
+        # Written tmp_path, then renamed: a process that is killed, or builds at the same time, does no harm.
         path.parent.mkdir(parents=True, exist_ok=True)
         for left_over in path.parent.glob("*.partial"):
             if time.time() - left_over.stat().st_mtime > 60:  # since its last block was written
