@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -172,8 +171,8 @@ def caption_images(
         test_folder,
         test_csv,
         output_csv,
-        lambda path: read_image(path, encoder.image_size),
-        lambda images: captioner.caption(torch.from_numpy(np.stack(images)), beam_size, length_penalty),
+        captioner.prepare,
+        lambda images: captioner.caption_prepared(torch.stack(images), beam_size, length_penalty),
         batch_size,
         workers,
     )

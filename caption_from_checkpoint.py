@@ -13,11 +13,9 @@ import filecmp
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from captioning.captioner import Captioner
-from captioning.images import read_image
 from captioning.submissions import caption_folder
 from utils import UserError, check_at_least, natural_order, run_script
 
@@ -50,9 +48,9 @@ def main(settings: Settings) -> int:
         settings.test_folder,
         settings.test_csv,
         settings.output_csv,
-        read=lambda path: read_image(path, captioner.image_size),
-        caption=lambda images: captioner.caption(
-            torch.from_numpy(np.stack(images)), settings.beam_size, settings.length_penalty
+        read=captioner.prepare,
+        caption=lambda images: captioner.caption_prepared(
+            torch.stack(images), settings.beam_size, settings.length_penalty
         ),
         batch_size=settings.batch_size,
         workers=settings.workers,

@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from captioning.blip import HUB_MODEL, Captioner, load_captioner, require_blip
+from captioning.blip import HUB_MODEL, BlipCaptioner, load_captioner, require_blip
 from captioning.submissions import caption_folder, find_images
 from utils import UserError, check_at_least, check_output, pick_device, run_script
 
@@ -86,7 +86,7 @@ def caption_images(
 
 
 def caption_loaded(
-    captioner: Captioner,
+    captioner: BlipCaptioner,
     test_folder: str | Path,
     output_csv: str | Path,
     test_csv: str | Path | None = None,
@@ -100,7 +100,7 @@ def caption_loaded(
     """`caption_images` with a captioner that is loaded, on its device and in its precision."""
 
     def caption(images: list[Tensor]) -> list[str]:
-        return captioner.caption(torch.stack(images), num_beams, max_new_tokens, prompt, conditional)
+        return captioner.caption_prepared(torch.stack(images), num_beams, max_new_tokens, prompt, conditional)
 
     return caption_folder(test_folder, test_csv, output_csv, captioner.prepare, caption, batch_size, workers)
 

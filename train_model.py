@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from captioning.annotations import Record, held_out, read_annotations
 from captioning.blip import (
     HUB_MODEL,
+    BlipCaptioner,
     BlipDataset,
-    Captioner,
     encode_captions,
     load_captioner,
     pad_captions,
@@ -235,7 +235,7 @@ def read_images(settings: Settings) -> tuple[list[Record], list[Record]]:
     return train, val
 
 
-def build_captioner(settings: Settings, images: list[Record]) -> Captioner:
+def build_captioner(settings: Settings, images: list[Record]) -> BlipCaptioner:
     """The model to start from, with the settings that its own forward pass looks at."""
     if settings.base_model == "tiny":
         texts = [" ".join(words) for image in images for words in image.tokens]
@@ -365,7 +365,7 @@ def train_one_epoch(
 
 @torch.no_grad()
 def validate(
-    captioner: Captioner, val_set: BlipDataset, settings: Settings, accelerator: Accelerator
+    captioner: BlipCaptioner, val_set: BlipDataset, settings: Settings, accelerator: Accelerator
 ) -> dict[str, float]:
     """Scores of the model's own greedy captions, each image's counted once: {"val_cider", "val_bleu4"}; 0
     where there is nothing to validate on."""
@@ -380,7 +380,7 @@ def validate(
     progress = progress_bar(batches, desc="validation", unit="batch", leave=False, disable=quiet)
     for batch, pixels in zip(progress, val_set.batches(batches)):
         with accelerator.autocast():
-            texts = captioner.caption(pixels, num_beams=1, max_new_tokens=settings.max_length)
+            texts = captioner.caption_prepared(pixels, num_beams=1, max_new_tokens=settings.max_length)
         found += zip(batch, texts)
     hypotheses = dict(gather_object(found)) if accelerator.num_processes > 1 else dict(found)
     references = [image.tokens for image in val_set.images]
@@ -470,7 +470,7 @@ def load_checkpoint(settings: Settings, train_images: list[Record], val_images: 
     return checkpoint
 
 
-def save_epoch(output: Path, captioner: Captioner, checkpoint: dict) -> None:
+def save_epoch(output: Path, captioner: BlipCaptioner, checkpoint: dict) -> None:
     """Write the epoch's checkpoint in place of the one before, history.csv, and the model where it is the
     best."""
     history = checkpoint["history"]
@@ -487,7 +487,7 @@ def save_epoch(output: Path, captioner: Captioner, checkpoint: dict) -> None:
     write_table(output / "history.csv", history)
 
 
-def save_model(output: Path, captioner: Captioner) -> None:
+def save_model(output: Path, captioner: BlipCaptioner) -> None:
     """Put model and processor into the folder, the weights last: all other files are the same in every epoch
     of a run, so that at any moment what lies there is one complete model or, in the first epoch, none."""
     tmp_path = output / f".model.{os.getpid()}.partial"

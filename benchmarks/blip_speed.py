@@ -25,7 +25,7 @@ from PIL import Image
 from tokenizers import BertWordPieceTokenizer
 
 import direct_caption
-from captioning.blip import Captioner
+from captioning.blip import BlipCaptioner
 from captioning.submissions import read_submission
 from utils import UserError, check_at_least, pick_device, run_script
 
@@ -81,7 +81,7 @@ def main(settings: Settings) -> None:
     print(f"ratio              {plain_seconds / seconds:8.2f}, {same} of {len(plain)} captions the same")
 
 
-def random_blip(seed: int) -> Captioner:
+def random_blip(seed: int) -> BlipCaptioner:
     """A BLIP of the base configuration; weights large enough that words are far from equally likely."""
     torch.manual_seed(seed)
     text = {"initializer_range": 0.1}
@@ -93,10 +93,10 @@ def random_blip(seed: int) -> Captioner:
     vocabulary = {taken.get(number, f"word{number}"): number for number in range(size)}
     pieces = BertWordPieceTokenizer(vocab=vocabulary)
     tokenizer = transformers.BertTokenizerFast(tokenizer_object=pieces._tokenizer)
-    return Captioner(model, transformers.BlipImageProcessor(), tokenizer)
+    return BlipCaptioner(model, transformers.BlipImageProcessor(), tokenizer)
 
 
-def plain_loop(paths: list[Path], captioner: Captioner, processor, settings: Settings) -> list[str]:
+def plain_loop(paths: list[Path], captioner: BlipCaptioner, processor, settings: Settings) -> list[str]:
     model, captions = captioner.model, []
     for path in paths:
         inputs = processor(images=Image.open(path).convert("RGB"), return_tensors="pt")
@@ -109,7 +109,7 @@ def plain_loop(paths: list[Path], captioner: Captioner, processor, settings: Set
     return captions
 
 
-def our_path(folder: Path, captioner: Captioner, settings: Settings) -> None:
+def our_path(folder: Path, captioner: BlipCaptioner, settings: Settings) -> None:
     direct_caption.caption_loaded(
         captioner,
         folder / "images",

@@ -2,7 +2,7 @@
 
     captioner = load_captioner("Salesforce/blip-image-captioning-base")    # or a folder of train_model.py
     pixels = torch.stack([captioner.prepare(path) for path in ("a.jpg", "b.png")])
-    captioner.caption(pixels, num_beams=3)    # two strings
+    captioner.caption_prepared(pixels, num_beams=3)    # two strings
 
 Model, processor and search are transformers' own. `tiny_captioner` builds a small BLIP with random weights,
 for which nothing has to be downloaded; `BlipDataset`, `encode_captions` and `pad_captions` feed a training.
@@ -64,7 +64,7 @@ MISSING_SHARE = 0.1  # of a model's tensors; where more are not in its file, it 
 
 
 @dataclass
-class Captioner:
+class BlipCaptioner:
     """A captioning model with what prepares its images and reads its words."""
 
     model: PreTrainedModel
@@ -81,7 +81,7 @@ class Captioner:
         return self.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
 
     @torch.no_grad()
-    def caption(
+    def caption_prepared(
         self,
         pixels: Tensor,
         num_beams: int = 3,
@@ -170,7 +170,7 @@ def shared_by_beams(model: PreTrainedModel, num_beams: int) -> Iterator[dict[str
 # --- loading ------------------------------------------------------------------------------------------------
 
 
-def load_captioner(model_path: str | Path) -> Captioner:
+def load_captioner(model_path: str | Path) -> BlipCaptioner:
     """A captioner in float32 on the CPU, in evaluation mode, from a folder or the hub; what was fetched from
     the hub before is used without asking it again. No code that comes with a model is run.
 
@@ -203,7 +203,7 @@ def load_captioner(model_path: str | Path) -> Captioner:
         raise UserError(f"{name}: cannot be loaded ({_first_line(error)}); give another model") from None
 
 
-def _read_captioner(name: str, local_files_only: bool) -> Captioner:
+def _read_captioner(name: str, local_files_only: bool) -> BlipCaptioner:
     options = {"trust_remote_code": False, "local_files_only": local_files_only}
     config = AutoConfig.from_pretrained(name, **options)
     if type(config) not in AutoModelForImageTextToText._model_mapping:
@@ -219,7 +219,7 @@ def _read_captioner(name: str, local_files_only: bool) -> Captioner:
             f"{name}: weights of {classes[0]} that do not make a whole captioning model; give another"
         )
     image_processor = AutoImageProcessor.from_pretrained(name, **options)
-    return Captioner(model.eval(), image_processor, AutoTokenizer.from_pretrained(name, **options))
+    return BlipCaptioner(model.eval(), image_processor, AutoTokenizer.from_pretrained(name, **options))
 
 
 def _first_line(error: Exception) -> str:
@@ -242,7 +242,7 @@ def _require_on_hub(name: str) -> None:
         ) from None
 
 
-def require_blip(captioner: Captioner, name: str | Path, what: str) -> None:
+def require_blip(captioner: BlipCaptioner, name: str | Path, what: str) -> None:
     """Raise UserError unless the captioner is BLIP. what: which needs it, such as "--prompt"."""
     if captioner.model.config.model_type != "blip":
         raise UserError(f"{name}: a {captioner.model.config.model_type} model; {what} is for BLIP alone")
@@ -259,7 +259,9 @@ class BlipDataset:
     Item i is float32 (3, S, S), or, after `cache_features`, the vision model's float16 (tokens, D).
     """
 
-    def __init__(self, captioner: Captioner, images: list[Record], workers: int, accelerator: Accelerator):
+    def __init__(
+        self, captioner: BlipCaptioner, images: list[Record], workers: int, accelerator: Accelerator
+    ):
         self.captioner = captioner
         self.workers = workers
         self.kept: dict[str, Tensor] = {}
@@ -375,7 +377,7 @@ def require_room(folder: Path, needed: int) -> None:
         )
 
 
-def encode_captions(captioner: Captioner, images: list[Record], max_length: int) -> list[list[list[int]]]:
+def encode_captions(captioner: BlipCaptioner, images: list[Record], max_length: int) -> list[list[list[int]]]:
     """For each image its captions as token ids, `[DEC] ... [SEP]`, at most `max_length` of them.
 
     In lower case and without punctuation, as BLIP's own training has them.
@@ -405,7 +407,7 @@ TINY_WIDTH, TINY_HEADS = 96, 4
 TINY_VISION_LAYERS, TINY_TEXT_LAYERS = 3, 2
 
 
-def tiny_captioner(captions: Iterable[str], paths: Sequence[str] = ()) -> Captioner:
+def tiny_captioner(captions: Iterable[str], paths: Sequence[str] = ()) -> BlipCaptioner:
     """A small BLIP with random weights (of torch's generator) and a WordPiece vocabulary of the captions.
 
     Its vision half starts from what a transformer otherwise takes long to find, so that a thousand images
@@ -438,7 +440,7 @@ def tiny_captioner(captions: Iterable[str], paths: Sequence[str] = ()) -> Captio
         for layer in model.vision_model.encoder.layers:
             start_attention(layer.self_attn.qkv.weight, layer.self_attn.projection.weight, TINY_HEADS)
     size = {"height": TINY_IMAGE, "width": TINY_IMAGE}
-    captioner = Captioner(model.eval(), BlipImageProcessor(size=size), tokenizer)
+    captioner = BlipCaptioner(model.eval(), BlipImageProcessor(size=size), tokenizer)
     images = []
     for path in paths:
         with suppress(UserError):  # named where the training reads all images

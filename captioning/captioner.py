@@ -1,7 +1,7 @@
 """Trained models ready to caption: one, or an ensemble of several (Vinyals et al., 2015, section 4.3.3).
 
     captioner = Captioner.load(["output_models/best_checkpoint.pth"])
-    captioner.caption(images, beam_size=3)    # uint8 (N, 3, S, S) -> N strings
+    captioner.caption_prepared(images, beam_size=3)    # uint8 (N, 3, S, S) -> N strings
 
 The members of an ensemble each look at the image with their own encoder and attention; at every step of
 one beam search their word distributions are averaged.
@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from captioning.annotations import END, PAD, START, UNK
 from captioning.beam_search import Hypothesis, beam_search
 from captioning.checkpoints import load_models
 from captioning.features import weights_digest
+from captioning.images import read_image
 from models import DecoderWithAttention, Encoder
 from utils import UserError
 
@@ -106,6 +108,14 @@ class Captioner:
     def text(self, hypothesis: Hypothesis) -> str:
         return " ".join(self.words[index] for index in hypothesis.words)
 
-    def caption(self, images: Tensor, beam_size: int = 3, length_penalty: float = 0.0) -> list[str]:
+    def prepare(self, path: str | Path) -> Tensor:
+        """An image file as `caption_prepared` takes it: uint8 (3, S, S).
+
+        Raises:
+            UserError: the file is missing or holds no readable image.
+        """
+        return torch.from_numpy(read_image(path, self.image_size))
+
+    def caption_prepared(self, images: Tensor, beam_size: int = 3, length_penalty: float = 0.0) -> list[str]:
         """uint8 images (N, 3, S, S) -> their captions."""
         return [self.text(found) for found in self.search(self.encode(images), beam_size, length_penalty)]

@@ -82,9 +82,11 @@ def test_captions_are_those_of_the_plain_loop(trained, demo, captioner, pixels, 
     assert len(set(plain)) > 1
     for size in (1, 5, 16):
         batches = pixels.split(size)
-        assert [text for batch in batches for text in captioner.caption(batch, 3, 30, prompt, True)] == plain
-    assert captioner.caption(pixels.flip(0), 3, 30, prompt, True) == plain[::-1]
-    cut = captioner.caption(pixels, 3, 30, prompt)
+        assert [
+            text for batch in batches for text in captioner.caption_prepared(batch, 3, 30, prompt, True)
+        ] == plain
+    assert captioner.caption_prepared(pixels.flip(0), 3, 30, prompt, True) == plain[::-1]
+    cut = captioner.caption_prepared(pixels, 3, 30, prompt)
     assert [f"{prompt} {text}".strip() for text in cut] == plain
 
 
@@ -98,7 +100,7 @@ def test_beams_share_the_keys_and_values_of_their_image(captioner, pixels, monke
 
     def captions() -> list[str]:
         rows.clear()
-        return captioner.caption(pixels, num_beams, 12, prompt)
+        return captioner.caption_prepared(pixels, num_beams, 12, prompt)
 
     hooks = [
         linear.register_forward_hook(lambda module, inputs, out: rows.append(len(out))) for linear in linears
@@ -115,7 +117,7 @@ def test_beams_share_the_keys_and_values_of_their_image(captioner, pixels, monke
 
 def test_a_model_is_as_it_was_after_a_search_that_failed(captioner, pixels):
     with pytest.raises(RuntimeError):
-        captioner.caption(pixels[:, :1], 3)  # grey; the model takes three channels
+        captioner.caption_prepared(pixels[:, :1], 3)  # grey; the model takes three channels
     layer = captioner.model.text_decoder.bert.encoder.layer[0]
     assert not layer.crossattention._forward_pre_hooks and not layer.crossattention._forward_hooks
 
@@ -126,7 +128,7 @@ def test_a_new_process_gives_the_same_captions(trained, demo, captioner, pixels,
     result = run_script("direct_caption.py", "--model_path", f"{trained}/", *options)
     assert result.returncode == 0, result.stderr
     ids = [image_id for image_id, _ in find_images(demo / "test" / "test")]
-    assert read_submission(output) == list(zip(ids, captioner.caption(pixels), strict=True))
+    assert read_submission(output) == list(zip(ids, captioner.caption_prepared(pixels), strict=True))
 
 
 def test_bad_images_keep_their_rows(trained, demo, run_script, tmp_path):
@@ -202,7 +204,7 @@ def test_other_captioners_work_by_their_path(build, demo, tmp_path):
     other = load_captioner(tmp_path)
     assert other.model.config.model_type != "blip"
     paths = list_images(demo / "test" / "test")[:4]
-    together = other.caption(torch.stack([other.prepare(path) for path in paths]), 2, 8)
+    together = other.caption_prepared(torch.stack([other.prepare(path) for path in paths]), 2, 8)
     plain = []
     for path in paths:
         inputs = other.image_processor(Image.open(path).convert("RGB"), return_tensors="pt")
