@@ -33,7 +33,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from captioning.annotations import Record, held_out, read_annotations
+from captioning.annotations import Record, read_training_splits
 from captioning.blip import (
     HUB_MODEL,
     BlipCaptioner,
@@ -219,19 +219,10 @@ def start_accelerator(settings: Settings) -> Accelerator:
 
 def read_images(settings: Settings) -> tuple[list[Record], list[Record]]:
     """The captioned images to train and to validate on: the file's own splits, else `val_fraction`."""
-    images = read_annotations(settings.annotations, settings.image_folder)
-    captioned = [image for image in images if any(image.tokens)]
-    if any(image.split for image in images):
-        train = [image for image in captioned if image.split == "train"]
-        val = [image for image in captioned if image.split == "val"]
-    else:
-        validating = held_out(images, settings.val_fraction, settings.seed)
-        train = [image for image in captioned if image.image_id not in validating]
-        val = [image for image in captioned if image.image_id in validating]
-    if not train:
-        raise UserError(
-            f"{settings.annotations}: no training captions in it; expected a caption column with text"
-        )
+    splits = read_training_splits(
+        settings.annotations, settings.image_folder, settings.val_fraction, settings.seed
+    )
+    train, val = ([record for record in splits[name] if any(record.tokens)] for name in ("train", "val"))
     return train, val
 
 
