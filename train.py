@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 
 from captioning.captioner import Captioner
 from captioning.checkpoints import decoder_from, encoder_from, load_checkpoint, save_checkpoint
-from captioning.features import cache_features
+from captioning.features import cache_features, encode_images
 from datasets import BatchSampler, CaptionDataset, read_prepared
 from metrics import CiderD, bleu4, tokenize
 from models import DecoderWithAttention, Encoder, load_embeddings, normalize_images
@@ -415,7 +415,7 @@ def encode(encoder: Encoder, images: Tensor, device: torch.device) -> Tensor:
         return images.float()
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in encoder.parameters()):
         return encoder.grid(normalize_images(images))
-    return encoder.encode(images).clone()  # a clone may take part in training, an inference tensor may not
+    return encode_images(encoder, images).clone()  # an inference tensor may not take part in training
 
 
 def autocast(settings: Settings, device: torch.device):

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -50,9 +48,9 @@ from transformers import (
 from transformers.models.blip import modeling_blip_text
 
 from captioning.annotations import Record
-from captioning.features import weights_digest
+from captioning.features import is_up_to_date, weights_digest, write_features
 from captioning.images import read_image
-from utils import UserError, atomic_write, parallel_map, progress_bar
+from utils import UserError, parallel_map, progress_bar
 
 try:
     from transformers import AutoModelForImageTextToText
@@ -327,21 +325,14 @@ class BlipDataset:
             "preparation": self.captioner.image_processor.to_json_string(),
             "images": hashlib.sha256(json.dumps(stats).encode()).hexdigest(),
         }
-        if accelerator.is_main_process and not _fits(file, key):
+        if accelerator.is_main_process and not is_up_to_date(file, key):
             vision.to(accelerator.device).eval()
+
+            def encode(pixels: Tensor) -> Tensor:
+                return vision(pixel_values=pixels.to(accelerator.device)).last_hidden_state
+
             chunks = [list(range(i, min(i + 16, len(stats)))) for i in range(0, len(stats), 16)]
-            progress = progress_bar(total=len(stats), desc="vision features", unit="image")
-            with atomic_write(file) as tmp_path, h5py.File(tmp_path, "w") as cache, progress:
-                cache.attrs.update(key)
-                for chunk, pixels in zip(chunks, self.batches(chunks)):
-                    with accelerator.autocast():
-                        states = vision(pixel_values=pixels.to(accelerator.device)).last_hidden_state
-                    if chunk[0] == 0:
-                        shape = (len(stats), *states.shape[1:])
-                        require_room(file.parent, 2 * math.prod(shape))
-                        stored = cache.create_dataset("features", shape, "float16", chunks=(1, *shape[1:]))
-                    stored[chunk[0] : chunk[-1] + 1] = states.half().cpu().numpy()
-                    progress.update(len(chunk))
+            write_features(file, key, self.batches(chunks), encode, len(stats), "training images")
         accelerator.wait_for_everyone()
         self.kept.clear()
         self.features = h5py.File(file, "r")["features"]
@@ -358,23 +349,6 @@ def vary_image(pixels: Tensor, rng: Random) -> Tensor:
     grid = F.affine_grid(places, [1, *pixels.shape], align_corners=False)
     moved = F.grid_sample(pixels.unsqueeze(0), grid, padding_mode="reflection", align_corners=False)
     return contrast * moved.squeeze(0)
-
-
-def _fits(file: Path, key: dict[str, str]) -> bool:
-    if not file.is_file():
-        return False
-    with h5py.File(file, "r") as cache:
-        return all(cache.attrs.get(name) == value for name, value in key.items())
-
-
-def require_room(folder: Path, needed: int) -> None:
-    """Raise UserError unless the disk of the folder has room for `needed` bytes."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"{folder}: {free / 1e9:.2f} GB free, the vision features take {needed / 1e9:.2f} GB: make room, "
-            "or give --cache_features False"
-        )
 
 
 def encode_captions(captioner: BlipCaptioner, images: list[Record], max_length: int) -> list[list[list[int]]]:
