@@ -382,7 +382,7 @@ def test_preparation_does_not_depend_on_workers(demo, tmp_path):
 
 
 def test_feature_cache_is_made_once_and_never_stale(prepared):
-    encoder = Encoder("resnet18", "none")
+    encoder = Encoder("resnet18")
     file = cache_features(encoder, prepared, "val", torch.device("cpu"))
     with h5py.File(file) as cache, h5py.File(prepared / "val_images.hdf5") as images:
         truth = encode_images(encoder, torch.from_numpy(images["images"][:]))
@@ -391,5 +391,5 @@ def test_feature_cache_is_made_once_and_never_stale(prepared):
     made = file.stat().st_mtime_ns
     assert cache_features(encoder, prepared, "val", torch.device("cpu")).stat().st_mtime_ns == made
     torch.manual_seed(1)
-    other = Encoder("resnet18", "none")
+    other = Encoder("resnet18")
     assert cache_features(other, prepared, "val", torch.device("cpu")).stat().st_mtime_ns != made
