@@ -18,9 +18,11 @@ from PIL import Image
 import direct_caption
 import train_model
 from captioning import blip
-from captioning.blip import load_captioner, pad_captions, tiny_captioner
+from captioning.blip import load_captioner
 from captioning.images import list_images
 from captioning.submissions import find_images, read_submission
+from captioning.tiny_blip import tiny_captioner
+from datasets import pad_captions
 from utils import UserError
 
 CAPTIONS = ["a red circle on grass", "two blue squares on gravel", "a large star above a small circle"]

@@ -15,7 +15,7 @@ import create_input_files as preparation
 from captioning.annotations import read_annotations
 from captioning.features import cache_features, encode_images
 from captioning.images import list_images, read_image
-from datasets import SIDED, BatchSampler, CaptionDataset, Request, augment_image
+from datasets import LEFT_OR_RIGHT, BatchSampler, CaptionDataset, Request, augment_image
 from models import Encoder
 from utils import UserError, natural_order, parallel_map
 
@@ -220,12 +220,12 @@ def test_prepared_files_fit_each_other(demo, prepared):
 
 
 @pytest.mark.parametrize(
-    "size, batch_size, parts, processes",
+    "size, batch_size, accumulation_steps, processes",
     [(32, 5, 1, 1), (32, 8, 2, 2), (7, 16, 1, 3), (5, 1, 2, 2), (9, 4, 1, 2)],
 )
-def test_batches_share_out_every_image_once(size, batch_size, parts, processes):
+def test_batches_share_out_every_image_once(size, batch_size, accumulation_steps, processes):
     samplers = [
-        BatchSampler(size, batch_size, parts, rank, processes, shuffle=True, seed=3)
+        BatchSampler(size, batch_size, accumulation_steps, rank, processes, shuffle=True, seed=3)
         for rank in range(processes)
     ]
     orders = []
@@ -236,19 +236,19 @@ def test_batches_share_out_every_image_once(size, batch_size, parts, processes):
             requests = list(sampler)
             assert len(requests) == len(sampler) == len(samplers[0])
             assert all(len(request.indices) for request in requests)
-            if (size, batch_size) != (5, 1):  # where parts would be empty they are larger
+            if (size, batch_size) != (5, 1):  # where a micro-batch would be empty they are larger
                 assert max(len(request.indices) for request in requests) <= batch_size
             seen += [index for request in requests for index in request.indices.tolist()]
         assert sorted(seen) == list(range(size))
-        # a step's images are the same however it is cut up
-        whole = BatchSampler(size, batch_size * parts * processes, shuffle=True, seed=3)
+        # a step has the same images however it is divided
+        whole = BatchSampler(size, batch_size * accumulation_steps * processes, shuffle=True, seed=3)
         whole.start_epoch(epoch)
         if len(whole) == len(samplers[0].steps):
             for request, step in zip(whole, samplers[0].steps):
                 assert request.indices.tolist() == sorted(step.tolist())
         orders.append([request.indices.tolist() for request in samplers[0]])
     assert orders[0] != orders[1]
-    with pytest.raises(UserError, match="cannot be shared out"):
+    with pytest.raises(UserError, match="cannot be divided"):
         BatchSampler(3, 1, 2, 0, 2)
 
 
@@ -268,8 +268,7 @@ def test_augmented_images_keep_left_and_right_where_captions_say_so(prepared):
     results = {False: [], True: []}
     for flip in results:
         for seed in range(40):
-            torch.manual_seed(seed)
-            image = augment_image(half, flip).float()
+            image = augment_image(half, random.Random(seed), flip).float()
             assert image.shape == half.shape
             results[flip].append(bool(image[:, :, -16:].mean() > image[:, :, :16].mean()))
     assert all(results[False]) and 10 < sum(results[True]) < 30
@@ -278,12 +277,12 @@ def test_augmented_images_keep_left_and_right_where_captions_say_so(prepared):
     words = {index: word for word, index in json.loads((prepared / "word_map.json").read_text()).items()}
     for index in range(len(dataset)):
         says = {words[word] for word in dataset.captions[index].flatten().tolist()} & {"left", "right"}
-        assert dataset.sided[index] == bool(says)
-    assert 0 < dataset.sided.sum() < len(dataset)
+        assert dataset.may_flip[index] == (not says)
+    assert 0 < dataset.may_flip.sum() < len(dataset)
     for word in ("left", "right", "left-hand", "leftmost", "upper-right", "rightwards"):
-        assert SIDED.search(word)
+        assert LEFT_OR_RIGHT.search(word)
     for word in ("bright", "rights", "lefty", "upright", "cleft"):
-        assert not SIDED.search(word)
+        assert not LEFT_OR_RIGHT.search(word)
 
     # the seed of the request alone decides
     order = torch.get_rng_state()
