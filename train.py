@@ -310,7 +310,7 @@ def train_one_epoch(
             words, captions = int((lengths_of[indices] - 1).sum()), lengths_of[indices].size
             for optimizer in optimizers.values():
                 optimizer.zero_grad(set_to_none=True)
-            for _ in range(sampler.parts):
+            for _ in range(sampler.accumulation_steps):
                 with autocast(settings, device):
                     entropy, penalty, _, _ = caption_loss(encoder, decoder, *next(batches), device)
                     loss = entropy / words + settings.alpha_c * penalty / captions
