@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 import torch
@@ -17,10 +18,13 @@ from torch import Tensor
 
 from captioning.captioner import Captioner
 from captioning.checkpoints import load_models
+from captioning.folder_plan import FolderOptions
+from captioning.folders import caption_folder
 from captioning.images import read_image
-from captioning.submissions import caption_folder
 from models import DecoderWithAttention, Encoder
 from utils import UserError, atomic_write, check_at_least, run_script
+
+DEFAULT_OUTPUT = "submission.csv"
 
 
 @dataclass
@@ -35,13 +39,22 @@ class Settings:
     show: bool = False  # image mode: open the figure in a window too
     test_folder: str = "test/test"  # folder mode: images to caption
     test_csv: str | None = None  # ids and their order; None: test.csv in or up to two folders above, if any
-    output_csv: str = "submission.csv"  # folder mode: image_id,caption
+    recursive: bool = False  # caption the images in its subfolders too
+    output_csv: str | None = None  # .csv, .json (COCO) or .jsonl; None: submission.csv, none with sidecars
+    sidecars: bool = False  # write each caption beside its image: photo.txt for photo.jpg
+    sidecar_extension: str = ".txt"  # of the sidecars
+    existing: Literal["skip", "overwrite", "append", "prepend"] = (
+        "skip"  # what to do where a sidecar is there
+    )
+    prefix: str = ""  # words before each caption in a sidecar; {name}, {folder}: the image's
+    suffix: str = ""  # words behind it
     batch_size: int = 32  # folder mode: images searched at a time
     workers: int = 4  # folder mode: threads that read images
     length_penalty: float = 0.0  # compare captions by log-probability / length ** this
 
     def __post_init__(self):
-        check_at_least(self, 1, "beam_size", "batch_size", "workers")
+        check_at_least(self, 1, "beam_size")
+        FolderOptions.of(self, DEFAULT_OUTPUT)  # refuses what cannot be
 
 
 def main(settings: Settings) -> int:
@@ -52,13 +65,9 @@ def main(settings: Settings) -> int:
             encoder_path,
             decoder_path,
             settings.word_map,
-            settings.test_folder,
-            settings.output_csv,
-            settings.beam_size,
-            test_csv=settings.test_csv,
-            batch_size=settings.batch_size,
-            workers=settings.workers,
+            beam_size=settings.beam_size,
             length_penalty=settings.length_penalty,
+            **asdict(FolderOptions.of(settings, DEFAULT_OUTPUT)),
         )
         return 1 if failed else 0
     read_image(settings.img)  # complain before the models are loaded
@@ -147,17 +156,18 @@ def caption_images(
     decoder_path: str | Path,
     word_map_path: str | Path | None = None,
     test_folder: str | Path = "test/test",
-    output_csv: str | Path = "submission.csv",
+    output_csv: str | Path | None = DEFAULT_OUTPUT,
     beam_size: int = 3,
-    test_csv: str | Path | None = None,
-    batch_size: int = 32,
-    workers: int = 4,
     length_penalty: float = 0.0,
+    **options,
 ) -> list[str]:
-    """Caption the images of a folder into a CSV `image_id,caption`.
+    """Caption the images of a folder into a CSV `image_id,caption`, a .json or a .jsonl file.
 
     With a test.csv its ids are the rows, in its order and as they are written there; otherwise every image
     of the folder, in natural order, by its name without extension.
+
+    Args:
+        options: further ones of `FolderOptions`, such as batch_size, recursive or sidecars.
 
     Returns:
         What was wrong with the images that could not be read, one line each; their captions are empty.
@@ -165,17 +175,14 @@ def caption_images(
     Raises:
         UserError: wrong input, or not one readable image.
     """
-    encoder, decoder, word_map = load_models(encoder_path, decoder_path, word_map_path)
-    captioner = Captioner([(encoder, decoder)], word_map)
-    return caption_folder(
-        test_folder,
-        test_csv,
-        output_csv,
-        captioner.prepare,
-        lambda images: captioner.caption_prepared(torch.stack(images), beam_size, length_penalty),
-        batch_size,
-        workers,
-    )
+
+    def load() -> Captioner:
+        encoder, decoder, word_map = load_models(encoder_path, decoder_path, word_map_path)
+        return Captioner([(encoder, decoder)], word_map)
+
+    files = [file for file in (encoder_path, decoder_path, word_map_path) if file is not None]
+    folder = FolderOptions(test_folder, output_csv=output_csv, **options)
+    return caption_folder(folder, load, files, {"beam_size": beam_size, "length_penalty": length_penalty})
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ import train_model
 from captioning import blip
 from captioning.annotations import read_annotations
 from captioning.blip import load_captioner
+from captioning.folder_plan import find_images
 from captioning.images import list_images
-from captioning.submissions import find_images, read_submission
+from captioning.submissions import read_submission
 from captioning.tiny_blip import tiny_captioner
 from datasets import BlipDataset, pad_captions
 from utils import UserError
