@@ -18,7 +18,7 @@ from PIL import Image
 import datasets
 import direct_caption
 import train_model
-from captioning import blip
+from captioning import HUB_MODEL, blip
 from captioning.annotations import read_annotations
 from captioning.blip import load_captioner
 from captioning.images import list_images
@@ -249,7 +249,7 @@ def test_offline_says_how_to_get_a_model(demo, run_script, monkeypatch, tmp_path
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     result = run_script("direct_caption.py", "--test_folder", demo / "test" / "test")
-    assert_one_line(result, blip.HUB_MODEL, "hf download")
+    assert_one_line(result, HUB_MODEL, "hf download")
 
 
 def test_a_kept_prompt_needs_a_prompt():
