@@ -250,6 +250,14 @@ def test_order_does_not_matter(no_meteor):
         assert result.per_image[key] == pytest.approx(scores, abs=1e-12)
 
 
+def test_lists_score_as_dictionaries_do(no_meteor):
+    by_key = score_captions(REFERENCES, HYPOTHESES)
+    by_position = score_captions(list(REFERENCES.values()), tuple(HYPOTHESES.values()))
+    assert by_position.overall == by_key.overall
+    assert list(by_position.per_image) == [0, 1, 2]
+    assert list(by_position.per_image.values()) == list(by_key.per_image.values())
+
+
 def test_case_and_full_stop_do_not_matter(no_meteor):
     shouted = {key: caption.upper().rstrip(".") + " ." for key, caption in HYPOTHESES.items()}
     assert score_captions(REFERENCES, shouted) == score_captions(REFERENCES, HYPOTHESES)
@@ -281,6 +289,15 @@ def test_images_that_do_not_fit(no_meteor):
         score_captions({1: "a dog"}, {1: "a dog"})
     with pytest.raises(TypeError, match="not list"):
         score_captions({1: ["a dog"]}, {1: ["a dog"]})
+    with pytest.raises(ValueError, match="2 images have references, but 1 have a hypothesis"):
+        score_captions([["a dog"], ["a cat"]], ["a dog"])
+    for references, hypotheses in (({1: ["a dog"]}, ["a dog"]), ([["a dog"]], "a dog"), ("a dog", "a dog")):
+        with pytest.raises(TypeError, match="two dictionaries or two lists"):
+            score_captions(references, hypotheses)
+    with pytest.raises(TypeError, match="list of captions"):
+        score_captions(["a dog"], ["a dog"])
+    with pytest.raises(ValueError, match="no captions"):
+        score_captions([], [])
 
 
 def test_without_meteor(no_meteor, capsys):
