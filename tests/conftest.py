@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -8,6 +9,9 @@ import torch
 import create_input_files
 import make_demo_data
 import train
+import utils
+from captioning.annotations import read_annotations
+from metrics import Meteor, MeteorDataError
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -24,6 +28,12 @@ def demo(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "demo"
     make_demo_data.make_demo_data(make_demo_data.Settings(str(folder), train_images=40, test_images=12))
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo_captions(demo) -> list[list[str]]:
+    """The five captions of each of the demonstration's training images."""
+    return [record.captions for record in read_annotations(demo / "train.csv")]
 
 
 @pytest.fixture(scope="session")
@@ -72,3 +82,29 @@ def run_script():
         return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
     return run
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+    """As `run_script`, but in this process and without its imports: run_main(train, "--epochs", 1)."""
+
+    def run(script: ModuleType, *arguments) -> subprocess.CompletedProcess:
+        command = [f"{script.__name__}.py", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", command)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            utils.run_script(script.main, script.Settings)
+        return subprocess.CompletedProcess(command, ended.value.code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def meteor_cache(tmp_path_factory) -> Path:
+    """A cache directory in which METEOR's paraphrase table is built once for all tests."""
+    folder = tmp_path_factory.mktemp("meteor")
+    try:
+        Meteor(cache_dir=folder)
+    except MeteorDataError as error:
+        pytest.skip(str(error))
+    return folder

@@ -39,13 +39,9 @@ def settings_for(demo, output, **options) -> train_model.Settings:
 
 @pytest.fixture(scope="module")
 def trained(demo, tmp_path_factory):
-    """A tiny BLIP that the real script trained on the small demonstration set until its words are clear."""
+    """A tiny BLIP, trained on the small demonstration set until captions differ from image to image."""
     output = tmp_path_factory.mktemp("blip") / "model"
-    command = [sys.executable, str(ROOT / "train_model.py"), "--base_model", "tiny", "--epochs", "25"]
-    command += ["--annotations", str(demo / "train.csv"), "--image_folder", str(demo / "train" / "train")]
-    command += ["--output_folder", str(output), "--early_stopping", "0", "--batch_size", "8"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+    train_model.train(settings_for(demo, output, epochs=15, captions_per_image=2))
     return output
 
 
@@ -67,7 +63,7 @@ def history(output) -> list[dict]:
 # --- captions -----------------------------------------------------------------------------------------------
 
 
-def test_the_script_learns(trained):
+def test_it_learns(trained):
     lines = history(trained)
     assert lines[-1]["train_loss"] < 0.5 * lines[0]["train_loss"]
     assert max(line["val_cider"] for line in lines) > 0
@@ -135,7 +131,7 @@ def test_a_new_process_gives_the_same_captions(trained, demo, captioner, pixels,
     assert read_submission(output) == list(zip(ids, captioner.caption_prepared(pixels), strict=True))
 
 
-def test_bad_images_keep_their_rows(trained, demo, run_script, tmp_path):
+def test_bad_images_keep_their_rows(trained, demo, run_main, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
     path = next(iter((demo / "test" / "test").iterdir()))
@@ -146,8 +142,8 @@ def test_bad_images_keep_their_rows(trained, demo, run_script, tmp_path):
     image.convert("CMYK").save(folder / "4_cmyk.jpg")
     image.save(folder / "5_moving.gif", save_all=True, append_images=[image.rotate(90)])
     output = tmp_path / "out.csv"
-    result = run_script(
-        "direct_caption.py", "--model_path", trained, "--test_folder", folder, "--output_csv", output
+    result = run_main(
+        direct_caption, "--model_path", trained, "--test_folder", folder, "--output_csv", output
     )
     assert result.returncode == 1, result.stderr
     rows = read_submission(output)
@@ -245,11 +241,10 @@ def test_wrong_models_get_one_line(trained, tmp_path):
     refused(tmp_path / "vqa", "BlipForVqa")
 
 
-def test_offline_says_how_to_get_a_model(demo, run_script, monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    result = run_script("direct_caption.py", "--test_folder", demo / "test" / "test")
-    assert_one_line(result, blip.HUB_MODEL, "hf download")
+def test_offline_says_how_to_get_a_model(demo, run_main, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    result = run_main(direct_caption, "--model_path", "nobody/captioner", "--test_folder", demo / "test/test")
+    assert_one_line(result, "hf download nobody/captioner")
 
 
 def test_a_kept_prompt_needs_a_prompt():

@@ -9,7 +9,6 @@ import random
 import shutil
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -153,13 +152,8 @@ def data_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def cache_dir(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="session")
-def scorer(data_dir, cache_dir) -> Meteor:
-    return Meteor(cache_dir=cache_dir)
+def scorer(meteor_cache) -> Meteor:
+    return Meteor(cache_dir=meteor_cache)
 
 
 def make_data(folder: Path, data_dir: Path, pairs: list[tuple[str, str]]) -> Path:
@@ -254,7 +248,7 @@ def test_beside_the_java_program(scorer, data_dir, tmp_path):
     captions = real_captions()
     generator = random.Random(0)
     images = []
-    for number in range(2000):
+    for number in range(1000):
         hypothesis, *references = generator.sample(generator.choice(captions), 2)
         if number % 2:
             references = [generator.choice(generator.choice(captions))]
@@ -274,7 +268,7 @@ def test_beside_the_java_program(scorer, data_dir, tmp_path):
     assert scores == pytest.approx(expected_scores, abs=1e-12)
     assert corpus == pytest.approx(expected_corpus, abs=1e-12)
     assert [scorer.statistics(*image) for image in images] == expected_statistics
-    assert len({round(score, 6) for score in scores}) > 300  # not all zeros
+    assert len({round(score, 6) for score in scores}) > 150  # not all zeros
 
 
 # ---------------------------------------------------------------------------------------------- strange texts
@@ -473,17 +467,16 @@ def test_damaged_data(small_data, tmp_path, name, how):
 # -------------------------------------------------------------------------------------------------- processes
 
 
-def test_any_number_of_workers_gives_the_same(scorer, cache_dir):
-    expected = golden()["tokenized"]
-    references = dict(list(expected["references"].items())[:101])
-    hypotheses = {key: expected["hypotheses"][key] for key in references}
+def test_any_number_of_workers_gives_the_same(scorer, meteor_cache, demo_captions):
+    references = dict(enumerate(captions[1:] for captions in demo_captions))
+    hypotheses = dict(enumerate(captions[0] for captions in demo_captions))
     alone = scorer.compute_score(references, hypotheses)
     for workers in (2, 3):
-        assert Meteor(cache_dir=cache_dir, workers=workers).compute_score(references, hypotheses) == alone
+        assert Meteor(cache_dir=meteor_cache, workers=workers).compute_score(references, hypotheses) == alone
     strange = dict(enumerate([*STRANGE, "\ud800"]))
     references = {number: [text, "a dog"] for number, text in strange.items()}
     alone = scorer.compute_score(references, strange)
-    assert Meteor(cache_dir=cache_dir, workers=2).compute_score(references, strange) == alone
+    assert Meteor(cache_dir=meteor_cache, workers=2).compute_score(references, strange) == alone
 
 
 def test_large_corpus_is_shared_by_default(scorer, monkeypatch):
@@ -514,20 +507,16 @@ def test_workers_in_a_script_without_a_guard(small_data, tmp_path):
     assert (run.stdout, run.stderr) == ("started\n1.0\n", "")
 
 
-def test_failed_worker_is_stood_in_for(scorer, cache_dir, monkeypatch):
+def test_failed_worker_is_stood_in_for(scorer, meteor_cache, monkeypatch):
     references, hypotheses = {1: ["a dog"], 2: ["two dogs run"]}, {1: "a dog", 2: "dogs run"}
     expected = scorer.compute_score(references, hypotheses)
     monkeypatch.setattr(sys, "executable", "/no/such/program")
-    assert Meteor(cache_dir=cache_dir, workers=2).compute_score(references, hypotheses) == expected
+    assert Meteor(cache_dir=meteor_cache, workers=2).compute_score(references, hypotheses) == expected
 
 
-def test_threads_share_one_meteor(scorer):
-    expected = golden()["tokenized"]
-    images = [(expected["references"][key], expected["hypotheses"][key]) for key in expected["references"]][
-        :60
-    ]
+def test_threads_share_one_meteor(scorer, demo_captions):
+    images = [(captions[1:], captions[0]) for captions in demo_captions]
     alone = [scorer.statistics(*image) for image in images]
     fresh = Meteor(cache_dir=scorer._cache_dir)
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda image: fresh.statistics(*image), images)) == alone
-    assert threading.active_count() >= 1

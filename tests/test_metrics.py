@@ -61,11 +61,8 @@ HYPOTHESES = {1: "A dog is running in the snow.", 2: "two kids play on the sand"
 
 
 @pytest.fixture(scope="session")
-def meteor(tmp_path_factory) -> Meteor:
-    try:
-        return Meteor(cache_dir=tmp_path_factory.mktemp("cache"))
-    except MeteorDataError as error:
-        pytest.skip(str(error))
+def meteor(meteor_cache) -> Meteor:
+    return Meteor(cache_dir=meteor_cache)
 
 
 @pytest.fixture
@@ -95,6 +92,12 @@ def real_captions() -> list[list[str]]:
     for annotation in json.loads(COCO.read_text())["annotations"]:
         images.setdefault(annotation["image_id"], []).append(annotation["caption"])
     return list(images.values())
+
+
+@pytest.fixture(params=["photographs", "demonstration"])
+def groups(request, demo_captions) -> list[list[str]]:
+    """The captions of many images: those of real photographs, and everywhere those of the demonstration."""
+    return real_captions() if request.param == "photographs" else demo_captions
 
 
 def official(module: str, name: str):
@@ -166,12 +169,13 @@ def test_recorded_scores(meteor):
             assert result.per_image[key][name] == pytest.approx(score, abs=1e-9)
 
 
-@pytest.mark.parametrize("source", ["real", "recorded", "small"])
-def test_beside_the_official_scorers(source, no_meteor):
+@pytest.mark.parametrize("source", ["photographs", "demonstration", "recorded", "small"])
+def test_beside_the_official_scorers(source, no_meteor, demo_captions):
     if source == "recorded":
         references, hypotheses = golden()["references"], golden()["hypotheses"]
-    elif source == "real":
-        groups = [group for group in real_captions() if len(group) == 5]
+    elif source != "small":
+        groups = real_captions() if source == "photographs" else demo_captions
+        groups = [group for group in groups if len(group) == 5]
         hypotheses = {i: group[i % 5] for i, group in enumerate(groups)}
         references = {i: group[: i % 5] + group[i % 5 + 1 :] for i, group in enumerate(groups)}
     else:
@@ -191,17 +195,17 @@ def test_beside_the_official_scorers(source, no_meteor):
         assert own == pytest.approx(list(column), abs=1e-9)
 
 
-def test_bleu4_is_nltks():
+def test_bleu4_is_nltks(groups):
     from nltk.translate.bleu_score import corpus_bleu
 
-    groups = [[tokenize(caption) for caption in group] for group in real_captions()]
+    groups = [[tokenize(caption) for caption in group] for group in groups]
     references, hypotheses = [group[1:] for group in groups], [group[0] for group in groups]
     assert bleu4(references, hypotheses) == corpus_bleu(references, hypotheses) > 0.1
 
 
-def test_bleu4_is_the_official_one_where_all_is_regular(no_meteor):
-    references = {i: group[1:] for i, group in enumerate(real_captions())}
-    hypotheses = {i: group[0] for i, group in enumerate(real_captions())}
+def test_bleu4_is_the_official_one_where_all_is_regular(no_meteor, groups):
+    references = {i: group[1:] for i, group in enumerate(groups)}
+    hypotheses = {i: group[0] for i, group in enumerate(groups)}
     hypotheses = {i: caption for i, caption in hypotheses.items() if len(tokenize(caption)) >= 4}
     references = {i: references[i] for i in hypotheses}
     overall = score_captions(references, hypotheses).overall
@@ -323,8 +327,8 @@ def words_of(captions_of_images) -> list[list[list[str]]]:
     return [[tokenize(caption) for caption in captions] for captions in captions_of_images]
 
 
-def test_cider_reward_is_the_official_score(no_meteor):
-    groups = real_captions()[:500]
+def test_cider_reward_is_the_official_score(no_meteor, groups):
+    groups = groups[:500]
     words = words_of(groups)
     cider = CiderD.from_references([captions[1:] for captions in words])
     expected = score_captions(
