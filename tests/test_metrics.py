@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import metrics
-from metrics import CiderD, Meteor, MeteorDataError, bleu4, rouge_l, score_captions, tokenize
+from metrics import CiderD, MeteorDataError, bleu4, rouge_l, score_captions, tokenize
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -58,11 +58,6 @@ REFERENCES = {
     3: ["a man rides a red bicycle down the street"],
 }
 HYPOTHESES = {1: "A dog is running in the snow.", 2: "two kids play on the sand", 3: "A man on a bicycle"}
-
-
-@pytest.fixture(scope="session")
-def meteor(meteor_cache) -> Meteor:
-    return Meteor(cache_dir=meteor_cache)
 
 
 @pytest.fixture
@@ -158,9 +153,9 @@ def test_long_captions_take_no_time():
 # ---------------------------------------------------------------------------------------- the official scores
 
 
-def test_recorded_scores(meteor):
+def test_recorded_scores(scorer):
     expected = golden()
-    result = score_captions(expected["references"], expected["hypotheses"], meteor)
+    result = score_captions(expected["references"], expected["hypotheses"], scorer)
     assert result.overall.keys() == expected["scores"].keys()
     for name, score in expected["scores"].items():
         assert result.overall[name] == pytest.approx(score, abs=1e-9)
@@ -226,16 +221,16 @@ def test_bleu4_without_a_match(no_meteor):
 # ------------------------------------------------------------------------------------------------- properties
 
 
-def test_same_caption_scores_one(meteor):
+def test_same_caption_scores_one(scorer):
     captions = {i: caption for i, (caption, *_) in enumerate(REFERENCES.values())}
-    result = score_captions({i: [caption] for i, caption in captions.items()}, captions, meteor)
+    result = score_captions({i: [caption] for i, caption in captions.items()}, captions, scorer)
     for scores in (result.overall, *result.per_image.values()):
         assert scores.pop("CIDEr") == pytest.approx(10)
         assert list(scores.values()) == pytest.approx([1.0] * 6)
 
 
-def test_scores_are_in_their_ranges(meteor):
-    result = score_captions(REFERENCES, HYPOTHESES, meteor)
+def test_scores_are_in_their_ranges(scorer):
+    result = score_captions(REFERENCES, HYPOTHESES, scorer)
     assert list(result.per_image) == list(REFERENCES)
     for scores in (result.overall, *result.per_image.values()):
         assert all(0 <= score <= (10 if name == "CIDEr" else 1) for name, score in scores.items())
