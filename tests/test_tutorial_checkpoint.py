@@ -19,7 +19,7 @@ from conftest import assert_one_line
 from torch import nn
 
 import convert_checkpoint
-from captioning import tutorial_checkpoint
+from captioning import tutorial_checkpoint, tutorial_pickle
 from captioning.checkpoints import decoder_from, encoder_from
 from captioning.tutorial_checkpoint import read_tutorial_checkpoint
 from models import Encoder as OurEncoder
@@ -156,7 +156,7 @@ def save_raw(pickled: bytes, path, file_format):
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("archive/data.pkl", pickled)
     else:
-        parts = [tutorial_checkpoint.LEGACY_MAGIC, 1001, {"little_endian": True}, []]
+        parts = [tutorial_pickle.LEGACY_MAGIC, 1001, {"little_endian": True}, []]
         parts = [pickle.dumps(part, protocol=2) for part in parts]
         path.write_bytes(b"".join([*parts[:3], pickled, parts[3]]))
     return path
