@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from captioning import HUB_MODEL
 from captioning.folder_plan import FolderOptions
 from captioning.folders import caption_folder
 from utils import UserError, check_at_least, is_main_process, pick_device, run_script
@@ -22,8 +23,6 @@ from utils import UserError, check_at_least, is_main_process, pick_device, run_s
 if TYPE_CHECKING:
     from captioning.blip import BlipCaptioner
 
-
-HUB_MODEL = "Salesforce/blip-image-captioning-base"
 DEFAULT_OUTPUT = "blip_submission.csv"
 
 

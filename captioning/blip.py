@@ -32,6 +32,7 @@ from transformers import (
 )
 from transformers.models.blip import modeling_blip_text
 
+from captioning import HUB_MODEL
 from captioning.images import read_image
 from utils import UserError
 
@@ -40,7 +41,6 @@ try:
 except ImportError:  # before transformers 4.46
     from transformers import AutoModelForVision2Seq as AutoModelForImageTextToText
 
-HUB_MODEL = "Salesforce/blip-image-captioning-base"
 MISSING_SHARE = 0.1  # of a model's tensors; where more are not in its file, it is another model's file
 
 

@@ -1,7 +1,6 @@
 """Captioning a folder: what survives a kill, sidecars, subfolders, unreadable files, several processes."""
 
 import itertools
-import json
 import os
 import random
 import re
@@ -10,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +19,6 @@ from PIL import Image
 
 import caption_from_checkpoint
 import direct_caption
-from captioning import blip
 from captioning.folder_plan import FolderOptions, find_images, printable
 from captioning.folders import HalvingCaptioner, caption_folder
 from captioning.images import read_image, walk_images
@@ -403,10 +402,15 @@ def add_unreadable_files(folder) -> int:
     """Files with names of images that are none, each in another way; returns how many."""
     before = len(os.listdir(folder))
     good = next(folder.glob("*.png")).read_bytes()
-    for name, content in {
-        "empty.jpg": b"", "text.jpg": b"no image", "cut.png": good[:45], "zeros.gif": bytes(4096),
-        "header.webp": b"RIFF\x24\0\0\0WEBPVP8 ", "phone.heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99),
-    }.items():  # fmt: skip
+    contents = {
+        "empty.jpg": b"",
+        "text.jpg": b"no image",
+        "cut.png": good[:45],
+        "zeros.gif": bytes(4096),
+        "header.webp": b"RIFF\x24\0\0\0WEBPVP8 ",
+        "phone.heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99),
+    }
+    for name, content in contents.items():
         (folder / name).write_bytes(content)
     (folder / "broken_link.jpg").symlink_to("nowhere.jpg")
     (folder / "loop.jpg").symlink_to("loop.jpg")
@@ -425,8 +429,15 @@ def test_bad_files_get_an_empty_row_and_a_line_each(tmp_path, capsys):
     printed = capsys.readouterr()
     lines = [line for line in printed.err.splitlines() if "no caption: " in line]
     assert len(problems) == len(lines) == bad and f"30 images captioned, {bad} without" in printed.out
-    for part in ("empty.jpg: an empty file", "loop.jpg: a link", "pipe.jpg: a pipe", "device.jpg: a device",
-                 "pip install pillow-heif", "caf\\xe9: the file's name is not UTF-8", "two\\nlines.png"):  # fmt: skip
+    for part in (
+        "empty.jpg: an empty file",
+        "loop.jpg: a link",
+        "pipe.jpg: a pipe",
+        "device.jpg: a device",
+        "pip install pillow-heif",
+        "caf\\xe9: the file's name is not UTF-8",
+        "two\\nlines.png",
+    ):
         assert any(part in line for line in lines), part
     rows = dict(read_submission(output))
     assert len(rows) == 30 + bad and sum(not caption for caption in rows.values()) == bad
@@ -543,9 +554,9 @@ def test_a_killed_process_ends_the_run_with_one_line(rank, models, photos, tmp_p
     journal = Journal(tmp_path / "out.csv")
     launcher = script.start(*LAUNCHER)
     wait_for(lambda: journal.path(1).exists() and journal.count(), launcher)
-    children = open(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read().split()
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     for child in children:
-        if f"\0RANK={rank}\0".encode() in open(f"/proc/{child}/environ", "rb").read():
+        if f"\0RANK={rank}\0".encode() in Path(f"/proc/{child}/environ").read_bytes():
             os.kill(int(child), signal.SIGKILL)
     _, err = launcher.communicate()
     assert launcher.returncode == 1 and err.count("the same command goes on from there") == 1, err
@@ -581,7 +592,6 @@ def test_wrong_input_is_printed_once(command, part, tmp_path):
 
 
 def test_scripts_have_the_same_names_for_a_folder():
-    assert direct_caption.HUB_MODEL == blip.HUB_MODEL
     for script in (caption_from_checkpoint, direct_caption):
         settings = script.Settings(sidecars=True, sidecar_extension="caption")
         assert FolderOptions.of(settings, "x.csv").output_csv is None
@@ -591,7 +601,8 @@ def test_scripts_have_the_same_names_for_a_folder():
 
 
 def test_scripts_import_nothing_that_takes_seconds():
-    names = ["transformers", "torchvision", "matplotlib", "skimage", "nltk", "h5py"]
-    code = f"import sys, caption, caption_from_checkpoint, direct_caption; print([n for n in {names} if n in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert json.loads(result.stdout.replace("'", '"')) == [], result.stderr
+    code = "import sys, caption, caption_from_checkpoint, direct_caption; print(*sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert not {"transformers", "torchvision", "matplotlib", "skimage", "nltk"} & set(result.stdout.split())
