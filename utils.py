@@ -20,10 +20,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from accelerate import PartialState
 from tqdm import tqdm
+
+if TYPE_CHECKING:  # not every script needs these, and they take seconds to import
+    import torch
+    from accelerate import PartialState
 
 
 class UserError(Exception):
@@ -43,7 +46,9 @@ def run_script(main: Callable, settings_class: type) -> typing.NoReturn:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; torch may not have been imported
+            raise
         print(
             "error: the GPU's memory is full: lower --batch_size, or use a smaller encoder", file=sys.stderr
         )
@@ -269,11 +274,16 @@ def progress_bar(*args, **options) -> tqdm:
 
 def processes() -> PartialState:
     """Who takes part, under torchrun or accelerate launch: GPUs where there are any, else CPU processes."""
+    import torch
+    from accelerate import PartialState
+
     return PartialState(cpu=not torch.cuda.is_available())
 
 
 def pick_device() -> torch.device:
     """The GPU, of several the one that belongs to this process, or the CPU."""
+    import torch
+
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
