@@ -7,6 +7,7 @@ the best ended one wins; where none ended within the step limit, the best unfini
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
@@ -23,10 +24,23 @@ class Hypothesis(NamedTuple):
     score: float  # summed log-probability, that of <end> included; divided where length is normalized
     alphas: Tensor | None  # (number of words, 196), where they were asked for
     finished: bool  # False: the step limit came before <end>
+    log_probs: list[float]  # natural logarithm, of each word and, where finished, of <end>
+
+
+def beam_search(
+    decoders: Sequence[DecoderWithAttention],
+    grids: Sequence[Tensor],
+    start: int,
+    end: int,
+    beam_size: int = 3,
+    **options,
+) -> list[Hypothesis]:
+    """The best caption of each of N images; arguments and errors are those of `beam_search_n_best`."""
+    return [found[0] for found in beam_search_n_best(decoders, grids, start, end, beam_size, **options)]
 
 
 @torch.inference_mode()
-def beam_search(
+def beam_search_n_best(
     decoders: Sequence[DecoderWithAttention],
     grids: Sequence[Tensor],
     start: int,
@@ -36,10 +50,12 @@ def beam_search(
     forbidden: Collection[int] = (),
     length_penalty: float = 0.0,
     keep_alphas: bool = False,
-) -> list[Hypothesis]:
-    """The best caption of each of N images.
+    n_best: int = 1,
+) -> list[list[Hypothesis]]:
+    """The best captions of each of N images: up to `n_best`, no two alike, by descending score.
 
-    An image's caption does not depend on the others in the batch. One beam is greedy decoding.
+    Captions that ended come before those that the step limit cut. An image's captions do not depend on the
+    others in the batch, nor the best one on `n_best`. One beam is greedy decoding.
 
     Args:
         decoders: in eval mode, with one word map. Of several, the word distributions are averaged at every
@@ -52,16 +68,24 @@ def beam_search(
         length_penalty: ended hypotheses are compared by score / words ** length_penalty, `<end>` counted as
             a word; 0 is the plain sum.
         keep_alphas: return attention too (of several decoders, the mean).
+        n_best: captions for each image; there are never more than `beam_size`.
+
+    Raises:
+        UserError: the logits are not numbers.
     """
     images, device = len(grids[0]), grids[0].device
-    best: list[Hypothesis | None] = [None] * images
+    best: list[list[Hypothesis]] = [[] for _ in range(images)]  # ended ones, by descending score
+
+    def score_to_beat(image: int) -> float:
+        return best[image][-1].score if len(best[image]) == n_best else -math.inf
+
     beams = _Beams(decoders, grids, start, beam_size, keep_alphas)
     for step in range(1, max_steps + 1):
         log_probs, alphas = beams.advance()  # (n, K, V), (n, K, P)
         vocabulary = log_probs.shape[2]
         log_probs[:, :, list(forbidden)] = -torch.inf
         totals = (beams.scores.unsqueeze(2) + log_probs).flatten(1)  # (n, K * V)
-        scores, chosen = totals.topk(min(beam_size, totals.shape[1]), dim=1)  # falling
+        scores, chosen = totals.topk(min(beam_size, totals.shape[1]), dim=1)  # descending
         rank = torch.arange(scores.shape[1], device=device)
         scores = scores.masked_fill(rank >= beams.room.unsqueeze(1), -torch.inf)
         parents, words = chosen // vocabulary, chosen % vocabulary
@@ -69,25 +93,26 @@ def beam_search(
 
         divisor = step**length_penalty
         for i, k in ended.nonzero().tolist():  # few: at most beam_size an image over the whole search
-            image, score = beams.image[i], float(scores[i, k]) / divisor
-            if best[image] is None or score > best[image].score:
-                best[image] = beams.hypothesis(i, int(parents[i, k]), score, finished=True)
+            image, total = beams.image[i], float(scores[i, k])
+            if total / divisor > score_to_beat(image):
+                found = beams.hypothesis(i, int(parents[i, k]), total / divisor, total)
+                best[image] = sorted([*best[image], found], key=lambda h: -h.score)[:n_best]
         beams.follow(parents, words, scores.masked_fill(ended, -torch.inf), ended.sum(dim=1), alphas)
 
-        # scores only fall, so a plain sum that trails the best ended one can never win
+        # sums only fall, so without a length penalty one that trails the ended ones can never win
         leading = beams.scores[:, 0].tolist()
         open_ = [
             i for i, (image, lead) in enumerate(zip(beams.image, leading))
-            if lead > (-math.inf if best[image] is None or length_penalty else best[image].score)
+            if lead > (-math.inf if length_penalty else score_to_beat(image))
         ]  # fmt: skip
         if not open_:
             break
         beams.keep(open_)
     for i, image in enumerate(beams.image):
-        score = float(beams.scores[i, 0]) / max_steps**length_penalty
-        if best[image] is None and math.isfinite(score):  # follow() left the best unfinished one first
-            best[image] = beams.hypothesis(i, 0, score, finished=False)
-    if None in best:
+        for k, total in enumerate(beams.scores[i].tolist()):  # unfinished ones, by descending score
+            if len(best[image]) < n_best and math.isfinite(total):
+                best[image].append(beams.hypothesis(i, k, total / max_steps**length_penalty))
+    if [] in best:
         raise UserError(
             "the decoder's word scores are not numbers: its training went astray, take another checkpoint"
         )
@@ -109,6 +134,7 @@ class _Beams:
         self.room = torch.full((n,), beam_size, device=device)  # hypotheses that may still live
         self.scores = torch.zeros(n, 1, device=device)  # -inf: no hypothesis
         self.words = torch.full((n, 1, 1), start, device=device)  # (n, K, length + 1)
+        self.totals = torch.zeros(n, 1, 1, device=device)  # (n, K, length + 1) scores after each word
         self.alphas = (
             torch.zeros(n, 1, 0, self.pixels[0].projection.shape[1], device=device) if keep_alphas else None
         )
@@ -135,6 +161,7 @@ class _Beams:
         self.scores, order = scores[:, :width], order[:, :width]
         parents, words = parents.gather(1, order), words.gather(1, order)
         self.words = torch.cat([_pick(self.words, parents), words.unsqueeze(2)], dim=2)
+        self.totals = torch.cat([_pick(self.totals, parents), self.scores.unsqueeze(2)], dim=2)
         self.states = [(_pick(h, parents), _pick(c, parents)) for h, c in self.states]
         if self.alphas is not None:
             self.alphas = torch.cat([_pick(self.alphas, parents), _pick(alphas, parents).unsqueeze(2)], dim=2)
@@ -146,14 +173,18 @@ class _Beams:
         self.image = [self.image[row] for row in rows]
         index = torch.tensor(rows, device=self.scores.device)
         self.room, self.scores, self.words = self.room[index], self.scores[index], self.words[index]
+        self.totals = self.totals[index]
         self.states = [(h[index], c[index]) for h, c in self.states]
         self.pixels = [Pixels(p.cells[index], p.projection[index], p.pooling) for p in self.pixels]
         if self.alphas is not None:
             self.alphas = self.alphas[index]
 
-    def hypothesis(self, row: int, column: int, score: float, finished: bool) -> Hypothesis:
+    def hypothesis(self, row: int, column: int, score: float, ended: float | None = None) -> Hypothesis:
+        """ended: the summed log-probability with that of <end>; None: unfinished."""
         alphas = None if self.alphas is None else self.alphas[row, column].cpu()
-        return Hypothesis(self.words[row, column, 1:].tolist(), score, alphas, finished)
+        totals = self.totals[row, column].tolist() + ([] if ended is None else [ended])
+        log_probs = [after - before for before, after in itertools.pairwise(totals)]
+        return Hypothesis(self.words[row, column, 1:].tolist(), score, alphas, ended is not None, log_probs)
 
 
 def _pick(values: Tensor, parents: Tensor) -> Tensor:

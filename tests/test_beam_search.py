@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from captioning.beam_search import beam_search
+from captioning.beam_search import beam_search, beam_search_n_best
 from models import DecoderWithAttention
 from utils import UserError
 
@@ -128,3 +128,35 @@ def test_scores_that_are_no_numbers():
     decoder.fc.weight.data.fill_(float("nan"))
     with pytest.raises(UserError, match="not numbers"):
         beam_search([decoder], [grid], START, END)
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 0.7])
+def test_the_n_best_are_distinct_and_sorted_and_the_first_is_the_best(length_penalty):
+    decoder, grid = make_decoder(), torch.rand(12, 8, 8, 32) * 3
+    options = {"beam_size": 5, "max_steps": 15, "length_penalty": length_penalty}
+    single = beam_search([decoder], [grid], START, END, **options)
+    several = beam_search_n_best([decoder], [grid], START, END, **options, n_best=5)
+    for best, found in zip(single, several):
+        assert found[0].words == best.words and found[0].score == pytest.approx(best.score, abs=1e-4)
+        assert len(found) == 5 == len({tuple(h.words) for h in found})
+        assert [(h.finished, h.score) for h in found] == sorted(
+            ((h.finished, h.score) for h in found), reverse=True
+        )
+    fewer = beam_search_n_best([decoder], [grid], START, END, **options, n_best=2)
+    assert [[h.words for h in found] for found in fewer] == [[h.words for h in f[:2]] for f in several]
+
+
+@torch.no_grad()
+def test_log_probabilities_are_those_of_teacher_forcing():
+    decoder, grid = make_decoder(), torch.rand(6, 14, 14, 32) * 3
+    several = beam_search_n_best([decoder], [grid], START, END, beam_size=4, max_steps=12, n_best=4)
+    lengths = set()
+    for image, found in zip(grid, several):
+        for h in found:
+            caption = torch.tensor([[START, *h.words, END]])
+            logits, *_ = decoder(image.unsqueeze(0), caption, torch.tensor([[caption.shape[1]]]))
+            forced = logits[0].log_softmax(dim=1).gather(1, caption[0, 1:].unsqueeze(1)).flatten().tolist()
+            assert h.log_probs == pytest.approx(forced[: len(h.words) + h.finished], abs=1e-4)
+            assert sum(h.log_probs) == pytest.approx(h.score, abs=1e-4)
+            lengths.add((len(h.words), h.finished))
+    assert len(lengths) > 2
