@@ -40,10 +40,7 @@ def read_image(path: str | Path, size: int | None = None) -> np.ndarray:
                 image.draft(
                     None, (2 * size, 2 * size)
                 )  # a JPEG decodes at a fraction of its size, never below
-            image = _to_rgb(ImageOps.exif_transpose(image))
-            if size:
-                image = image.resize((size, size), Image.Resampling.BILINEAR)
-            return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+            return to_array(image, size)
     except FileNotFoundError:
         raise UserError(f"{path}: no such image") from None
     except (MemoryError, PermissionError):
@@ -51,6 +48,14 @@ def read_image(path: str | Path, size: int | None = None) -> np.ndarray:
     except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
         reason = "no image format that Pillow knows" if "cannot identify" in str(error) else error
         raise UserError(f"{path}: not a readable image ({reason}); replace or remove it") from None
+
+
+def to_array(image: Image.Image, size: int | None = None) -> np.ndarray:
+    """An image in memory as `read_image` gives that of a file."""
+    image = _to_rgb(ImageOps.exif_transpose(image))
+    if size:
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
