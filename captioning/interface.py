@@ -8,7 +8,7 @@ captioner.caption([image, array], details=True)            # two objects of the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from captioning.images import to_array
-from utils import UserError
+from utils import UserError, parallel_map, progress_bar
 
 
 @dataclass
@@ -83,10 +83,10 @@ class BaseCaptioner(ABC):
         if beam_size < 1 or batch_size < 1:
             raise UserError(f"beam_size {beam_size}, batch_size {batch_size}: give numbers of at least 1")
         run = self.describe_prepared if details else self.caption_prepared
-        prepared = [self._prepare_any(image) for image in (images if several else [images])]
-        found = []
-        for start in range(0, len(prepared), batch_size):
-            found += run(torch.stack(prepared[start : start + batch_size]), beam_size)
+        images, found = (images if several else [images]), []
+        for start in range(0, len(images), batch_size):
+            prepared = [self._prepare_any(image) for image in images[start : start + batch_size]]
+            found += run(torch.stack(prepared), beam_size)
         return found if several else found[0]
 
     def _prepare_any(self, image: Any) -> Tensor:
@@ -95,6 +95,43 @@ class BaseCaptioner(ABC):
         if isinstance(image, Image.Image):
             return self.prepare_array(to_array(image))
         return self.prepare_array(checked_array(image))
+
+
+def describe_files(
+    captioner: BaseCaptioner, paths: Mapping[str, str | Path], beam_size: int = 3, batch_size: int = 16
+) -> tuple[dict[str, Caption], list[str]]:
+    """The captions, with details, of image files by image id, and a progress bar; a thread reads ahead.
+
+    Returns:
+        {image id: caption} of the images that can be read; what is wrong with the others, a line each.
+    """
+    problems: list[str] = []
+
+    def read(item: tuple[str, str | Path]) -> tuple[str, Tensor | None]:
+        image_id, path = item
+        try:
+            return image_id, captioner.prepare(path)
+        except UserError as error:
+            problems.append(str(error))
+            return image_id, None
+
+    captions: dict[str, Caption] = {}
+    batch: list[tuple[str, Tensor]] = []
+
+    def describe() -> None:
+        if batch:
+            ids, images = zip(*batch)
+            captions.update(zip(ids, captioner.describe_prepared(torch.stack(images), beam_size)))
+            batch.clear()
+
+    images = parallel_map(read, paths.items(), workers=2, ahead=batch_size)
+    for image_id, image in progress_bar(images, total=len(paths), desc="captioning", unit="image"):
+        if image is not None:
+            batch.append((image_id, image))
+        if len(batch) == batch_size:
+            describe()
+    describe()
+    return captions, problems
 
 
 def checked_array(image: Any) -> np.ndarray:
