@@ -6,6 +6,7 @@ const { images, models, scores, title } = window.GALLERY;
 const byId = (id) => document.getElementById(id);
 const cards = byId("cards"), large = byId("large"), keys = byId("keys");
 const PLAY = "M3 1.5v9l7.5-4.5z", STOP = "M2 2h8v8H2z";
+const SHOWN = new Set(["Bleu_4", "METEOR", "CIDEr"]); // scores on a card
 const single = models.length === 1;
 
 // --- a card ---------------------------------------------------------------------------------------------------
@@ -35,8 +36,8 @@ function wordNodes(caption, m, terms) {
   const nodes = [];
   caption.words.forEach((word, k) => {
     const p = caption.logProbs ? Math.exp(caption.logProbs[k]) : null;
-    const node = make(looked ? "button" : "span", { className: "w", data: { k } }, word);
-    if (terms.some((term) => word.toLowerCase().startsWith(term))) node.style.setProperty("background", "rgba(var(--unsure), .28)");
+    const hit = terms.some((term) => word.toLowerCase().startsWith(term));
+    const node = make(looked ? "button" : "span", { className: hit ? "w hit" : "w", data: { k } }, word);
     if (p !== null) {
       node.style.setProperty("--u", Math.min(1, 1.1 * Math.max(0, 1 - p) ** 1.3).toFixed(2));
       node.title = `probability ${p.toFixed(2)}`;
@@ -46,6 +47,7 @@ function wordNodes(caption, m, terms) {
   return nodes.length ? nodes : [make("span", { className: "empty" }, "(empty caption)")];
 }
 
+// chosen: the score that the cards are sorted by, shown with the usual ones; null: all scores
 function captionBlock(i, m, chosen = null) {
   const caption = images[i].captions[m];
   const block = make("div", { className: "caption", data: { model: m }, style: { "--model": Charts.color(m) } });
@@ -64,7 +66,7 @@ function captionBlock(i, m, chosen = null) {
   }
   block.append(make("p", { className: "words" }, ...wordNodes(caption, m, view.terms)));
   if (caption.scores) {
-    block.append(make("div", { className: "scores" }, ...scores.map(([name, label], k) => caption.scores[k] === null ? null
+    block.append(make("div", { className: "scores" }, ...scores.map(([name, label], k) => caption.scores[k] === null || (chosen && name !== chosen && !SHOWN.has(name)) ? null
       : make("span", { className: name === chosen ? "chosen" : "" }, `${label} `, make("b", {}, caption.scores[k].toFixed(2))))));
   }
   return block;
@@ -174,7 +176,7 @@ async function activate(word) {
   const moved = overlay.parentNode !== frame;
   if (moved) { frame.append(overlay, readout); active.values = null; }
   const p = caption.logProbs ? Math.exp(caption.logProbs[k]) : null;
-  readout.replaceChildren(make("b", {}, caption.words[k]), p === null ? "" : make("span", {}, `${Math.round(100 * p)} % sure`));
+  readout.replaceChildren(make("b", {}, caption.words[k]), p === null ? "" : make("span", {}, `probability ${p.toFixed(2)}`));
   if (map) fade(Attention.smooth(map, models[m].grid), run);
   else Attention.paint(overlay, new Float32Array(96 * 96), 0);
 }
@@ -231,13 +233,16 @@ function openLarge(i) {
   large.dataset.i = i;
   const frame = picture(i, "div"), fit = make("span", { className: "fit" });
   fit.append(...frame.childNodes);
+  if (images[i].size) fit.style.setProperty("--ratio", images[i].size[0] / images[i].size[1]);
   frame.append(fit);
-  large.querySelector(".stage").replaceChildren(frame);
+  for (const [name, step] of [[".previous", -1], [".next", 1]]) large.querySelector(name).hidden = view.order[view.order.indexOf(i) + step] === undefined;
+  large.querySelector(".view").replaceChildren(frame);
   large.querySelector(".aside").replaceChildren(textBlock(i, null));
   const strips = models.map((_, m) => strip(i, m)).filter(Boolean);
   large.querySelector(".strips").replaceChildren(...strips.flat());
   large.querySelector(".strips").hidden = strips.length === 0;
   if (!large.open) large.showModal();
+  large.focus();
   large.scrollTop = 0;
 }
 
