@@ -88,7 +88,12 @@ def match_submission(
     captions = {known: caption for known, (_, caption) in zip(found, rows) if known}
     missing = [image_id for image_id in ids if image_id not in captions]
     unknown = [image_id for known, (image_id, _) in zip(found, rows) if not known]
-    if not partial or not captions:
+    if not captions:
+        raise UserError(
+            f"{submission}: none of its {len(rows)} ids ({', '.join(unknown[:3])}, ...) is among those of {whose} "
+            f"({', '.join(missing[:3])}, ...); give files of the same images"
+        )
+    if not partial:
         refuse(submission, missing, "missing", f"add what {whose} has, or give --partial")
         refuse(submission, unknown, f"unknown to {whose}", "remove them, or give --partial")
     return captions, missing, unknown
