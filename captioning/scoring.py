@@ -90,8 +90,8 @@ def match_submission(
     unknown = [image_id for known, (image_id, _) in zip(found, rows) if not known]
     if not captions:
         raise UserError(
-            f"{submission}: none of its {len(rows)} ids ({', '.join(unknown[:3])}, ...) is among those of {whose} "
-            f"({', '.join(missing[:3])}, ...); give files of the same images"
+            f"{submission}: none of its {len(rows)} ids ({', '.join(unknown[:3])}, ...) is among those of "
+            f"{whose} ({', '.join(missing[:3])}, ...); give files of the same images"
         )
     if not partial:
         refuse(submission, missing, "missing", f"add what {whose} has, or give --partial")
