@@ -4,8 +4,8 @@
     python create_input_files.py --annotations captions.txt --image_folder Images
     python create_input_files.py --annotations dataset_coco.json --image_folder coco
 
-The annotation file may be a Kaggle CSV, a Flickr8k captions.txt, Karpathy's JSON or COCO's; its content
-tells.
+The annotation file may be a Kaggle CSV, a Flickr8k captions.txt, Karpathy's JSON or COCO's; which one it is
+is recognized by its content. docs/file_formats.md describes these files and the ones written here.
 """
 
 from __future__ import annotations
@@ -24,26 +24,35 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from captioning.annotations import END, PAD, START, UNK, Record, held_out, read_annotations
+from captioning.annotations import (
+    END,
+    PAD,
+    START,
+    UNK,
+    Record,
+    read_annotations,
+    read_training_splits,
+    require_image,
+)
 from captioning.images import read_image
 from utils import UserError, check_at_least, parallel_map, progress_bar, run_script, write_json
 
 
 @dataclass
 class Settings:
-    annotations: str = "train.csv"  # captions to train on, any layout
+    annotations: str = "train.csv"  # captions to train on, in any of the four layouts
     image_folder: str = "train/train"  # their images
     test_annotations: str | None = None  # None: test_captions.csv or test.csv beside a Kaggle train.csv
     test_image_folder: str | None = None  # None: test/test beside the test annotations
     output_folder: str = "data_output"  # where the prepared files go
-    val_fraction: float = 0.1  # share of images to validate on, where the file names no splits
-    captions_per_image: int = 5  # captions kept of each image; fewer are filled up with repeats
-    min_word_freq: int = 5  # words seen less often in training captions become <unk>
+    val_fraction: float = 0.1  # share of the images to validate on, where the file names no splits
+    captions_per_image: int = 5  # captions sampled from each image; where it has fewer, some are repeated
+    min_word_freq: int = 5  # words that occur less often in the training captions become <unk>
     max_len: int = 50  # words; longer captions are left out
     image_size: int = 256  # pixels, width and height
     workers: int = os.cpu_count() or 1  # threads that read images
-    strict: bool = False  # a missing or unreadable image ends the run
-    seed: int = 123  # of the validation split and the choice among captions
+    strict: bool = False  # stop at the first missing or unreadable image
+    seed: int = 123  # for the validation split and the sampling of captions
 
     def __post_init__(self):
         check_at_least(self, 1, "captions_per_image", "min_word_freq", "max_len", "workers")
@@ -57,10 +66,10 @@ def main(settings: Settings) -> None:
 
 
 def create_input_files(settings: Settings) -> dict:
-    """Write the prepared files (see README, "Data on disk"); return the record in `prepared.json`.
+    """Write the prepared files (see docs/file_formats.md); return the record in `prepared.json`.
 
-    Everything is written aside and moved into place at the end, the record last: an interrupted run leaves
-    nothing that a later step takes for complete.
+    All files are first written to a temporary folder and moved into place at the end, the record last, so
+    that an interrupted run leaves nothing that a later step takes for complete.
     """
     splits = read_splits(settings)
     output = Path(settings.output_folder)
@@ -87,29 +96,18 @@ def create_input_files(settings: Settings) -> dict:
 
 
 def read_splits(settings: Settings) -> dict[str, list[Record]]:
-    """The images of train, val and, where there are any, test."""
-    images = read_annotations(settings.annotations, settings.image_folder)
-    if any(image.split for image in images):
-        splits = {name: [p for p in images if p.split == name] for name in ("train", "val", "test")}
-    else:
-        validating = held_out(images, settings.val_fraction, settings.seed)
-        splits = {
-            "train": [p for p in images if p.image_id not in validating],
-            "val": [p for p in images if p.image_id in validating],
-            "test": [],
-        }
+    """The records of "train", "val" and "test", without splits that have none."""
+    splits = read_training_splits(
+        settings.annotations, settings.image_folder, settings.val_fraction, settings.seed
+    )
     test_annotations, test_image_folder = find_test(settings)
     if test_annotations:
         splits["test"] = read_annotations(test_annotations, test_image_folder)
-    if not any(image.captions for image in splits["train"]):
-        raise UserError(
-            f"{settings.annotations}: no training captions in it; expected a caption column with text"
-        )
-    return {name: images for name, images in splits.items() if images}
+    return {name: records for name, records in splits.items() if records}
 
 
 def find_test(settings: Settings) -> tuple[str | None, str | None]:
-    """The test annotations and their images: as set, or what lies beside a Kaggle train.csv."""
+    """The test annotations and the folder of their images: as set, or found beside a Kaggle train.csv."""
     annotations = settings.test_annotations
     beside = Path(settings.annotations).parent
     if annotations is None and Path(settings.annotations).name == "train.csv":
@@ -119,7 +117,7 @@ def find_test(settings: Settings) -> tuple[str | None, str | None]:
     if annotations is None:
         if settings.test_image_folder is not None:
             raise UserError(
-                "--test_image_folder needs --test_annotations: a CSV with the column image_id at least"
+                "--test_image_folder needs --test_annotations: a CSV with at least the column image_id"
             )
         return None, None
     return annotations, settings.test_image_folder or str(Path(annotations).parent / "test" / "test")
@@ -127,59 +125,60 @@ def find_test(settings: Settings) -> tuple[str | None, str | None]:
 
 def write_splits(splits: dict[str, list[Record]], settings: Settings, folder: Path) -> dict:
     """Write the files of all splits to `folder`; return the record of what was done."""
-    skipped: list[tuple[str, str]] = []
+    skipped: list[tuple[str, str]] = []  # (image_id, reason)
     kept: dict[str, list[Record]] = {}
-    for name, images in splits.items():
-        usable = [] if name != "test" else images  # test images need no captions
-        for image in images if name != "test" else []:
-            if any(0 < len(tokens) <= settings.max_len for tokens in image.tokens):
-                usable.append(image)
-            else:
-                skipped.append((image.image_id, f"no caption of 1 to {settings.max_len} words"))
-        kept[name] = write_images(usable, name, settings, folder, skipped)
+    for name, records in splits.items():
+        if name != "test":  # test images need no captions
+            records = skip_without_captions(records, settings.max_len, skipped)
+        kept[name] = write_images(records, name, settings, folder, skipped)
         if not kept[name]:
             (folder / f"{name}_images.hdf5").unlink()
     if not kept["train"]:
         raise UserError(
             f"{settings.image_folder}: none of the training images can be used; first: {skipped[0][1]}"
         )
-
-    words = Counter(word for image in kept["train"] for tokens in image.tokens for word in tokens)
-    frequent = [word for word, count in words.items() if count >= settings.min_word_freq]
-    if not frequent:
-        raise UserError(
-            f"no word occurs {settings.min_word_freq} times: lower --min_word_freq or add captions"
-        )
-    word_map = {word: index for index, word in enumerate([PAD, *frequent, UNK, START, END])}
+    word_map = build_word_map(kept["train"], settings.min_word_freq)
     write_json(folder / "word_map.json", word_map)
 
     rng = random.Random(settings.seed)
-    record = {
+    counts = {
+        name: write_texts(records, name, word_map, settings, folder, rng)
+        for name, records in kept.items()
+        if records
+    }
+    return {
         "settings": asdict(settings),
         "inputs": input_files(settings),
-        "splits": {},
-        "words": len(frequent),
+        "splits": counts,
+        "words": len(word_map) - 4,  # without <pad>, <unk>, <start>, <end>
+        "skipped": skipped,
     }
-    for name, images in kept.items():
-        if not images:
-            continue
-        paths = [image.path for image in images]
-        write_json(folder / f"{name}_image_ids.json", [image.image_id for image in images])
-        write_json(folder / f"{name}_image_paths.json", paths)
-        write_json(folder / f"{name}_references.json", [image.captions for image in images])
-        counts = {"images": len(images), "captions": sum(len(p.captions) for p in images)}
-        if all(any(0 < len(t) <= settings.max_len for t in image.tokens) for image in images):
-            counts["unknown_share"] = write_captions(images, name, word_map, settings, folder, rng)
-        record["splits"][name] = counts
-    record["skipped"] = skipped
-    return record
+
+
+def skip_without_captions(
+    records: list[Record], max_len: int, skipped: list[tuple[str, str]]
+) -> list[Record]:
+    """The records with a caption of at most `max_len` words; the others are added to `skipped`."""
+    usable = []
+    for record in records:
+        if usable_captions(record, max_len):
+            usable.append(record)
+        else:
+            skipped.append((record.image_id, f"no caption of 1 to {max_len} words"))
+    return usable
+
+
+def usable_captions(record: Record, max_len: int) -> list[list[str]]:
+    return [tokens for tokens in record.tokens if 0 < len(tokens) <= max_len]
 
 
 def write_images(
     records: list[Record], split: str, settings: Settings, folder: Path, skipped: list[tuple[str, str]]
 ) -> list[Record]:
-    """Write the readable ones of `records` to SPLIT_images.hdf5, add the others to `skipped`; return the
-    readable."""
+    """Write the images of `records` to SPLIT_images.hdf5 and return the records of those that can be read.
+
+    The others are added to `skipped`.
+    """
     size = settings.image_size
     kept, digest = [], hashlib.sha256()
     with h5py.File(folder / f"{split}_images.hdf5", "w") as file:
@@ -200,39 +199,69 @@ def write_images(
             kept.append(record)
         stored.resize(len(kept), axis=0)
         file.attrs["captions_per_image"] = settings.captions_per_image
-        file.attrs["digest"] = digest.hexdigest()  # by which cached features know their images
+        file.attrs["digest"] = digest.hexdigest()  # tells whether cached features are of these images
     return kept
 
 
 def read_images(
-    images: list[Record], size: int, workers: int
+    records: list[Record], size: int, workers: int
 ) -> Iterator[tuple[Record, np.ndarray | UserError]]:
-    """Each image with its pixels (3, size, size), or with what was wrong with its file; in order."""
+    """Each record with its pixels (3, size, size), or with the error where its image cannot be read."""
 
-    def read(image: Record) -> tuple[Record, np.ndarray | UserError]:
-        if image.path is None:
-            return image, UserError(f"{image.image_id}: no image file of this name in the folder")
+    def read(record: Record) -> tuple[Record, np.ndarray | UserError]:
         try:
-            return image, read_image(image.path, size)
+            return record, read_image(require_image(record.image_id, record.path), size)
         except UserError as error:
-            return image, error
+            return record, error
 
-    return parallel_map(read, images, workers)
+    return parallel_map(read, records, workers)
+
+
+def build_word_map(records: list[Record], min_word_freq: int) -> dict[str, int]:
+    """An index for each word that occurs `min_word_freq` times in the captions, and for the special tokens.
+
+    What counts as a word is decided by `metrics.tokenize`, which split the captions into `Record.tokens`.
+    """
+    counts = Counter(word for record in records for tokens in record.tokens for word in tokens)
+    frequent = [word for word, count in counts.items() if count >= min_word_freq]
+    if not frequent:
+        raise UserError(f"no word occurs {min_word_freq} times: lower --min_word_freq or add captions")
+    return {word: index for index, word in enumerate([PAD, *frequent, UNK, START, END])}
+
+
+def write_texts(
+    records: list[Record],
+    split: str,
+    word_map: dict[str, int],
+    settings: Settings,
+    folder: Path,
+    rng: random.Random,
+) -> dict[str, float]:
+    """Write a split's JSON files; return its numbers of images and captions and its share of `<unk>`.
+
+    A split with an image that has no usable caption, as in a test.csv without captions, gets no encoded ones.
+    """
+    write_json(folder / f"{split}_image_ids.json", [record.image_id for record in records])
+    write_json(folder / f"{split}_image_paths.json", [record.path for record in records])
+    write_json(folder / f"{split}_references.json", [record.captions for record in records])
+    counts = {"images": len(records), "captions": sum(len(record.captions) for record in records)}
+    if all(usable_captions(record, settings.max_len) for record in records):
+        counts["unknown_share"] = write_captions(records, split, word_map, settings, folder, rng)
+    return counts
 
 
 def write_captions(
-    images: list[Record],
+    records: list[Record],
     split: str,
     word_map: dict[str, int],
     settings: Settings,
     folder: Path,
     rng: random.Random,
 ) -> float:
-    """Write `captions_per_image` encoded captions of each image and their lengths; return the share of
-    `<unk>`."""
+    """Write `captions_per_image` encoded captions per image, and their lengths; return `<unk>`'s share."""
     encoded, lengths, unknown = [], [], 0
-    for image in images:
-        choices = [tokens for tokens in image.tokens if 0 < len(tokens) <= settings.max_len]
+    for record in records:
+        choices = usable_captions(record, settings.max_len)
         missing = settings.captions_per_image - len(choices)
         chosen = choices + rng.choices(choices, k=missing) if missing > 0 else None
         for tokens in chosen or rng.sample(choices, settings.captions_per_image):
@@ -247,7 +276,7 @@ def write_captions(
 
 
 def input_files(settings: Settings) -> dict[str, list[int]]:
-    """Size and time of each annotation file, by which a later run sees whether they are still the same."""
+    """Size and modification time of each annotation file, which tell a later run whether it has changed."""
     files = [settings.annotations, find_test(settings)[0]]
     stats = {str(Path(file).resolve()): os.stat(file) for file in files if file}
     return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}

@@ -1,19 +1,34 @@
-"""The torch data set of prepared images and captions, its batches, and augmentation."""
+"""The data sets of both trainings, their batches, and the augmentation of images.
+
+CaptionDataset reads what create_input_files.py prepared, for train.py; BlipDataset reads image files, for
+train_model.py. Both change training images with `augment_image`.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from random import Random
+from typing import TYPE_CHECKING, NamedTuple
 
 import h5py
 import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import v2
 
-from utils import UserError, read_json
+from captioning.annotations import Record, require_image
+from captioning.features import is_up_to_date, weights_digest, write_features
+from captioning.images import read_image
+from utils import UserError, parallel_map, pick_device, processes, progress_bar, read_json
+
+if TYPE_CHECKING:
+    from captioning.blip import BlipCaptioner
 
 # --- prepared data ------------------------------------------------------------------------------------------
 
@@ -27,7 +42,7 @@ def read_prepared(data_folder: str | Path) -> dict:
 
 
 class Request(NamedTuple):
-    """A batch: which images, in file order, and a seed for what is random in it."""
+    """A batch: the indices of its images, ascending, and a seed for their augmentation."""
 
     indices: np.ndarray
     seed: int
@@ -36,17 +51,18 @@ class Request(NamedTuple):
 class CaptionDataset(Dataset):
     """The images of one prepared split, each with its N_c captions, read a batch at a time.
 
-    Of a `Request` for n images it gives (images, captions, lengths): images as uint8 (n, 3, S, S), or
-    their features as float16 (n, h, w, D) where a cache is given; captions int64 (n, N_c, L), padded with 0;
-    lengths int64 (n, N_c), `<start>` and `<end>` counted.
+    For a `Request` of n images it returns (images, captions, lengths): images uint8 (n, 3, S, S), or where a
+    cache is given their features float16 (n, h, w, D); captions int64 (n, N_c, L), padded with 0; lengths
+    int64 (n, N_c), `<start>` and `<end>` included.
 
-    Captions are kept as small integers in one array, which worker processes share; their memory stays flat.
+    Captions are kept as small integers in one array, which worker processes share.
 
     Args:
+        features_file: HDF5 file of features, as `captioning.features.cache_features` writes it.
         augment: change images at random, see `augment_image`.
 
     Raises:
-        UserError: the split is missing or its files do not fit each other.
+        UserError: the split is missing, or its files do not fit each other.
     """
 
     def __init__(
@@ -78,16 +94,14 @@ class CaptionDataset(Dataset):
         self.lengths = lengths.reshape(self.size, per_image)
         self.augment = augment
         if augment:
-            sided = [index for word, index in words.items() if SIDED.search(word)]
-            self.sided = np.isin(self.captions, sided).any(
-                axis=(1, 2)
-            )  # (I,) some caption says left or right
-        self.stored = None  # opened where it is read: an open HDF5 file must not cross into a worker process
+            no_flip = [index for word, index in words.items() if LEFT_OR_RIGHT.search(word)]
+            self.may_flip = ~np.isin(self.captions, no_flip).any(axis=(1, 2))  # (size,)
+        self.stored = None  # opened by the process that reads it: an open HDF5 file must not be inherited
 
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, request: Request) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def __getitem__(self, request: Request) -> tuple[Tensor, Tensor, Tensor]:
         if self.stored is None:
             self.stored = h5py.File(self.file, "r")[self.key]
         indices = request.indices
@@ -96,14 +110,11 @@ class CaptionDataset(Dataset):
             self.stored.read_direct(images, np.s_[index], np.s_[row])
         images = torch.from_numpy(images)
         if self.augment:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(request.seed)
-                images = torch.stack(
-                    [
-                        augment_image(image, flip=not self.sided[index])
-                        for image, index in zip(images, indices)
-                    ]
-                )
+            rng = Random(request.seed)
+            augmented = [
+                augment_image(image, rng, self.may_flip[index]) for image, index in zip(images, indices)
+            ]
+            images = torch.stack(augmented)
         lengths = self.lengths[indices].astype(np.int64)
         captions = self.captions[indices, :, : lengths.max()].astype(np.int64)
         return images, torch.from_numpy(captions), torch.from_numpy(lengths)
@@ -113,43 +124,47 @@ class CaptionDataset(Dataset):
 
 
 class BatchSampler:
-    """The batches of an epoch, shared out to processes and cut into parts that fit the device.
+    """The batches of an epoch: steps, shared out to processes and cut into micro-batches.
 
-    A step takes batch_size * parts * processes images. All steps of an epoch are equally large, to one
-    image, and so are the parts of a step. Which images make a step depends only on their number, not on
-    how the step is cut up.
+    A step takes batch_size * accumulation_steps * processes images. All steps of an epoch differ in size by
+    at most one image, and so do the micro-batches of a step. Which images make up a step depends only on
+    how many they are, not on how the step is divided.
 
     Args:
-        size: images in all. batch_size: the largest part. parts: of a step in each process.
-        shuffle: new order in each epoch; otherwise file order.
+        size: number of images.
+        batch_size: images in a micro-batch, at most.
+        accumulation_steps: micro-batches per step in each process.
+        rank, processes: this process among how many.
+        shuffle: draw a new order in each epoch; otherwise file order.
 
     Raises:
-        UserError: fewer images than parts.
+        UserError: fewer images than micro-batches in a step.
     """
 
     def __init__(
         self,
         size: int,
         batch_size: int,
-        parts: int = 1,
+        accumulation_steps: int = 1,
         rank: int = 0,
         processes: int = 1,
         shuffle: bool = False,
         seed: int = 0,
     ):
-        if size < parts * processes:
+        micro_batches = accumulation_steps * processes  # per step, of all processes
+        if size < micro_batches:
             raise UserError(
-                f"{size} images cannot be shared out to {parts * processes} batches a step: "
+                f"{size} images cannot be divided into {micro_batches} batches per step: "
                 f"lower --grad_accumulation or the number of processes"
             )
         self.size, self.shuffle, self.seed = size, shuffle, seed
-        self.parts, self.rank, self.processes = parts, rank, processes
-        # no part of a step may be empty
-        self.count = min(-(-size // (batch_size * parts * processes)), size // (parts * processes))
+        self.accumulation_steps, self.rank, self.processes = accumulation_steps, rank, processes
+        # no micro-batch may be empty
+        self.count = min(-(-size // (batch_size * micro_batches)), size // micro_batches)
         self.start_epoch(0)
 
     def start_epoch(self, epoch: int) -> None:
-        """Draw the order of an epoch; the same for the same seed and epoch."""
+        """Draw the order of an epoch; it is the same for the same seed and epoch."""
         self.epoch = epoch
         order = np.arange(self.size)
         if self.shuffle:
@@ -157,32 +172,197 @@ class BatchSampler:
         self.steps = np.array_split(order, self.count)
 
     def __len__(self) -> int:
-        return self.count * self.parts
+        return self.count * self.accumulation_steps
 
     def __iter__(self) -> Iterator[Request]:
         for number, step in enumerate(self.steps):
-            shares = np.array_split(step, self.parts * self.processes)
-            for part in range(self.parts):
-                place = part * self.processes + self.rank
+            micro_batches = np.array_split(step, self.accumulation_steps * self.processes)
+            for accumulated in range(self.accumulation_steps):
+                place = accumulated * self.processes + self.rank
                 seed = np.random.SeedSequence([self.seed, self.epoch, number, place]).generate_state(1)[0]
-                yield Request(np.sort(shares[place]), int(seed))
+                yield Request(np.sort(micro_batches[place]), int(seed))
 
 
-SIDED = re.compile(r"(^|-)(left|right)(most|wards?|hand|handed|side)?(-|$)")  # words that a flip makes false
+# --- BLIP ---------------------------------------------------------------------------------------------------
+
+KEPT_BYTES = 2**31  # of resized images in memory; further ones are read from their files in every epoch
 
 
-def augment_image(image: torch.Tensor, flip: bool) -> torch.Tensor:
-    """A random crop of at least 70 % of the area, brought back to size, with other colours, perhaps flipped.
+class BlipDataset:
+    """The images of a BLIP training; those that cannot be read are named and left out.
+
+    Args:
+        records: images with their captions.
+        workers: threads that read images.
+
+    Attributes:
+        records: those whose images can be read.
+        features: after `cache_features` the HDF5 dataset of the vision model's outputs, else None.
+    """
+
+    def __init__(self, captioner: BlipCaptioner, records: list[Record], workers: int):
+        self.captioner = captioner
+        self.workers = workers
+        self.kept: dict[str, Tensor] = {}  # path -> resized image, uint8 (3, S, S)
+        self.bytes_left = KEPT_BYTES
+        self.features: h5py.Dataset | None = None
+        problems = self._find_problems(records)
+        self.records = [record for record in records if record.image_id not in problems]
+        self.may_flip = [
+            not any(LEFT_OR_RIGHT.search(word) for tokens in record.tokens for word in tokens)
+            for record in self.records
+        ]
+
+    def _find_problems(self, records: list[Record]) -> dict[str, str]:
+        """Read all images, each process a share: image_id -> what is wrong, for those that cannot be read."""
+
+        def problem(record: Record) -> tuple[str, str] | None:
+            try:
+                self._resized(record)
+            except UserError as error:
+                return record.image_id, str(error)
+            return None
+
+        state = processes()
+        own = records[state.process_index :: state.num_processes]
+        results = progress_bar(
+            parallel_map(problem, own, self.workers), total=len(own), desc="reading", unit="image"
+        )
+        problems = [result for result in results if result]
+        if state.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            problems = gather_object(problems)
+        for _, text in problems:
+            state.print(f"skipped: {text}")
+        return dict(problems)
+
+    def _resized(self, record: Record) -> Tensor:
+        """The image as the processor resizes it, uint8 (3, S, S)."""
+        path = require_image(record.image_id, record.path)
+        if path in self.kept:
+            return self.kept[path]
+        image = Image.fromarray(read_image(path).transpose(1, 2, 0))
+        pixels = self._process(image, do_rescale=False, do_normalize=False)[0]
+        if self.bytes_left >= pixels.nbytes:
+            self.bytes_left -= pixels.nbytes
+            self.kept[path] = pixels
+        return pixels
+
+    def _process(self, images: Image.Image | list[Tensor], **options: bool) -> Tensor:
+        return self.captioner.image_processor(images=images, return_tensors="pt", **options)["pixel_values"]
+
+    def batches(self, batches: list[list[int]], augment_seed: str | None = None) -> Iterator[Tensor]:
+        """For each batch of indices its images as the vision model takes them, float32 (N, 3, S, S).
+
+        After `cache_features` these are the vision model's outputs instead, float16 (N, tokens, D). Threads
+        read ahead.
+
+        Args:
+            augment_seed: change the images at random, see `augment_image`; how an image is changed depends
+                on this seed and its index, not on its batch.
+        """
+
+        def image(index: int) -> Tensor:
+            pixels = self._resized(self.records[index])
+            if augment_seed is None:
+                return pixels
+            return augment_image(pixels, Random(f"{augment_seed} {index}"), self.may_flip[index])
+
+        def load(batch: list[int]) -> Tensor:
+            if self.features is not None:
+                return torch.stack([torch.from_numpy(self.features[index]) for index in batch])
+            return self._process([image(index) for index in batch], do_resize=False)
+
+        return parallel_map(load, batches, self.workers)
+
+    @torch.no_grad()
+    def cache_features(self, file: str | Path) -> None:
+        """Replace the images by the vision model's outputs, read from `file` or first written to it.
+
+        The file's fingerprints are of the vision model's weights, of how images are prepared, and of the
+        image files' sizes and modification times.
+
+        Raises:
+            UserError: the disk has not enough space.
+        """
+        vision, device = self.captioner.model.vision_model, pick_device()
+        stats = [(r.path, os.stat(r.path).st_size, os.stat(r.path).st_mtime_ns) for r in self.records]
+        fingerprints = {
+            "weights": weights_digest(vision),
+            "preparation": self.captioner.image_processor.to_json_string(),
+            "images": hashlib.sha256(json.dumps(stats).encode()).hexdigest(),
+        }
+        with processes().main_process_first():
+            if not is_up_to_date(file, fingerprints):
+                vision.to(device).eval()
+                size, batch_size = len(self.records), 16
+                chunks = [
+                    list(range(start, min(start + batch_size, size))) for start in range(0, size, batch_size)
+                ]
+                write_features(
+                    file,
+                    fingerprints,
+                    self.batches(chunks),
+                    lambda pixels: vision(pixel_values=pixels.to(device)).last_hidden_state,
+                    size,
+                    "training images",
+                )
+        self.kept.clear()
+        self.features = h5py.File(file, "r")["features"]
+
+
+def encode_captions(
+    captioner: BlipCaptioner, records: Iterable[Record], max_length: int
+) -> list[list[list[int]]]:
+    """For each record its captions as token ids, `[DEC] ... [SEP]`, at most `max_length` of them.
+
+    They are lower-cased and without punctuation, as in BLIP's own training.
+    """
+    encoded = []
+    for record in records:
+        texts = [" ".join(words) for words in record.tokens if words]
+        ids = captioner.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+        encoded.append([[captioner.model.config.text_config.bos_token_id, *tokens[1:]] for tokens in ids])
+    return encoded
+
+
+def pad_captions(captions: list[list[int]], pad: int) -> dict[str, Tensor]:
+    """Token ids of N captions -> input_ids, attention_mask, labels, each int64 (N, L).
+
+    Labels are -100 at padding, which leaves it out of the loss.
+    """
+    length = max(map(len, captions))
+    ids = torch.tensor([caption + [pad] * (length - len(caption)) for caption in captions])
+    mask = torch.arange(length) < torch.tensor([len(caption) for caption in captions]).unsqueeze(1)
+    return {"input_ids": ids, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask, -100)}
+
+
+# --- augmentation -------------------------------------------------------------------------------------------
+
+# Words that are no longer true of a mirrored image
+LEFT_OR_RIGHT = re.compile(r"(^|-)(left|right)(most|wards?|hand|handed|side)?(-|$)")
+
+
+def augment_image(image: Tensor, rng: Random, flip: bool) -> Tensor:
+    """A random crop of at least 70 % of the area, enlarged to the old size, in slightly different colours.
 
     Args:
         image: uint8 (3, S, S).
-        flip: whether a horizontal flip may happen; not where a caption says left or right.
+        rng: every random choice is drawn from it.
+        flip: mirror the image in half of the cases; not for images whose captions say left or right.
     """
-    image = v2.functional.to_image(image)
-    transforms = [
-        v2.RandomResizedCrop(image.shape[1:], scale=(0.7, 1.0), ratio=(0.8, 1.25), antialias=True),
-        v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02),
-    ]
-    if flip:
-        transforms.append(v2.RandomHorizontalFlip())
-    return v2.Compose(transforms)(image).as_subclass(torch.Tensor)
+    from torchvision.transforms.v2 import functional
+
+    size = image.shape[-1]
+    area, aspect = rng.uniform(0.7, 1.0), rng.uniform(0.8, 1.25)
+    height = min(round(size * (area / aspect) ** 0.5), size)
+    width = min(round(size * (area * aspect) ** 0.5), size)
+    top, left = rng.randint(0, size - height), rng.randint(0, size - width)
+    image = functional.resized_crop(image, top, left, height, width, [size, size], antialias=True)
+    if flip and rng.random() < 0.5:
+        image = functional.horizontal_flip(image)
+    image = functional.adjust_brightness(image, rng.uniform(0.8, 1.2))
+    image = functional.adjust_contrast(image, rng.uniform(0.8, 1.2))
+    image = functional.adjust_saturation(image, rng.uniform(0.8, 1.2))
+    return functional.adjust_hue(image, rng.uniform(-0.02, 0.02))

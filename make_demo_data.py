@@ -2,9 +2,9 @@
 
     python make_demo_data.py
 
-The layout is that of a Kaggle download: train.csv (image_id,caption), train/train/, test.csv (image_id),
-test/test/; and beside it test_captions.csv, the references of the test images, and boxes.json, where each
-shape is. Test scenes show combinations that no training scene shows. The same seed gives the same files.
+The layout is that of a Kaggle download: train.csv (image_id,caption), train/train/, test.csv (image_id) and
+test/test/. Beside them are test_captions.csv, the references of the test images, and boxes.json, the place of
+each shape. Test scenes show combinations that no training scene shows. The same seed gives the same files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import skimage.data
 from PIL import Image, ImageDraw, ImageFilter
 
 from utils import UserError, atomic_write, check_at_least, progress_bar, run_script, write_json
@@ -32,28 +31,28 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "star")
 RADII = {"small": (27, 30), "large": (54, 58)}  # pixels
-TINTS = {
+TINTS = {  # by which the grey photographs of scikit-image are coloured
     "grass": (0.75, 0.90, 0.65),
     "gravel": (0.85, 0.83, 0.80),
     "brick": (0.97, 0.80, 0.75),
-}  # the photographs are grey
-RELATIONS = {  # direction x, y of the first shape seen from the second
+}
+RELATIONS = {  # direction (x, y) from the second shape to the first
     "to the left of": (-1, 0),
     "to the right of": (1, 0),
     "above": (0, -1),
     "below": (0, 1),
 }
 INVERSES = dict(zip(RELATIONS, ("to the right of", "to the left of", "below", "above")))
-GAP = 24  # pixels between shapes, at least
+GAP = 24  # pixels, at least, between shapes
 NUMBERS = ("zero", "one", "two", "three")
 
 
 @dataclass
 class Settings:
-    output_folder: str = "demo"  # where the data set goes
-    train_images: int = 1000  # scenes to train on
-    test_images: int = 100  # held-out scenes
-    seed: int = 7  # fixes every scene and caption
+    output_folder: str = "demo"  # where the data set is written
+    train_images: int = 1000  # number of scenes to train on
+    test_images: int = 100  # number of scenes to test on
+    seed: int = 7  # decides every scene and caption
 
     def __post_init__(self):
         check_at_least(self, 10, "train_images", "test_images")
@@ -61,7 +60,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Group:
-    """Equal shapes: "two small red circles"."""
+    """One or more shapes of one kind: "two small red circles"."""
 
     count: int
     size: str
@@ -71,7 +70,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Scene:
-    """One group, or a large shape in a relation to small ones, on a ground."""
+    """On a ground, one group of shapes, or a large shape in a relation to a small one."""
 
     ground: str
     first: Group
@@ -84,6 +83,9 @@ def main(settings: Settings) -> None:
 
 
 def make_demo_data(settings: Settings) -> None:
+    """Draw the images and write the files; images of an earlier drawing are replaced."""
+    import skimage.data
+
     output = Path(settings.output_folder)
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; give another --output_folder")
@@ -93,7 +95,7 @@ def make_demo_data(settings: Settings) -> None:
     boxes = {}
     for split, scenes in (("train", train), ("test", test)):
         folder = output / split / split
-        shutil.rmtree(folder, ignore_errors=True)  # of an earlier drawing with other settings
+        shutil.rmtree(folder, ignore_errors=True)  # images of an earlier drawing with other settings
         folder.mkdir(parents=True)
         rows = []
         for number, scene in enumerate(
@@ -113,10 +115,10 @@ def make_demo_data(settings: Settings) -> None:
 
 
 def choose_scenes(settings: Settings, rng: random.Random) -> tuple[list[Scene], list[Scene]]:
-    """Training and test scenes; half show one group, half a relation. No test scene is a training scene.
+    """Training and test scenes, half of them with one group, half with a relation; the two sets are disjoint.
 
-    One in seven combinations of a group and a ground is kept out of training, so that "two small red circles
-    on gravel" can be new though such circles were seen on grass.
+    One in seven combinations of a group and a ground is kept out of training, so that a test can show "two
+    small red circles on gravel" where training has shown such circles on grass alone.
     """
     alone = [
         Scene(ground, Group(*group))
@@ -149,13 +151,13 @@ def choose_scenes(settings: Settings, rng: random.Random) -> tuple[list[Scene], 
 def draw(
     scene: Scene, texture: np.ndarray, tint: tuple[float, float, float], rng: random.Random
 ) -> tuple[Image.Image, list[dict]]:
-    """The image and, for each shape, its name and box [left, top, right, bottom] in pixels."""
-    image = photograph(texture, tint, rng)
+    """The image and, for each shape, its size, colour, name and box [left, top, right, bottom] in pixels."""
+    image = background(texture, tint, rng)
     boxes = []
     for group, (x, y), radius in place(scene, rng):
         outline = corners(group.shape, x, y, radius, rng)
-        light = rng.uniform(0.85, 1.1)
-        colour = tuple(min(int(value * light), 255) for value in COLOURS[group.colour])
+        brightness = rng.uniform(0.85, 1.1)
+        colour = tuple(min(int(value * brightness), 255) for value in COLOURS[group.colour])
         image = paint(image, outline, colour)
         left, top = outline.min(axis=0)
         right, bottom = outline.max(axis=0)
@@ -164,31 +166,31 @@ def draw(
     return image, boxes
 
 
-def photograph(texture: np.ndarray, tint: tuple[float, float, float], rng: random.Random) -> Image.Image:
-    """A random piece of the texture, perhaps mirrored, in colour."""
+def background(texture: np.ndarray, tint: tuple[float, float, float], rng: random.Random) -> Image.Image:
+    """A random crop of the texture, mirrored in half of the cases and tinted."""
     side = rng.randint(300, 512)
     left, top = rng.randint(0, 512 - side), rng.randint(0, 512 - side)
-    piece = Image.fromarray(texture).crop((left, top, left + side, top + side)).resize((SIZE, SIZE))
+    crop = Image.fromarray(texture).crop((left, top, left + side, top + side)).resize((SIZE, SIZE))
     if rng.random() < 0.5:
-        piece = piece.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    grey = np.asarray(piece, dtype=np.float32)[:, :, None] * rng.uniform(0.8, 1.1)
+        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    grey = np.asarray(crop, dtype=np.float32)[:, :, None] * rng.uniform(0.8, 1.1)
     return Image.fromarray((grey * np.array(tint, dtype=np.float32)).clip(0, 255).astype(np.uint8))
 
 
 def place(scene: Scene, rng: random.Random) -> list[tuple[Group, tuple[float, float], float]]:
-    """Centre and radius of each shape: equal shapes in a row, groups apart and in their relation."""
+    """Group, centre and radius of each shape: a group stands in a row, two groups in their relation."""
     groups = [scene.first] if scene.second is None else [scene.first, scene.second]
     while True:
         placed, centres = [], []
         for group in groups:
             radius = rng.uniform(*RADII[group.size])
-            pitch = 2.5 * radius
-            reach = (group.count - 1) / 2 * pitch  # from the middle of the row to its outer centres
+            spacing = 2.5 * radius
+            reach = (group.count - 1) / 2 * spacing  # from the middle of the row to its outer centres
             margin = radius + 4
             x, y = rng.uniform(reach + margin, SIZE - reach - margin), rng.uniform(margin, SIZE - margin)
             centres.append((x, y))
             row = [
-                (group, (x - reach + i * pitch, y + rng.uniform(-4, 4)), radius) for i in range(group.count)
+                (group, (x - reach + i * spacing, y + rng.uniform(-4, 4)), radius) for i in range(group.count)
             ]
             if any(
                 np.hypot(a[0] - b[0], a[1] - b[1]) < r + radius + GAP for _, a, r in placed for _, b, _ in row
@@ -201,9 +203,9 @@ def place(scene: Scene, rng: random.Random) -> list[tuple[Group, tuple[float, fl
 
 
 def related(first: tuple[float, float], second: tuple[float, float], relation: str) -> bool:
-    """Does the first shape lie clearly in the relation's direction from the second?"""
-    step, towards = np.subtract(first, second), np.array(RELATIONS[relation])
-    along, across = step @ towards, abs(step @ towards[::-1])
+    """Whether the first centre lies clearly in the relation's direction from the second."""
+    offset, direction = np.subtract(first, second), np.array(RELATIONS[relation])
+    along, across = offset @ direction, abs(offset @ direction[::-1])
     return bool(along > 3 * across)
 
 
@@ -222,7 +224,7 @@ def corners(shape: str, x: float, y: float, radius: float, rng: random.Random) -
 
 
 def paint(image: Image.Image, outline: np.ndarray, colour: tuple[int, ...]) -> Image.Image:
-    """Lay the shape and its soft shadow on the image; drawn at four times the size for smooth edges."""
+    """Paint a shape with a soft shadow on the image; it is drawn at four times the size for smooth edges."""
     mask = Image.new("L", (4 * SIZE, 4 * SIZE))
     ImageDraw.Draw(mask).polygon([tuple(corner) for corner in outline * 4], fill=255)
     mask = mask.resize((SIZE, SIZE), Image.Resampling.BOX)
@@ -237,7 +239,7 @@ def paint(image: Image.Image, outline: np.ndarray, colour: tuple[int, ...]) -> I
 
 
 def describe(scene: Scene, rng: random.Random) -> list[str]:
-    """Five captions, each of another form."""
+    """Five captions, each phrased differently."""
     first, ground = phrase(scene.first, rng), scene.ground
     is_, lies = ("is", "lies") if scene.first.count == 1 else ("are", "lie")
     if scene.second is None:

@@ -29,8 +29,8 @@ from captioning.annotations import read_annotations
 from captioning.blip import HUB_MODEL
 from captioning.checkpoints import load_checkpoint
 from captioning.images import list_images
+from captioning.pretrained import check_encoder_name
 from datasets import read_prepared
-from models import EFFICIENTNETS, RESNETS
 from utils import UserError, check_at_least, check_output, natural_order, read_json, run_script, write_json
 
 
@@ -62,8 +62,8 @@ class Settings:
         for name in ("epochs", "blip_epochs"):
             if getattr(self, name) is not None:
                 check_at_least(self, 1, name)
-        if self.encoder_name not in (None, *RESNETS, *EFFICIENTNETS):
-            raise UserError(f"--encoder_name {self.encoder_name} is unknown: train.py --help names some")
+        if self.encoder_name is not None:
+            check_encoder_name(self.encoder_name)
 
 
 # what the demonstration is trained with: small, so that it learns in minutes without a GPU

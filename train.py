@@ -31,10 +31,12 @@ from torch.utils.data import DataLoader
 
 from captioning.captioner import Captioner
 from captioning.checkpoints import decoder_from, encoder_from, load_checkpoint, save_checkpoint
-from captioning.features import cache_features
+from captioning.features import cache_features, encode_images
+from captioning.fused_decoder import caption_logits
+from captioning.pretrained import build_encoder, load_embeddings
 from datasets import BatchSampler, CaptionDataset, read_prepared
 from metrics import CiderD, bleu4, tokenize
-from models import DecoderWithAttention, Encoder, load_embeddings, normalize_images
+from models import DecoderWithAttention, Encoder, normalize_images
 from utils import (
     UserError,
     archive_previous_run,
@@ -115,7 +117,7 @@ def train(settings: Settings) -> dict:
         own_words = Path(settings.data_folder) / "word_map.json"
         resumed = load_checkpoint(settings.checkpoint, "encoder", "decoder", word_map_path=own_words)
     settings, encoder, decoder = build_models(settings, word_map, resumed)
-    decoder.fine_tune_embeddings(settings.fine_tune_embeddings)
+    decoder.embedding.requires_grad_(settings.fine_tune_embeddings)
     encoder, decoder = encoder.to(device), decoder.to(device)
     scaler = torch.amp.GradScaler(
         device.type, enabled=device.type == "cuda" and settings.mixed_precision == "fp16"
@@ -204,7 +206,7 @@ def build_models(
         embeddings, found = load_embeddings(settings.embeddings, word_map)
         print(f"{settings.embeddings}: has {found} of {len(word_map)} words")
         settings = replace(settings, emb_dim=embeddings.shape[1])
-    encoder = Encoder(settings.encoder_name, settings.encoder_weights)
+    encoder = build_encoder(settings.encoder_name, settings.encoder_weights)
     decoder = DecoderWithAttention(
         settings.attention_dim,
         settings.emb_dim,
@@ -214,7 +216,7 @@ def build_models(
         settings.dropout,
     )
     if embeddings is not None:
-        decoder.load_pretrained_embeddings(embeddings)
+        decoder.embedding.weight.data.copy_(embeddings)
     return settings, encoder, decoder
 
 
@@ -308,7 +310,7 @@ def train_one_epoch(
             words, captions = int((lengths_of[indices] - 1).sum()), lengths_of[indices].size
             for optimizer in optimizers.values():
                 optimizer.zero_grad(set_to_none=True)
-            for _ in range(sampler.parts):
+            for _ in range(sampler.accumulation_steps):
                 with autocast(settings, device):
                     entropy, penalty, _, _ = caption_loss(encoder, decoder, *next(batches), device)
                     loss = entropy / words + settings.alpha_c * penalty / captions
@@ -401,7 +403,7 @@ def caption_loss(
         entropy (), penalty (), scores (W, V), targets (W,).
     """
     grid = encode(encoder, images, device)
-    scores, targets, coverage = decoder.score_words(grid, captions.flatten(0, 1), lengths.flatten())
+    scores, targets, coverage = caption_logits(decoder, grid, captions.flatten(0, 1), lengths.flatten())
     entropy = F.cross_entropy(scores, targets, reduction="sum")
     # every pixel should get a total weight of one over the caption (Xu et al., section 4.2.1)
     penalty = ((1 - coverage) ** 2).mean(dim=1).sum()
@@ -415,7 +417,7 @@ def encode(encoder: Encoder, images: Tensor, device: torch.device) -> Tensor:
         return images.float()
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in encoder.parameters()):
         return encoder.grid(normalize_images(images))
-    return encoder.encode(images).clone()  # a clone may take part in training, an inference tensor may not
+    return encode_images(encoder, images).clone()  # an inference tensor may not take part in training
 
 
 def autocast(settings: Settings, device: torch.device):

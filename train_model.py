@@ -33,17 +33,10 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from captioning.annotations import Record, held_out, read_annotations
-from captioning.blip import (
-    HUB_MODEL,
-    BlipCaptioner,
-    BlipDataset,
-    encode_captions,
-    load_captioner,
-    pad_captions,
-    require_blip,
-    tiny_captioner,
-)
+from captioning.annotations import Record, read_training_splits
+from captioning.blip import HUB_MODEL, BlipCaptioner, load_captioner, require_blip
+from captioning.tiny_blip import tiny_captioner
+from datasets import BlipDataset, encode_captions, pad_captions
 from metrics import CiderD, bleu4, tokenize
 from utils import (
     UserError,
@@ -136,17 +129,17 @@ def run_training(settings: Settings) -> dict:
     train_images, val_images = read_images(settings)
     resumed = load_checkpoint(settings, train_images, val_images) if settings.resume else None
     captioner = build_captioner(settings, train_images)
-    train_set = BlipDataset(captioner, train_images, settings.workers, accelerator)
-    val_set = BlipDataset(captioner, val_images, settings.workers, accelerator)
-    if not train_set.images:
+    train_set = BlipDataset(captioner, train_images, settings.workers)
+    val_set = BlipDataset(captioner, val_images, settings.workers)
+    if not train_set.records:
         raise UserError(f"{settings.image_folder}: none of the training images can be used")
     if settings.freeze_vision and settings.cache_features:
-        train_set.cache_features(Path(f"{Path(settings.output_folder)}_features.hdf5"), accelerator)
-    captions = encode_captions(captioner, train_set.images, settings.max_length)
+        train_set.cache_features(Path(f"{Path(settings.output_folder)}_features.hdf5"))
+    captions = encode_captions(captioner, train_set.records, settings.max_length)
 
     loss_module = CaptionLoss(captioner.model)
     per_step = settings.batch_size * settings.grad_accumulation * accelerator.num_processes
-    steps = math.ceil(len(train_set.images) / per_step)
+    steps = math.ceil(len(train_set.records) / per_step)
     optimizer, schedule = build_optimizer(captioner.model, steps * settings.epochs, settings)
     if resumed:
         captioner.model.load_state_dict(resumed["model"])
@@ -159,8 +152,8 @@ def run_training(settings: Settings) -> dict:
     history = resumed["history"] if resumed else []
     trained = sum(p.numel() for p in captioner.model.parameters() if p.requires_grad)
     accelerator.print(
-        f"{settings.base_model}, {trained:,} trained parameters, {len(train_set.images)} images to train "
-        f"on, {len(val_set.images)} to validate on, {accelerator.num_processes} x {accelerator.device.type}"
+        f"{settings.base_model}, {trained:,} trained parameters, {len(train_set.records)} images to train "
+        f"on, {len(val_set.records)} to validate on, {accelerator.num_processes} x {accelerator.device.type}"
     )
 
     for epoch in range(len(history) + 1, settings.epochs + 1):
@@ -219,19 +212,10 @@ def start_accelerator(settings: Settings) -> Accelerator:
 
 def read_images(settings: Settings) -> tuple[list[Record], list[Record]]:
     """The captioned images to train and to validate on: the file's own splits, else `val_fraction`."""
-    images = read_annotations(settings.annotations, settings.image_folder)
-    captioned = [image for image in images if any(image.tokens)]
-    if any(image.split for image in images):
-        train = [image for image in captioned if image.split == "train"]
-        val = [image for image in captioned if image.split == "val"]
-    else:
-        validating = held_out(images, settings.val_fraction, settings.seed)
-        train = [image for image in captioned if image.image_id not in validating]
-        val = [image for image in captioned if image.image_id in validating]
-    if not train:
-        raise UserError(
-            f"{settings.annotations}: no training captions in it; expected a caption column with text"
-        )
+    splits = read_training_splits(
+        settings.annotations, settings.image_folder, settings.val_fraction, settings.seed
+    )
+    train, val = ([record for record in splits[name] if any(record.tokens)] for name in ("train", "val"))
     return train, val
 
 
@@ -334,8 +318,8 @@ def train_one_epoch(
     loss_module.train()
     processes, rank = accelerator.num_processes, accelerator.process_index
     plan = plan_epoch(captions, settings, processes, rank, epoch)
-    vary = f"{settings.seed} {epoch}" if settings.augment and train_set.features is None else None
-    loaded = train_set.batches([one.images for step in plan for one in step], vary)
+    augment_seed = f"{settings.seed} {epoch}" if settings.augment else None
+    loaded = train_set.batches([one.images for step in plan for one in step], augment_seed)
     pad = train_set.captioner.tokenizer.pad_token_id
     total = torch.zeros((), device=accelerator.device)
     quiet = not accelerator.is_main_process
@@ -369,10 +353,10 @@ def validate(
 ) -> dict[str, float]:
     """Scores of the model's own greedy captions, each image's counted once: {"val_cider", "val_bleu4"}; 0
     where there is nothing to validate on."""
-    if not val_set.images:
+    if not val_set.records:
         return {"val_cider": 0.0, "val_bleu4": 0.0}
     captioner.model.eval()
-    own = range(accelerator.process_index, len(val_set.images), accelerator.num_processes)
+    own = range(accelerator.process_index, len(val_set.records), accelerator.num_processes)
     size = settings.val_batch_size
     batches = [list(own[start : start + size]) for start in range(0, len(own), size)]
     found: list[tuple[int, str]] = []
@@ -383,7 +367,7 @@ def validate(
             texts = captioner.caption_prepared(pixels, num_beams=1, max_new_tokens=settings.max_length)
         found += zip(batch, texts)
     hypotheses = dict(gather_object(found)) if accelerator.num_processes > 1 else dict(found)
-    references = [image.tokens for image in val_set.images]
+    references = [image.tokens for image in val_set.records]
     words = [tokenize(hypotheses[index]) for index in range(len(references))]
     scores = CiderD.from_references(references).score(references, words)
     return {"val_cider": math.fsum(scores) / len(scores), "val_bleu4": bleu4(references, words)}

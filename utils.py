@@ -12,13 +12,16 @@ import inspect
 import json
 import os
 import re
+import signal
 import sys
+import time
 import types
 import typing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,22 +39,25 @@ class UserError(Exception):
 # --- settings -----------------------------------------------------------------------------------------------
 
 
+BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
 def run_script(main: Callable, settings_class: type) -> typing.NoReturn:
     """Run `main(settings)` as a command: the settings come from the command line.
 
-    Exit status: what `main` returns (None is 0); 2 with one line on stderr for wrong input; 130 after Ctrl-C.
+    Exit status: what `main` returns (None is 0); 2 with one line on stderr for wrong input; 130 after Ctrl-C,
+    143 after SIGTERM, which are treated alike.
     """
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         status = main(parse_settings(settings_class, description=sys.modules[main.__module__].__doc__))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _report(f"error: {error}")
         status = 2
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; torch may not have been imported
             raise
-        print(
-            "error: the GPU's memory is full: lower --batch_size, or use a smaller encoder", file=sys.stderr
-        )
+        _report("error: the GPU's memory is full: lower --batch_size, or use a smaller encoder")
         status = 2
     except OSError as error:
         if error.errno not in (
@@ -64,12 +70,35 @@ def run_script(main: Callable, settings_class: type) -> typing.NoReturn:
             errno.EEXIST,
         ):
             raise  # not the user's doing: show where it comes from
-        print(f"error: {error.strerror}: {error.filename or 'while writing'}", file=sys.stderr)
+        _report(f"error: {error.strerror}: {error.filename or 'while writing'}")
         status = 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: finished files are kept, unfinished ones are removed", file=sys.stderr)
-        status = 130
+    except KeyboardInterrupt as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if is_main_process():
+            kept = str(error) or "finished files are kept, unfinished ones are removed"
+            print(f"\ninterrupted: {kept}", file=sys.stderr)
+        status = 143 if isinstance(error, Terminated) else 130
     sys.exit(status or 0)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: the same as Ctrl-C, but for the exit status."""
+
+
+def _interrupt(*_) -> typing.NoReturn:
+    raise Terminated
+
+
+def _report(message: str) -> None:
+    """Print on stderr, once where several processes fail alike.
+
+    The main process prints at once. The others wait first: the launcher ends them when the main process has
+    failed. When it has not, the message is theirs alone and they print it.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if not is_main_process():
+        time.sleep(10)
+    print(message, file=sys.stderr, flush=True)
 
 
 def parse_settings(settings_class: type, argv: list[str] | None = None, description: str | None = None):
@@ -78,7 +107,7 @@ def parse_settings(settings_class: type, argv: list[str] | None = None, descript
     Every field is an option `--name value`; its type comes from the annotation (str, int, float, bool,
     Literal, each also `| None`; a tuple takes several values, numbers also with commas), its help text from
     the comment at the end of the field's line. A bool may stand alone (`--flag`) or with a value (`--flag
-    False`).
+    False`). A tuple whose metadata has `positional` takes the plain arguments.
 
     Raises:
         UserError: for an unknown option, a value of the wrong type or a setting that the class refuses.
@@ -87,6 +116,7 @@ def parse_settings(settings_class: type, argv: list[str] | None = None, descript
     parser.allow_abbrev = False
     hints = typing.get_type_hints(settings_class)
     comments = _field_comments(settings_class)
+    argv = list(sys.argv[1:] if argv is None else argv)
     for name, field in settings_class.__dataclass_fields__.items():
         kind, optional, choices = _resolve_type(hints[name])
         options = {
@@ -101,12 +131,26 @@ def parse_settings(settings_class: type, argv: list[str] | None = None, descript
         if typing.get_origin(hints[name]) is tuple:
             options |= {"nargs": "+", "type": _list_converter(kind)}
         help_text = comments.get(name, "").replace("%", "%%")
+        if field.metadata.get("positional"):
+            options |= {"nargs": "*", "metavar": name}
+            parser.add_argument(name, help=help_text, **options)
+            argv = _separate_flags(argv, [f"--{flag}" for flag in hints if hints[flag] is bool])
+            continue
         parser.add_argument(f"--{name}", help=f"{help_text} (default: {field.default})", **options)
-    values = vars(parser.parse_args(argv))
+    values = vars(parser.parse_intermixed_args(argv))  # plain arguments may stand between the options
     for name, value in values.items():
         if isinstance(value, list):  # a list for each argument
             values[name] = tuple(item for items in value for item in items)
     return settings_class(**values)
+
+
+def _separate_flags(argv: list[str], flags: list[str]) -> list[str]:
+    """`--flag photo.jpg` -> `--flag=True photo.jpg`: the plain argument is no value of the flag."""
+    following = [*argv[1:], "True"]
+    return [
+        f"{argument}=True" if argument in flags and after.lower() not in BOOLS else argument
+        for argument, after in zip(argv, following)
+    ]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -134,9 +178,7 @@ def _converter(kind: type, optional: bool) -> Callable[[str], object]:
             return None
         if kind is bool:
             try:
-                return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
-                    text.lower()
-                ]
+                return BOOLS[text.lower()]
             except KeyError:
                 raise ValueError from None
         return kind(text)
@@ -277,7 +319,36 @@ def processes() -> PartialState:
     import torch
     from accelerate import PartialState
 
-    return PartialState(cpu=not torch.cuda.is_available())
+    # the others may wait for long while the main process writes or the slowest one finishes its share
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=12))
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that prints; known before the processes have found each other."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def on_main_process(work: Callable[[], typing.Any]) -> typing.Any:
+    """What `work()` gives in the main process, in every process; an error of the user is raised in all."""
+    state = processes()
+    result = [None]
+    if state.is_main_process:
+        try:
+            result = [work()]
+        except (UserError, OSError) as error:
+            if state.num_processes == 1:
+                raise
+            result = [error]
+    if state.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        try:
+            broadcast_object_list(result)
+        except RuntimeError:
+            raise UserError("the main process ended before its work was done") from None
+    if isinstance(result[0], Exception):
+        raise result[0]
+    return result[0]
 
 
 def pick_device() -> torch.device:

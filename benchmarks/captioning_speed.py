@@ -25,15 +25,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from common import make_captions, make_images, make_word_map, random_encoder, timed, write_images
-from textbook import TextbookDecoder, TextbookEncoder, textbook_search
 from torch import Tensor
 
 import train
 from caption import caption_images
 from captioning.annotations import END, START
 from captioning.beam_search import beam_search
+from captioning.features import encode_images
+from captioning.fused_decoder import caption_logits
 from captioning.images import read_image
 from models import DecoderWithAttention, Encoder, normalize_images
+from tests.reference import TextbookDecoder, TextbookEncoder, textbook_search
 from utils import check_at_least, pick_device, run_script
 
 
@@ -66,7 +68,7 @@ def main(settings: Settings) -> None:
     word_map = make_word_map(settings.vocabulary)
     encoder = random_encoder(settings.encoder_name, settings.seed, device)
     images = make_images(settings.images, settings.image_size, settings.image_size, settings.seed)
-    features = torch.cat([encoder.encode(part.to(device)).half().cpu() for part in images.split(32)])
+    features = torch.cat([encode_images(encoder, part.to(device)).half().cpu() for part in images.split(32)])
     decoder = train_decoder(features, settings, device)
     compare_evaluation(encoder, decoder, images, features, word_map, settings, device)
     with tempfile.TemporaryDirectory() as folder:
@@ -82,8 +84,8 @@ def train_decoder(features: Tensor, settings: Settings, device: torch.device) ->
     captions, lengths = make_captions(len(features), 1, settings.vocabulary, 50, settings.seed)
     optimizer = torch.optim.Adam(decoder.parameters(), lr=2e-3)
     for _ in range(settings.training_steps):
-        scores, targets, _ = decoder.score_words(
-            features.float().to(device), captions[:, 0].to(device), lengths[:, 0].to(device)
+        scores, targets, _ = caption_logits(
+            decoder, features.float().to(device), captions[:, 0].to(device), lengths[:, 0].to(device)
         )
         loss = F.cross_entropy(scores, targets)
         optimizer.zero_grad()
@@ -123,7 +125,7 @@ def compare_evaluation(
         return [hypothesis.words for batch in found for hypothesis in batch]
 
     def from_images(beam_size: int, chosen: Tensor) -> list[list[int]]:
-        return search((encoder.encode(part.to(device)) for part in chosen.split(size)), beam_size)
+        return search((encode_images(encoder, part.to(device)) for part in chosen.split(size)), beam_size)
 
     def from_features(beam_size: int, chosen: Tensor) -> list[list[int]]:
         return search((part.to(device).float() for part in chosen.split(size)), beam_size)
@@ -187,7 +189,7 @@ def compare_folder(
 
     def encode() -> None:
         for part in images.split(settings.batch_size):
-            encoder.encode(part.to(device))
+            encode_images(encoder, part.to(device))
 
     def caption(images_folder: str) -> None:
         caption_images(

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from captioning.annotations import END, PAD, START, UNK  # noqa: E402
+from captioning.pretrained import build_encoder  # noqa: E402
 from models import Encoder, normalize_images  # noqa: E402
 
 
@@ -98,7 +99,7 @@ def random_encoder(encoder_name: str, seed: int, device: torch.device) -> Encode
     turns the gradients of a hundred random layers by several per cent.
     """
     torch.manual_seed(seed)
-    encoder = Encoder(encoder_name, "none")
+    encoder = build_encoder(encoder_name, "none")
     for module in encoder.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0  # take the statistics of one batch as they are

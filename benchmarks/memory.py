@@ -95,7 +95,7 @@ def write_data(folder: Path, settings: Settings) -> None:
             file.create_dataset("images", (images, *shape), "uint8", chunks=(1, *shape))
             file.attrs.update({"captions_per_image": settings.captions_per_image, "digest": split})
         with h5py.File(folder / f"{split}_features_{NoEncoder.name}.hdf5", "w") as file:
-            file.attrs.update({"weights": weights_digest(NoEncoder()), "images": split})
+            file.attrs.update({"weights": weights_digest(NoEncoder()), "pictures": split})
             stored = file.create_dataset("features", (images, *cells), "float16")
             for start in range(0, images, len(some_features)):
                 stored[start : start + len(some_features)] = some_features[: images - start]

@@ -22,11 +22,12 @@ from dataclasses import dataclass
 
 import torch
 from common import make_captions, make_images, random_encoder, timed
-from textbook import TextbookDecoder, TextbookEncoder, pool, textbook_loss
 from torch import Tensor, nn
 
 import train
+from captioning.features import encode_images
 from models import DecoderWithAttention, Encoder, normalize_images
+from tests.reference import TextbookDecoder, TextbookEncoder, pool, textbook_loss
 from utils import check_at_least, pick_device, run_script
 
 Batch = tuple[Tensor, Tensor, Tensor]  # images (N, 3, S, S), captions (N, G, L), lengths (N, G)
@@ -83,7 +84,7 @@ def make_batches(settings: Settings) -> list[Batch]:
 
 def compare_frozen(encoder: Encoder, batches: list[Batch], settings: Settings, device: torch.device) -> None:
     textbook, ours = make_pair(encoder, settings, device)
-    features = [(encoder.encode(batch[0].to(device)).half().cpu(), *batch[1:]) for batch in batches]
+    features = [(encode_images(encoder, batch[0].to(device)).half().cpu(), *batch[1:]) for batch in batches]
     textbook.encoder(normalize_images(batches[0][0].to(device)))  # warms up
     record = Record(settings)
     for step in range(settings.steps + settings.textbook_steps):

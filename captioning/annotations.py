@@ -1,6 +1,7 @@
-"""Annotation files in four layouts, read into one list of records.
+"""Annotation files in four layouts, read into one list of records, and the splits made from them.
 
-Kaggle's CSV, Flickr8k's captions.txt, Karpathy's JSON and COCO's JSON; the content of a file tells which.
+The layouts are Kaggle's CSV, Flickr8k's captions.txt, Karpathy's JSON and COCO's JSON; which one a file has
+is recognized by its content.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ PAD, UNK, START, END = "<pad>", "<unk>", "<start>", "<end>"
 class Record:
     """One image of an annotation file.
 
-    image_id: as the file names it. path: None where no image file was found (or none was looked for).
-    captions: raw, in file order; what scores are counted against. tokens: the same captions in words.
-    split: "train", "val", "test" where the file says so, else None.
+    Attributes:
+        image_id: the id that the file gives it.
+        path: the image file; None where none was found, or none was looked for.
+        captions: as written, in file order; the references that scores are computed against.
+        tokens: the words of each caption, as `metrics.tokenize` finds them; Karpathy's JSON brings its own.
+        split: "train", "val" or "test" where the file says so, else None.
     """
 
     image_id: str
@@ -35,18 +39,18 @@ class Record:
 
 
 def read_annotations(file: str | Path, image_folder: str | Path | None = None) -> list[Record]:
-    """Read an annotation file; its content tells the layout.
+    """Read an annotation file. Its content decides which layout it has:
 
-    * Kaggle CSV: columns `image_id,caption` (or `image_id` alone); ids are file names, less the extension
+    * Kaggle CSV: columns `image_id,caption` (or `image_id` alone); ids are file names without extension
     * Flickr8k `captions.txt`: columns `image,caption`
     * Karpathy JSON: `images`, each with `filename`, `split` and `sentences`
     * COCO captions JSON: `images` and `annotations`
 
     Args:
-        image_folder: where the images are looked for; None leaves every `path` None.
+        image_folder: the folder that has the image files; with None every `path` stays None.
 
     Raises:
-        UserError: the file or folder is missing, or the file has none of these layouts or no image.
+        UserError: the file or folder is missing, or the file has none of these layouts, or no images.
     """
     file = Path(file)
     if not file.is_file():
@@ -55,21 +59,55 @@ def read_annotations(file: str | Path, image_folder: str | Path | None = None) -
     with file.open("rb") as stream:
         first = stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
     try:
-        images = _read_json(file, finder) if first[:1] in (b"{", b"[") else _read_csv(file, finder)
+        records = _read_json(file, finder) if first[:1] in (b"{", b"[") else _read_csv(file, finder)
     except UnicodeDecodeError as error:
         raise UserError(
             f"{file}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
         ) from None
-    if not images:
-        raise UserError(f"{file}: no images in it; expected one line a caption below the header")
-    return images
+    if not records:
+        raise UserError(f"{file}: no images in it; expected one line per caption below the header")
+    return records
 
 
-def held_out(images: list[Record], fraction: float, seed: int) -> set[str]:
-    """Ids of a `fraction` of the captioned images, drawn by image, whatever the order of the file."""
-    ids = sorted(image.image_id for image in images if image.captions)
+def read_training_splits(
+    file: str | Path, image_folder: str | Path, val_fraction: float, seed: int
+) -> dict[str, list[Record]]:
+    """The splits of an annotation file, see `split_records`.
+
+    Raises:
+        UserError: as `read_annotations` does, or the training split has no captions.
+    """
+    splits = split_records(read_annotations(file, image_folder), val_fraction, seed)
+    if not any(record.captions for record in splits["train"]):
+        raise UserError(f"{file}: no training captions in it; expected a caption column with text")
+    return splits
+
+
+def split_records(records: list[Record], val_fraction: float, seed: int) -> dict[str, list[Record]]:
+    """The records of "train", "val" and "test": the file's own splits, or else a random `val_fraction`.
+
+    The random split is drawn among the captioned images by id, so it does not depend on the order of the
+    file; its test split is empty.
+    """
+    splits: dict[str, list[Record]] = {"train": [], "val": [], "test": []}
+    if any(record.split for record in records):
+        for record in records:
+            if record.split in splits:
+                splits[record.split].append(record)
+        return splits
+    ids = sorted(record.image_id for record in records if record.captions)
     random.Random(seed).shuffle(ids)
-    return set(ids[: round(fraction * len(ids))])
+    held_out = set(ids[: round(val_fraction * len(ids))])
+    for record in records:
+        splits["val" if record.image_id in held_out else "train"].append(record)
+    return splits
+
+
+def require_image(image_id: str, path: str | None, folder: str | Path = "the image folder") -> str:
+    """`path`, the image file of this id. Raises UserError where there is none."""
+    if path is None:
+        raise UserError(f"{image_id}: no image file of this name in {folder}")
+    return path
 
 
 class ImageFinder:
@@ -81,7 +119,7 @@ class ImageFinder:
             raise UserError(f"{folder}: no such folder of images; give the one that holds the image files")
         names = sorted(os.listdir(self.folder), key=natural_order)
         self.by_name = {name: name for name in names}
-        for name in reversed(names):  # of several images with one stem, the first by name
+        for name in reversed(names):  # of several images with the same stem, the first by name
             stem, extension = os.path.splitext(name)
             if extension.lower() in IMAGE_EXTENSIONS:
                 self.by_name.setdefault(stem, name)
@@ -97,7 +135,7 @@ class ImageFinder:
 
 
 def _read_csv(file: Path, finder: ImageFinder | None) -> list[Record]:
-    images: dict[str, Record] = {}
+    records: dict[str, Record] = {}
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream, restkey="rest")
@@ -113,17 +151,17 @@ def _read_csv(file: Path, finder: ImageFinder | None) -> list[Record]:
                 image_id = row[id_column]
                 if not image_id:
                     continue
-                if image_id not in images:
-                    images[image_id] = Record(image_id, finder(image_id) if finder else None)
-                # a caption with commas that nobody quoted goes on in the columns that have no name
+                if image_id not in records:
+                    records[image_id] = Record(image_id, finder(image_id) if finder else None)
+                # the rest of an unquoted caption with commas is in columns without a name
                 parts = [row.get("caption"), *row.get("rest", [])]
                 caption = ",".join(part for part in parts if part).strip()
                 if caption:
-                    images[image_id].captions.append(caption)
-                    images[image_id].tokens.append(tokenize(caption))
+                    records[image_id].captions.append(caption)
+                    records[image_id].tokens.append(tokenize(caption))
     except csv.Error as error:
         raise UserError(f"{file}, line {reader.line_num}: not a CSV file ({error})") from None
-    return list(images.values())
+    return list(records.values())
 
 
 def _read_json(file: Path, finder: ImageFinder | None) -> list[Record]:
@@ -134,8 +172,10 @@ def _read_json(file: Path, finder: ImageFinder | None) -> list[Record]:
             return _read_coco(images, content["annotations"], finder)
         if isinstance(images, list) and all("sentences" in image for image in images):
             return _read_karpathy(images, finder)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: damaged annotations: an entry lacks or misuses {error}") from None
+    except KeyError as error:
+        raise UserError(f"{file}: damaged annotations: {error} is missing") from None
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"{file}: damaged annotations ({error})") from None
     raise UserError(
         f"{file}: neither Karpathy JSON (images with sentences) nor COCO JSON (images, annotations)"
     )

@@ -15,7 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models import DecoderWithAttention, Pixels
+from captioning.fused_decoder import FusedSearchState
+from captioning.plain_decoder import PlainSearchState
+from models import ENCODED_SIZE, DecoderWithAttention
 from utils import UserError
 
 
@@ -51,6 +53,7 @@ def beam_search_n_best(
     length_penalty: float = 0.0,
     keep_alphas: bool = False,
     n_best: int = 1,
+    fused: bool = True,
 ) -> list[list[Hypothesis]]:
     """The best captions of each of N images: up to `n_best`, no two alike, by descending score.
 
@@ -69,6 +72,7 @@ def beam_search_n_best(
             a word; 0 is the plain sum.
         keep_alphas: return attention too (of several decoders, the mean).
         n_best: captions for each image; there are never more than `beam_size`.
+        fused: search on the fused form of the decoders; False: on their own `step`.
 
     Raises:
         UserError: the logits are not numbers.
@@ -79,7 +83,9 @@ def beam_search_n_best(
     def score_to_beat(image: int) -> float:
         return best[image][-1].score if len(best[image]) == n_best else -math.inf
 
-    beams = _Beams(decoders, grids, start, beam_size, keep_alphas)
+    state_class = FusedSearchState if fused else PlainSearchState
+    states = [state_class(decoder, grid) for decoder, grid in zip(decoders, grids)]
+    beams = _Beams(states, images, start, beam_size, keep_alphas, device)
     for step in range(1, max_steps + 1):
         log_probs, alphas = beams.advance()  # (n, K, V), (n, K, P)
         vocabulary = log_probs.shape[2]
@@ -122,31 +128,30 @@ def beam_search_n_best(
 class _Beams:
     """The live hypotheses of the images still searched: n images, K hypotheses each, best first."""
 
-    def __init__(self, decoders, grids: Sequence[Tensor], start: int, beam_size: int, keep_alphas: bool):
-        n, device = len(grids[0]), grids[0].device
-        self.decoders = decoders
-        self.pixels: list[Pixels] = [d.attention.project(grid) for d, grid in zip(decoders, grids)]
-        self.states = [
-            d.init_hidden_state(pixels) for d, pixels in zip(decoders, self.pixels)
-        ]  # h, c (n, K, H)
-        self.weights = [d.step_weights() for d in decoders]
-        self.image = list(range(n))  # index in the batch
-        self.room = torch.full((n,), beam_size, device=device)  # hypotheses that may still live
-        self.scores = torch.zeros(n, 1, device=device)  # -inf: no hypothesis
-        self.words = torch.full((n, 1, 1), start, device=device)  # (n, K, length + 1)
-        self.totals = torch.zeros(n, 1, 1, device=device)  # (n, K, length + 1) scores after each word
-        self.alphas = (
-            torch.zeros(n, 1, 0, self.pixels[0].projection.shape[1], device=device) if keep_alphas else None
-        )
+    def __init__(
+        self,
+        states: Sequence[FusedSearchState | PlainSearchState],
+        images: int,
+        start: int,
+        beam_size: int,
+        keep_alphas: bool,
+        device: torch.device,
+    ):
+        self.states = states  # one of each decoder
+        self.image = list(range(images))  # index in the batch
+        self.room = torch.full((images,), beam_size, device=device)  # hypotheses that may still live
+        self.scores = torch.zeros(images, 1, device=device)  # -inf: no hypothesis
+        self.words = torch.full((images, 1, 1), start, device=device)  # (n, K, length + 1)
+        self.totals = torch.zeros(images, 1, 1, device=device)  # (n, K, length + 1) scores after each word
+        self.alphas: list[Tensor] | None = [] if keep_alphas else None  # (n, K, P) of each step
 
     def advance(self) -> tuple[Tensor, Tensor]:
-        """Put the last words in: log-probabilities of the next ones (n, K, V), alphas (n, K, P)."""
+        """Feed the last words: log-probabilities of the next ones (n, K, V), alphas (n, K, P)."""
         last = self.words[:, :, -1]
         log_probs, alphas = [], []
-        for j, (decoder, pixels, weights) in enumerate(zip(self.decoders, self.pixels, self.weights)):
-            h, c, alpha = decoder.step(decoder.word_gates(last), pixels, *self.states[j], weights)
-            self.states[j] = (h, c)
-            log_probs.append(decoder.fc(h).float().log_softmax(dim=2))
+        for state in self.states:
+            logits, alpha = state.step(last)
+            log_probs.append(logits.float().log_softmax(dim=2))
             alphas.append(alpha)
         if len(log_probs) == 1:
             return log_probs[0], alphas[0]
@@ -162,9 +167,10 @@ class _Beams:
         parents, words = parents.gather(1, order), words.gather(1, order)
         self.words = torch.cat([_pick(self.words, parents), words.unsqueeze(2)], dim=2)
         self.totals = torch.cat([_pick(self.totals, parents), self.scores.unsqueeze(2)], dim=2)
-        self.states = [(_pick(h, parents), _pick(c, parents)) for h, c in self.states]
+        for state in self.states:
+            state.reorder(parents)
         if self.alphas is not None:
-            self.alphas = torch.cat([_pick(self.alphas, parents), _pick(alphas, parents).unsqueeze(2)], dim=2)
+            self.alphas = [_pick(kept, parents) for kept in (*self.alphas, alphas)]
 
     def keep(self, rows: list[int]) -> None:
         """Go on with these images only."""
@@ -174,14 +180,17 @@ class _Beams:
         index = torch.tensor(rows, device=self.scores.device)
         self.room, self.scores, self.words = self.room[index], self.scores[index], self.words[index]
         self.totals = self.totals[index]
-        self.states = [(h[index], c[index]) for h, c in self.states]
-        self.pixels = [Pixels(p.cells[index], p.projection[index], p.pooling) for p in self.pixels]
+        for state in self.states:
+            state.keep(index)
         if self.alphas is not None:
-            self.alphas = self.alphas[index]
+            self.alphas = [kept[index] for kept in self.alphas]
 
     def hypothesis(self, row: int, column: int, score: float, ended: float | None = None) -> Hypothesis:
         """ended: the summed log-probability with that of <end>; None: unfinished."""
-        alphas = None if self.alphas is None else self.alphas[row, column].cpu()
+        alphas = None
+        if self.alphas is not None:
+            alphas = [kept[row, column] for kept in self.alphas]
+            alphas = torch.stack(alphas).cpu() if alphas else torch.zeros(0, ENCODED_SIZE**2)
         totals = self.totals[row, column].tolist() + ([] if ended is None else [ended])
         log_probs = [after - before for before, after in itertools.pairwise(totals)]
         return Hypothesis(self.words[row, column, 1:].tolist(), score, alphas, ended is not None, log_probs)

@@ -4,45 +4,28 @@
     pixels = torch.stack([captioner.prepare(path) for path in ("a.jpg", "b.png")])
     captioner.caption_prepared(pixels, num_beams=3)    # two strings
 
-Model, processor and search are transformers' own. `tiny_captioner` builds a small BLIP with random weights,
-for which nothing has to be downloaded; `BlipDataset`, `encode_captions` and `pad_captions` feed a training.
+Model, processor and search are transformers' own. captioning/tiny_blip.py builds a small BLIP with random
+weights, for which nothing has to be downloaded; datasets.py has what a training needs.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import os
 import re
-import shutil
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from random import Random
 
-import h5py
 import numpy as np
 import torch
-import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 from PIL import Image
-from tokenizers import BertWordPieceTokenizer
-from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoTokenizer,
-    BertTokenizerFast,
-    BlipConfig,
-    BlipForConditionalGeneration,
-    BlipImageProcessor,
     BlipProcessor,
     DynamicCache,
     EncoderDecoderCache,
@@ -50,11 +33,9 @@ from transformers import (
 )
 from transformers.models.blip import modeling_blip_text
 
-from captioning.annotations import Record
-from captioning.features import weights_digest
 from captioning.images import read_image
 from captioning.interface import BaseCaptioner, Caption, stack_maps
-from utils import UserError, atomic_write, parallel_map, progress_bar
+from utils import UserError
 
 try:
     from transformers import AutoModelForImageTextToText
@@ -327,256 +308,3 @@ def require_blip(captioner: BlipCaptioner, name: str | Path, what: str) -> None:
     """Raise UserError unless the captioner is BLIP. what: which needs it, such as "--prompt"."""
     if captioner.model.config.model_type != "blip":
         raise UserError(f"{name}: a {captioner.model.config.model_type} model; {what} is for BLIP alone")
-
-
-# --- what it learns from ------------------------------------------------------------------------------------
-
-KEPT_BYTES = 2**31  # of prepared images in memory; the rest is read anew every epoch
-
-
-class BlipDataset:
-    """Images as the model takes them; those that cannot be read are named and left out.
-
-    Item i is float32 (3, S, S), or, after `cache_features`, the vision model's float16 (tokens, D).
-    """
-
-    def __init__(
-        self, captioner: BlipCaptioner, images: list[Record], workers: int, accelerator: Accelerator
-    ):
-        self.captioner = captioner
-        self.workers = workers
-        self.kept: dict[str, Tensor] = {}
-        self.room = KEPT_BYTES
-        self.features: h5py.Dataset | None = None
-        rank, processes = accelerator.process_index, accelerator.num_processes
-        problems = parallel_map(self._problem, images[rank::processes], self.workers)
-        share = len(images[rank::processes])
-        found = [p for p in progress_bar(problems, total=share, desc="reading", unit="image") if p]
-        unusable = dict(gather_object(found)) if processes > 1 else dict(found)
-        for problem in unusable.values():
-            accelerator.print(f"skipped: {problem}")
-        self.images = [image for image in images if image.image_id not in unusable]
-
-    def _problem(self, image: Record) -> tuple[str, str] | None:
-        try:
-            if image.path is None:
-                raise UserError(f"{image.image_id}: no image file of this name in the folder")
-            self._prepared(image.path)
-        except UserError as error:
-            return image.image_id, str(error)
-        return None
-
-    def _prepared(self, path: str) -> Tensor:
-        if path in self.kept:
-            return self.kept[path]
-        pixels = self.captioner.prepare(path)
-        if self.room >= pixels.nbytes:
-            self.room -= pixels.nbytes
-            self.kept[path] = pixels
-        return pixels
-
-    def __getitem__(self, index: int) -> Tensor:
-        if self.features is not None:
-            return torch.from_numpy(self.features[index])
-        return self._prepared(self.images[index].path)
-
-    def batches(self, batches: list[list[int]], vary: str | None = None) -> Iterator[Tensor]:
-        """The stacked items of each batch of indices; threads read ahead.
-
-        vary: a seed; each image is varied (`vary_image`) as it says, whatever batch it is in.
-        """
-
-        def item(index: int) -> Tensor:
-            return self[index] if vary is None else vary_image(self[index], Random(f"{vary} {index}"))
-
-        return parallel_map(lambda batch: torch.stack([item(i) for i in batch]), batches, self.workers)
-
-    @torch.no_grad()
-    def cache_features(self, file: Path, accelerator: Accelerator) -> None:
-        """Put the vision model's output in place of the images, from `file` where its fingerprints fit.
-
-        The HDF5 file has `features`, float16 (images, tokens, D), and fingerprints of the vision model's
-        weights, of the preparation and of the image files.
-
-        Raises:
-            UserError: the disk has no room for it.
-        """
-        vision = self.captioner.model.vision_model
-        stats = [(p.path, os.stat(p.path).st_size, os.stat(p.path).st_mtime_ns) for p in self.images]
-        key = {
-            "weights": weights_digest(vision),
-            "preparation": self.captioner.image_processor.to_json_string(),
-            "images": hashlib.sha256(json.dumps(stats).encode()).hexdigest(),
-        }
-        if accelerator.is_main_process and not _fits(file, key):
-            vision.to(accelerator.device).eval()
-            chunks = [list(range(i, min(i + 16, len(stats)))) for i in range(0, len(stats), 16)]
-            progress = progress_bar(total=len(stats), desc="vision features", unit="image")
-            with atomic_write(file) as tmp_path, h5py.File(tmp_path, "w") as cache, progress:
-                cache.attrs.update(key)
-                for chunk, pixels in zip(chunks, self.batches(chunks)):
-                    with accelerator.autocast():
-                        states = vision(pixel_values=pixels.to(accelerator.device)).last_hidden_state
-                    if chunk[0] == 0:
-                        shape = (len(stats), *states.shape[1:])
-                        require_room(file.parent, 2 * math.prod(shape))
-                        stored = cache.create_dataset("features", shape, "float16", chunks=(1, *shape[1:]))
-                    stored[chunk[0] : chunk[-1] + 1] = states.half().cpu().numpy()
-                    progress.update(len(chunk))
-        accelerator.wait_for_everyone()
-        self.kept.clear()
-        self.features = h5py.File(file, "r")["features"]
-
-
-def vary_image(pixels: Tensor, rng: Random) -> Tensor:
-    """A prepared image (3, S, S) moved, enlarged or reduced, and made lighter or darker a little.
-
-    Left stays left: captions speak of it.
-    """
-    zoom, contrast = rng.uniform(0.9, 1.1), rng.uniform(0.85, 1.15)
-    across, down = rng.uniform(-0.12, 0.12), rng.uniform(-0.12, 0.12)  # of half the side
-    places = torch.tensor([[[1 / zoom, 0, across], [0, 1 / zoom, down]]])
-    grid = F.affine_grid(places, [1, *pixels.shape], align_corners=False)
-    moved = F.grid_sample(pixels.unsqueeze(0), grid, padding_mode="reflection", align_corners=False)
-    return contrast * moved.squeeze(0)
-
-
-def _fits(file: Path, key: dict[str, str]) -> bool:
-    if not file.is_file():
-        return False
-    with h5py.File(file, "r") as cache:
-        return all(cache.attrs.get(name) == value for name, value in key.items())
-
-
-def require_room(folder: Path, needed: int) -> None:
-    """Raise UserError unless the disk of the folder has room for `needed` bytes."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"{folder}: {free / 1e9:.2f} GB free, the vision features take {needed / 1e9:.2f} GB: make room, "
-            "or give --cache_features False"
-        )
-
-
-def encode_captions(captioner: BlipCaptioner, images: list[Record], max_length: int) -> list[list[list[int]]]:
-    """For each image its captions as token ids, `[DEC] ... [SEP]`, at most `max_length` of them.
-
-    In lower case and without punctuation, as BLIP's own training has them.
-    """
-    encoded = []
-    for image in images:
-        texts = [" ".join(words) for words in image.tokens if words]
-        ids = captioner.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
-        encoded.append([[captioner.model.config.text_config.bos_token_id, *tokens[1:]] for tokens in ids])
-    return encoded
-
-
-def pad_captions(captions: list[list[int]], pad: int) -> dict[str, Tensor]:
-    """Token ids of each caption -> input_ids, attention_mask, labels (N, L), with padding out of the loss."""
-    length = max(map(len, captions))
-    ids = torch.tensor([caption + [pad] * (length - len(caption)) for caption in captions])
-    mask = torch.arange(length) < torch.tensor([len(caption) for caption in captions]).unsqueeze(1)
-    return {"input_ids": ids, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask, -100)}
-
-
-# --- the tiny one -------------------------------------------------------------------------------------------
-
-TINY_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]")
-TINY_WORDS = 4000  # in the vocabulary at most; rarer words are spelt
-TINY_IMAGE, TINY_PATCH = 64, 8  # pixels
-TINY_WIDTH, TINY_HEADS = 96, 4
-TINY_VISION_LAYERS, TINY_TEXT_LAYERS = 3, 2
-
-
-def tiny_captioner(captions: Iterable[str], paths: Sequence[str] = ()) -> BlipCaptioner:
-    """A small BLIP with random weights (of torch's generator) and a WordPiece vocabulary of the captions.
-
-    Its vision half starts from what a transformer otherwise takes long to find, so that a thousand images
-    and minutes are enough: positions, attention, and a patch embedding that whitens the patches of the
-    images `paths`.
-    """
-    split = BertPreTokenizer().pre_tokenize_str
-    words = Counter(word for caption in captions for word, _ in split(caption.lower()))
-    letters = sorted({letter for word in words for letter in word})
-    pieces = [*TINY_SPECIAL, *letters, *(f"##{letter}" for letter in letters)]
-    frequent = sorted(words, key=lambda word: (-words[word], word))[:TINY_WORDS]
-    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys([*pieces, *frequent]))}
-    word_pieces = BertWordPieceTokenizer(vocab=vocabulary, strip_accents=False)
-    tokenizer = BertTokenizerFast(tokenizer_object=word_pieces._tokenizer, bos_token="[DEC]")
-    shared = {
-        "hidden_size": TINY_WIDTH,
-        "intermediate_size": 2 * TINY_WIDTH,
-        "num_attention_heads": TINY_HEADS,
-        "hidden_act": "relu",
-        "initializer_range": TINY_WIDTH**-0.5,  # BLIP's own start is meant for large widths or loaded weights
-    }
-    pad, _, _, sep, _, start = tokenizer.convert_tokens_to_ids(TINY_SPECIAL)
-    text = {"pad_token_id": pad, "bos_token_id": start, "sep_token_id": sep, "eos_token_id": sep}
-    text |= {"vocab_size": len(tokenizer), "num_hidden_layers": TINY_TEXT_LAYERS}
-    vision = {"image_size": TINY_IMAGE, "patch_size": TINY_PATCH, "num_hidden_layers": TINY_VISION_LAYERS}
-    model = BlipForConditionalGeneration(BlipConfig(text_config=shared | text, vision_config=shared | vision))
-    with torch.no_grad():
-        positions = model.vision_model.embeddings.position_embedding  # (1, 1 + patches, D)
-        positions[0, 1:] = 0.5 * sine_positions(TINY_IMAGE // TINY_PATCH, TINY_WIDTH)
-        for layer in model.vision_model.encoder.layers:
-            start_attention(layer.self_attn.qkv.weight, layer.self_attn.projection.weight, TINY_HEADS)
-    size = {"height": TINY_IMAGE, "width": TINY_IMAGE}
-    captioner = BlipCaptioner(model.eval(), BlipImageProcessor(size=size), tokenizer)
-    images = []
-    for path in paths:
-        with suppress(UserError):  # named where the training reads all images
-            images.append(captioner.prepare(path))
-    if images:
-        whiten_patches(model.vision_model.embeddings.patch_embedding, torch.stack(images))
-    return captioner
-
-
-@torch.no_grad()
-def whiten_patches(embedding: nn.Conv2d, images: Tensor) -> None:
-    """Let the patch embedding start as the principal components of the patches, each with deviation 1.
-
-    In patches as they are, brightness drowns the edges by which shapes differ.
-
-    Args:
-        embedding: of D channels, written in place; D is no more than the numbers in a patch.
-        images: prepared (N, 3, S, S).
-    """
-    patches = F.unfold(images, embedding.kernel_size, stride=embedding.stride).transpose(1, 2).flatten(0, 1)
-    mean = patches.mean(dim=0)
-    sizes, directions = torch.linalg.eigh((patches - mean).T.cov(correction=0))  # rising
-    largest = slice(-embedding.out_channels, None)
-    weight = (directions[:, largest] / (sizes[largest] + 0.01).sqrt()).T
-    embedding.weight.copy_(weight.view_as(embedding.weight))
-    embedding.bias.copy_(-weight @ mean)
-
-
-def sine_positions(side: int, width: int) -> Tensor:
-    """Sines and cosines of the column and of the row of each cell (side * side, width), row by row."""
-    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    rates = 100 ** (-torch.arange(width // 4) / (width // 4))  # radians a cell
-    angles = [place.flatten().unsqueeze(1) * rates for place in (columns, rows)]
-    return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1)
-
-
-def start_attention(qkv: Tensor, projection: Tensor, heads: int) -> None:
-    """Let each cell look first at cells like itself, and take from its value what it has in common with them.
-
-    As attention is in trained vision transformers (Trockman and Kolter, 2023, "Mimetic initialization"): the
-    product of query and key weights is near the identity, that of value and projection near its negative.
-
-    Args:
-        qkv: (3 D, D) and projection (D, D), written in place.
-    """
-    width = len(projection)
-    deep = width // heads
-
-    def near_identity(share: float) -> tuple[Tensor, Tensor]:
-        noise = torch.randn(width, width) / width**0.5
-        left, sizes, right = torch.linalg.svd(share * (noise + torch.eye(width)))
-        return left * sizes.sqrt(), sizes.sqrt().unsqueeze(1) * right
-
-    for head in range(heads):
-        left, right = near_identity(0.7)
-        own = slice(head * deep, (head + 1) * deep)
-        qkv[:width][own], qkv[width : 2 * width][own] = left[:, :deep].T, right[:deep]
-    projection[:], qkv[2 * width :] = near_identity(-0.4)

@@ -23,7 +23,7 @@ from torch import Tensor
 from captioning.annotations import END, PAD, START, UNK
 from captioning.beam_search import Hypothesis, beam_search_n_best
 from captioning.checkpoints import load_models
-from captioning.features import weights_digest
+from captioning.features import encode_images, weights_digest
 from captioning.images import read_image, to_array
 from captioning.interface import BaseCaptioner, Caption
 from models import DecoderWithAttention, Encoder
@@ -112,7 +112,7 @@ class Captioner(BaseCaptioner):
         """uint8 images (N, 3, S, S) -> a grid (N, h, w, D) of each of `encoders`."""
         device = next(self.encoders[0].parameters()).device
         images = images.to(device, non_blocking=True)
-        return [encoder.encode(images) for encoder in self.encoders]
+        return [encode_images(encoder, images) for encoder in self.encoders]
 
     def search(
         self, grids: Sequence[Tensor], beam_size: int, length_penalty: float = 0.0, keep_alphas: bool = False

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from captioning.pretrained import build_encoder
 from captioning.tutorial_checkpoint import read_tutorial_checkpoint
 from models import DecoderWithAttention, Encoder
 from utils import UserError, atomic_write, pick_device, read_json
@@ -76,9 +77,10 @@ def load_models(
             f"{encoder_path}: has no encoder; give a checkpoint, or --encoder_path and --decoder_path"
         )
     encoder, decoder = encoder_from(encoder_file, encoder_path), decoder_from(decoder_file, decoder_path)
-    if encoder.dim != decoder.encoder_dim:
+    encoder_dim = decoder.f_beta.out_features
+    if encoder.dim != encoder_dim:
         raise UserError(
-            f"{encoder_path} gives {encoder.dim} channels, {decoder_path} takes {decoder.encoder_dim}: "
+            f"{encoder_path} gives {encoder.dim} channels, {decoder_path} takes {encoder_dim}: "
             f"give files of one run"
         )
     device = pick_device()
@@ -88,7 +90,7 @@ def load_models(
 def encoder_from(checkpoint: dict, source: str | Path) -> Encoder:
     """The encoder of a checkpoint read from the file `source`, in eval mode."""
     try:
-        encoder = Encoder(checkpoint["settings"]["encoder_name"], "none")
+        encoder = build_encoder(checkpoint["settings"]["encoder_name"], "none")
         encoder.image_size = checkpoint["data"]["settings"]["image_size"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{source}: a damaged checkpoint: {error} is missing or misused") from None

@@ -1,256 +1,213 @@
-"""The decoder's recurrence over true words, with its backward pass written out.
+"""The numbers of `models.DecoderWithAttention`, computed faster from the same modules.
 
-Automatic differentiation would keep the energies relu(projection + query) of every step, (N, G, P, A)
-numbers, and add up the weights' gradients at every step. Here
+Everything here is a function of the decoder; the decoder knows nothing of it. What makes it fast:
 
-* energies are computed an image at a time on the CPU, where they stay in the cache, and again in the
-  backward pass instead of being kept;
-* gradients of the weights are one product each after the last step, over all words at once;
-* captions that have ended take no further part.
+* attention's projection of an image is computed once, for all steps and all captions of the image;
+* an encoder's grid is small (8 x 8 for 256 pixels) and pooled to 14 x 14: pooling is a matrix whose rows sum
+  to one, so it commutes with every linear layer and is applied last, to the projection;
+* all tokens' logits, and all gradients of weights, are one product each after the last step;
+* the backward pass of teacher forcing is written out (`fused_recurrence.py`);
+* a convolution does the work of the batch norm behind it (`fold_batch_norms`).
 
-The numbers are those of the formulae (Xu et al., 2015, sections 3.1.2 and 4.2.1).
-
-Words are packed: first the first word of every caption, then the second of those that have one, and so on,
-captions by falling length; W words in all.
+Letters: N images, G captions (or beams) of each, C cells of an encoder's grid, P pixels (196), D encoder_dim,
+A attention_dim, H decoder_dim, V vocab_size. T steps, W tokens in all. Captions are packed as in
+`torch.nn.utils.rnn.PackedSequence`: the first token of every caption, then the second of those that have one,
+and so on, captions by decreasing length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from captioning.fused_recurrence import (
+    PackedCaptions,
+    ProjectedImages,
+    TeacherForcing,
+    attention_energies,
+    pack_captions,
+)
+from models import ENCODED_SIZE, Attention, DecoderWithAttention, Encoder
+
+# --- an image as attention needs it ------------------------------------------------------------------------
 
 
-class Plan(NamedTuple):
-    """Which captions take part in which step. A slot is a place in (N, G): images and, of each image, its
-    captions, both by falling length. A row is a caption's place by falling length among all."""
-
-    images: Tensor  # (N,) on the CPU: which image is where among the slots
-    slots: Tensor  # (N * G,) each row's slot
-    captions: Tensor  # (N * G,) each row's caption, counted through the images
-    counts: list[int]  # for each step the rows that take part: the first ones
-    parts: list[list[tuple[int, int, int]]]  # for each step (a, b, k): images a to b, the first k captions
-    packed_captions: Tensor  # (W,) on the CPU: each word's caption
-    packed_steps: Tensor  # (W,) on the CPU: and its step
+def project(attention: Attention, grid: Tensor) -> ProjectedImages:
+    """The grid of N images (N, h, w, D), seen as 14 x 14 pixels, with its projection."""
+    height, width = grid.shape[1:3]
+    cells = grid.flatten(1, 2)
+    projection = attention.encoder_att(cells)  # (N, C, A)
+    if (height, width) == (ENCODED_SIZE, ENCODED_SIZE):
+        return ProjectedImages(cells, projection, None)
+    pooling = pooling_matrix(height, width, like=cells)
+    return ProjectedImages(cells, pooling @ projection, pooling)  # the bias passes: rows sum to one
 
 
-def plan_steps(steps: Tensor, device: torch.device) -> Plan:
-    """steps (N, G): words to put in of each caption, at least 1. On the CPU, or the device is waited for."""
-    steps = steps.cpu()
-    group = steps.shape[1]
-    images = steps.max(dim=1).values.argsort(descending=True, stable=True)
-    in_slots, order = steps[images].sort(dim=1, descending=True, stable=True)
-    caption_of_slot = (images.unsqueeze(1) * group + order).flatten()
-    slots = in_slots.flatten().argsort(descending=True, stable=True)
-    captions = caption_of_slot[slots]
-    taking_part = in_slots.unsqueeze(0) > torch.arange(int(steps.max())).view(-1, 1, 1)  # (T, N, G)
-    counts = taking_part.sum(dim=(1, 2)).tolist()
-    at_work = taking_part.sum(dim=2).tolist()  # (T, N), falling along N's longest captions
-    if device.type == "cpu":
-        parts = [[(i, i + 1, k) for i, k in enumerate(row) if k] for row in at_work]
+def pooling_matrix(height: int, width: int, like: Tensor) -> Tensor:
+    """Adaptive average pooling of a (height, width) grid to 14 x 14 as a matrix (196, height * width)."""
+    cells = torch.eye(height * width, dtype=like.dtype, device=like.device).view(-1, 1, height, width)
+    return F.adaptive_avg_pool2d(cells, ENCODED_SIZE).flatten(1).T
+
+
+def initial_state(decoder: DecoderWithAttention, images: ProjectedImages) -> tuple[Tensor, Tensor]:
+    """h and c (N, H) from the mean over the pixels; in full precision also under autocast."""
+    if images.pooling is None:
+        mean = images.cells.mean(dim=1)
     else:
-        parts = [[(0, sum(k > 0 for k in row), max(row))] for row in at_work]
-    return Plan(
-        images,
-        slots.to(device, non_blocking=True),
-        captions.to(device, non_blocking=True),
-        counts,
-        parts,
-        torch.cat([captions[:count] for count in counts]),
-        torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)),
+        mean = (images.pooling.mean(dim=0, keepdim=True) @ images.cells).squeeze(1)  # (1, C) @ (N, C, D)
+    dtype = decoder.fc.weight.dtype
+    return decoder.init_h(mean).to(dtype), decoder.init_c(mean).to(dtype)
+
+
+class StepWeights(NamedTuple):
+    """The weights of a step, arranged once for all steps."""
+
+    context: Tensor  # (4 H, D) the LSTM's, for the gated context
+    hidden: Tensor  # (4 H + D + A, H) all that h is multiplied with: LSTM, f_beta, decoder_att
+    hidden_bias: Tensor  # (4 H + D + A,)
+    energy: Tensor  # (A,) full_att's; its bias is left out, as the softmax does not depend on it
+
+
+def step_weights(decoder: DecoderWithAttention) -> StepWeights:
+    cell, gate, query = decoder.decode_step, decoder.f_beta, decoder.attention.decoder_att
+    return StepWeights(
+        cell.weight_ih[:, decoder.embedding.embedding_dim :],
+        torch.cat([cell.weight_hh, gate.weight, query.weight]),
+        torch.cat([cell.bias_hh, gate.bias, query.bias]),
+        decoder.attention.full_att.weight.flatten(),
     )
 
 
-def attention_scores(
-    projection: Tensor, query: Tensor, weight: Tensor, parts: Iterable[tuple[int, int, int]]
-) -> Tensor:
-    """weight . relu(projection + query), without full_att's bias, to which the softmax is blind.
+def word_gates(decoder: DecoderWithAttention, words: Tensor) -> Tensor:
+    """The words' half of the LSTM's input product: indices (...) -> (..., 4 H)."""
+    cell, embeddings = decoder.decode_step, decoder.embedding(words)
+    return F.linear(embeddings, cell.weight_ih[:, : embeddings.shape[-1]], cell.bias_ih)
+
+
+# --- one step of a search -----------------------------------------------------------------------------------
+
+
+class FusedSearchState:
+    """The hypotheses of a search: N images, K hypotheses each.
+
+    `plain_decoder.PlainSearchState` has the same methods, for a decoder that was changed.
+    """
+
+    def __init__(self, decoder: DecoderWithAttention, grid: Tensor):
+        """grid: (N, h, w, D). K is 1 at first."""
+        self.decoder = decoder
+        self.images = project(decoder.attention, grid)
+        self.h, self.c = (state.unsqueeze(1) for state in initial_state(decoder, self.images))  # (N, K, H)
+        self.weights = step_weights(decoder)
+
+    def step(self, words: Tensor) -> tuple[Tensor, Tensor]:
+        """Feed a word to each hypothesis (N, K): logits (N, K, V), alpha (N, K, P)."""
+        products = F.linear(self.h, self.weights.hidden, self.weights.hidden_bias)
+        images, sizes = self.images, [4 * self.h.shape[2], self.images.cells.shape[2]]
+        own, gate, query = products.split([*sizes, products.shape[2] - sum(sizes)], dim=2)
+        blocks = [(0, *query.shape[:2])]
+        if query.device.type == "cpu":
+            blocks = [(i, i + 1, query.shape[1]) for i in range(len(query))]
+        alpha = attention_energies(images.projection, query, self.weights.energy, blocks).softmax(dim=2)
+        weights = alpha if images.pooling is None else alpha @ images.pooling  # (N, K, C)
+        context = gate.sigmoid() * (weights @ images.cells)
+        gates = own + word_gates(self.decoder, words) + F.linear(context, self.weights.context)
+        i, f, g, o = gates.to(self.c.dtype).chunk(4, dim=2)
+        self.c = f.sigmoid() * self.c + i.sigmoid() * g.tanh()
+        self.h = o.sigmoid() * self.c.tanh()
+        return self.decoder.fc(self.h), alpha
+
+    def reorder(self, parents: Tensor) -> None:
+        """Go on from these hypotheses of each image: indices (N, K')."""
+        rows = torch.arange(len(parents), device=parents.device).unsqueeze(1)
+        self.h, self.c = self.h[rows, parents], self.c[rows, parents]
+
+    def keep(self, index: Tensor) -> None:
+        """Go on with these images only."""
+        self.h, self.c = self.h[index], self.c[index]
+        cells, projection, pooling = self.images
+        self.images = ProjectedImages(cells[index], projection[index], pooling)
+
+
+# --- teacher forcing ----------------------------------------------------------------------------------------
+
+
+def teacher_forcing(
+    decoder: DecoderWithAttention, grid: Tensor, captions: Tensor, lengths: Tensor
+) -> tuple[Tensor, Tensor, PackedCaptions]:
+    """The hidden states when each ground-truth token but the last is fed.
 
     Args:
-        projection: (N, P, A). query: (N, G, A). weight: (A,).
-        parts: (a, b, k): what to compute at a time, images a to b and the first k states of each.
+        grid: (N, h, w, D).
+        captions: (N * G, L), caption i of image i // G. lengths: (N * G,), at least 2. Both best on the
+            CPU: otherwise the device is waited for.
 
     Returns:
-        (N, G, P), zero where no part was.
+        hidden (W, H) and alphas (W, P), packed, W = sum(lengths - 1); the packing.
     """
-    scores = projection.new_zeros(*query.shape[:2], projection.shape[1])
-    for a, b, k in parts:
-        energy = projection[a:b].unsqueeze(1) + query[a:b, :k].unsqueeze(2)  # (b - a, k, P, A)
-        scores[a:b, :k] = energy.relu_() @ weight
-    return scores
+    device, group = grid.device, len(captions) // len(grid)
+    packing = pack_captions((lengths - 1).view(-1, group), device)
+    tokens = captions.cpu()[packing.token_captions, packing.token_steps]
+    distinct, tokens = tokens.unique(return_inverse=True)
+    table = word_gates(decoder, distinct.to(device, non_blocking=True))  # once for each distinct word
+    gates = F.embedding(tokens.to(device, non_blocking=True), table)
+    images = project(decoder.attention, grid[packing.image_order.to(device, non_blocking=True)])
+    image_of = torch.div(packing.by_image, group, rounding_mode="floor")
+    h, c = (state[image_of] for state in initial_state(decoder, images))
+    dtype = images.projection.dtype  # lower under autocast
+    tensors = (*images, *step_weights(decoder))
+    tensors = (value if value is None else value.to(dtype) for value in tensors)
+    hidden, alphas = TeacherForcing.apply(packing, gates.to(h.dtype), h, c, *tensors)
+    return hidden, alphas, packing
 
 
-class Recurrence(Function):
-    """The hidden states and attention maps of all words; see `forward`."""
+def caption_logits(
+    decoder: DecoderWithAttention, grid: Tensor, captions: Tensor, lengths: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The logits of all tokens, for training; arguments as in `teacher_forcing`.
 
-    @staticmethod
-    def forward(
-        ctx,
-        plan: Plan,
-        word_gates: Tensor,
-        h: Tensor,
-        c: Tensor,
-        cells: Tensor,
-        projection: Tensor,
-        pooling: Tensor | None,
-        context_weight: Tensor,
-        hidden_weight: Tensor,
-        hidden_bias: Tensor,
-        score_weight: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Run all steps.
-
-        Args:
-            word_gates: (W, 4 H), the words' half of the LSTM's input product.
-            h, c: (N * G, H), the first states, a row each.
-            cells, projection: (N, C, D), (N, P, A) in the order of the slots; pooling: (P, C) or None.
-            context_weight, hidden_weight, hidden_bias: as in `StepWeights`.
-            score_weight: (A,), full_att's.
-
-        Returns:
-            hidden (W, H) and alphas (W, P), packed, both in h's dtype.
-        """
-        dtype, full = cells.dtype, h.dtype
-        words, group = len(word_gates), len(plan.slots) // len(cells)
-        sizes = [4 * h.shape[1], cells.shape[2], projection.shape[2]]
-
-        def packed(width: int, kind: torch.dtype = dtype) -> Tensor:
-            return word_gates.new_empty(words, width, dtype=kind)
-
-        h_in, c_in, tanh_c, hidden = packed(h.shape[1]), *(packed(h.shape[1], full) for _ in range(3))
-        gates, alphas = packed(4 * h.shape[1], full), packed(projection.shape[1], full)
-        betas, contexts, queries = packed(sizes[1]), packed(sizes[1]), packed(sizes[2])
-        start = 0
-        with torch.autocast(cells.device.type, enabled=False):
-            for count, parts in zip(plan.counts, plan.parts):
-                end = start + count
-                slots = plan.slots[:count]
-                h_in[start:end] = h[:count]
-                c_in[start:end] = c[:count]
-                products = torch.addmm(hidden_bias, h_in[start:end], hidden_weight.T)
-                own, gate, query = products.split(sizes, dim=1)
-                queries[start:end] = query
-                in_slots = _to_slots(query, slots, len(cells), group)
-                scores = attention_scores(projection, in_slots, score_weight, parts)
-                alpha = scores.flatten(0, 1)[slots].to(full).softmax(dim=1)
-                alphas[start:end] = alpha
-                weights = alpha.to(dtype)
-                if pooling is not None:
-                    weights = weights @ pooling
-                context = _to_slots(weights, slots, len(cells), group) @ cells  # (N, G, D)
-                context = contexts[start:end] = context.flatten(0, 1)[slots]
-                beta = betas[start:end] = gate.sigmoid()
-                z = torch.addmm(own, beta * context, context_weight.T).to(full) + word_gates[start:end]
-                i, f, g, o = gates[start:end].chunk(4, dim=1)
-                z_i, z_f, z_g, z_o = z.chunk(4, dim=1)
-                torch.sigmoid(z_i, out=i)
-                torch.sigmoid(z_f, out=f)
-                torch.tanh(z_g, out=g)
-                torch.sigmoid(z_o, out=o)
-                c = f * c_in[start:end] + i * g
-                tanh_c[start:end] = c.tanh()
-                h = hidden[start:end] = o * tanh_c[start:end]
-                start = end
-        ctx.plan = plan
-        ctx.save_for_backward(
-            h_in, c_in, tanh_c, gates, alphas, betas, contexts, queries, cells, projection, pooling,
-            context_weight, hidden_weight, score_weight,
-        )  # fmt: skip
-        return hidden, alphas
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_hidden: Tensor, d_alphas: Tensor):
-        """Backpropagation through time, weights last. `d_x` is the loss's gradient by x."""
-        (
-            h_in, c_in, tanh_c, gates, alphas, betas, contexts, queries, cells, projection, pooling,
-            context_weight, hidden_weight, score_weight,
-        ) = ctx.saved_tensors  # fmt: skip
-        plan, dtype, full = ctx.plan, cells.dtype, c_in.dtype
-        images, group, width = len(cells), len(plan.slots) // len(cells), c_in.shape[1]
-        d_products = h_in.new_empty(len(h_in), len(hidden_weight))
-        d_own, d_gate, d_query = d_products.split([4 * width, cells.shape[2], projection.shape[2]], dim=1)
-        open_encoder = ctx.needs_input_grad[4]
-        d_contexts = torch.empty_like(contexts) if open_encoder else None
-        # an energy's gradient is score_weight * slope; slopes are summed over words, and over pixels
-        slopes = projection.new_zeros(projection.shape, dtype=full)
-        query_slopes = torch.empty_like(queries)
-        dh = dc = d_hidden.new_zeros(0, width)
-        end = len(h_in)
-        for count, parts in zip(reversed(plan.counts), reversed(plan.parts)):
-            start = end - count
-            slots = plan.slots[:count]
-            now = slice(start, end)
-            more = d_hidden[now].clone()  # what the words' scores say; `dh` is what the next step says
-            more[: len(dh)] += dh
-            i, f, g, o = gates[now].chunk(4, dim=1)
-            d_c = more * o * (1 - tanh_c[now] ** 2)
-            d_c[: len(dc)] += dc
-            d_own[now] = torch.cat(
-                [
-                    d_c * g * i * (1 - i),
-                    d_c * c_in[now] * f * (1 - f),
-                    d_c * i * (1 - g**2),
-                    more * tanh_c[now] * o * (1 - o),
-                ],
-                dim=1,
-            )
-            d_gated = d_own[now] @ context_weight
-            beta = betas[now]
-            d_gate[now] = d_gated * contexts[now] * beta * (1 - beta)
-            d_context = d_gated.mul_(beta)
-            if open_encoder:
-                d_contexts[now] = d_context
-            d_weights = _to_slots(d_context, slots, images, group) @ cells.mT  # (N, G, C)
-            d_weights = d_weights.flatten(0, 1)[slots]
-            d_alpha = d_weights if pooling is None else d_weights @ pooling.T
-            d_alpha = d_alphas[now] + d_alpha
-            alpha = alphas[now]
-            d_score = alpha * (d_alpha - (alpha * d_alpha).sum(dim=1, keepdim=True))
-            d_score = _to_slots(d_score.to(dtype), slots, images, group)
-            query = _to_slots(queries[now], slots, images, group)
-            by_query = torch.zeros_like(query)
-            for a, b, k in parts:
-                slope = projection.new_empty(b - a, k, *projection.shape[1:])
-                torch.gt(projection[a:b].unsqueeze(1), -query[a:b, :k].unsqueeze(2), out=slope)  # 1 or 0
-                slope *= d_score[a:b, :k].unsqueeze(3)
-                by_query[a:b, :k] = slope.sum(dim=2)
-                slopes[a:b] += slope.sum(dim=1)
-            query_slopes[now] = by_query.flatten(0, 1)[slots]
-            d_query[now] = query_slopes[now] * score_weight
-            dh = (d_products[now] @ hidden_weight).to(full)
-            dc = d_c * f
-            end = start
-
-        d_cells = None
-        if open_encoder:
-            weights = alphas.to(dtype) if pooling is None else alphas.to(dtype) @ pooling
-            # each word's place among its image's words
-            rows = torch.cat([plan.slots[:count] for count in plan.counts])
-            places = rows * len(plan.counts) + plan.packed_steps.to(rows.device)
-            size = len(plan.slots) * len(plan.counts)
-            d_cells = _to_slots(weights, places, images, size // images).mT @ _to_slots(
-                d_contexts, places, images, size // images
-            )  # (N, C, D)
-        return (
-            None,
-            d_own.to(full),
-            dh,
-            dc,
-            d_cells,
-            (slopes * score_weight).to(dtype),
-            None,
-            d_own.T @ (betas * contexts),
-            d_products.T @ h_in,
-            d_products.sum(dim=0),
-            ((slopes * projection).sum(dim=(0, 1)) + (queries * query_slopes).sum(dim=0)).to(dtype),
-        )
+    Returns:
+        logits (W, V) and targets (W,), packed, W = sum(lengths - 1); coverage (N * G, P), the alphas summed
+        over each caption's tokens.
+    """
+    hidden, alphas, packing = teacher_forcing(decoder, grid, captions, lengths)
+    targets = captions.cpu()[packing.token_captions, packing.token_steps + 1]
+    token_captions = packing.token_captions.to(grid.device, non_blocking=True)
+    coverage = alphas.new_zeros(len(captions), alphas.shape[1]).index_add(0, token_captions, alphas)
+    return decoder.fc(decoder.dropout(hidden)), targets.to(grid.device, non_blocking=True), coverage
 
 
-def _to_slots(rows: Tensor, slots: Tensor, images: int, group: int) -> Tensor:
-    """rows (n, X) in their slots: (N, G, X), zero elsewhere."""
-    return rows.new_zeros(images * group, rows.shape[1]).index_copy_(0, slots, rows).view(images, group, -1)
+# --- batch norms --------------------------------------------------------------------------------------------
+
+
+class FoldedConv(nn.Conv2d):
+    """A convolution that does the work of the batch norm behind it: w x scale, and one bias for both.
+
+    With fixed statistics the result is the same, and so are all gradients; the pass over the activations is
+    saved. Parameters stay where they were.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        (norm,) = self.norms
+        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        bias = norm.bias - norm.running_mean * scale
+        if hasattr(self, "static_padding"):  # the lite EfficientNets'
+            x = self.static_padding(x)
+        return self._conv_forward(x, self.weight * scale.view(-1, 1, 1, 1), bias)
+
+
+def fold_batch_norms(encoder: Encoder) -> Encoder:
+    """Let each convolution that stands before a batch norm do its work too; weights in channels-last order,
+    which convolutions prefer. Changes the encoder, and returns it."""
+    for module in encoder.network.modules():
+        for conv, norm in itertools.pairwise(module.children()):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                conv.__class__ = FoldedConv
+                conv.norms = (norm,)  # in a tuple it is no submodule a second time
+                norm.forward = nn.Identity().forward
+    encoder.network.to(memory_format=torch.channels_last)
+    return encoder

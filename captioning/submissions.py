@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from captioning.annotations import ImageFinder, read_annotations
+from captioning.annotations import ImageFinder, read_annotations, require_image
 from captioning.images import list_images
 from utils import UserError, atomic_write, check_output, parallel_map, progress_bar, read_json, write_json
 
@@ -70,9 +70,7 @@ def caption_folder(
     def read_row(row: tuple[str, str | None]) -> tuple[str, object, str]:
         image_id, path = row
         try:
-            if path is None:
-                raise UserError(f"{image_id}: no image file of this name in {test_folder}")
-            return image_id, read(path), ""
+            return image_id, read(require_image(image_id, path, test_folder)), ""
         except UserError as error:
             return image_id, None, str(error)
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from captioning.annotations import END, PAD, START, UNK
-from models import ENCODED_SIZE, RESNETS, DecoderWithAttention, Encoder
+from models import ENCODED_SIZE, ENCODERS, DecoderWithAttention, Encoder
 from utils import UserError
 
 IMAGE_SIZE = 256  # pixels, as the tutorial prepares images
@@ -412,12 +412,13 @@ def _weights(module: _Object) -> dict[str, _TensorRecord]:
 
 def _identify_encoder(records: dict[str, _TensorRecord], path: str | Path) -> tuple[str, list[str]]:
     """The ResNet's name and the names in its state_dict."""
-    for name in RESNETS:
+    resnets = [name for name in ENCODERS if "res" in name]
+    for name in resnets:
         with torch.device("meta"):
-            expected = Encoder(name, "none")
+            expected = Encoder(name)
         if _fits(records, expected):
             return name, list(expected.state_dict())
-    raise UserError(f"{path}: its encoder is none of {', '.join(RESNETS)}")
+    raise UserError(f"{path}: its encoder is none of {', '.join(resnets)}")
 
 
 def _fits(records: dict[str, _TensorRecord], module: nn.Module) -> bool:

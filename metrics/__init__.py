@@ -1,13 +1,13 @@
-"""Scores of captions, those of the official evaluation without Java: BLEU, METEOR, ROUGE-L, CIDEr-D.
+"""Scores of captions, equal to the official evaluation's, without Java: BLEU, METEOR, ROUGE-L, CIDEr-D.
 
     result = score_captions({"1.jpg": ["A dog runs.", "A dog in snow."]}, {"1.jpg": "A dog plays in snow."})
     result.overall["CIDEr"], result.per_image["1.jpg"]["Bleu_4"]
 
-    cider = CiderD.from_references(training_references)  # lists of words, as `tokenize` makes them
+    cider = CiderD.from_references(training_references)  # each a list of words, see `tokenize`
     rewards = cider.score(references_of_the_batch, hypotheses_of_the_batch)
 
-Papers quote the numbers of `pycocoevalcap`; `score_captions` gives the same ones, from captions as people
-wrote them. Nothing here knows about models or files.
+Papers quote the numbers of `pycocoevalcap`; `score_captions` computes the same ones from captions that are
+not tokenized. The folder imports nothing of this project: it can be copied into another one.
 """
 
 import math
@@ -26,9 +26,13 @@ __all__ = ["CiderD", "Meteor", "MeteorDataError", "Scores", "bleu4", "rouge_l", 
 class Scores:
     """Scores by name: Bleu_1 to Bleu_4, METEOR and ROUGE_L in [0, 1], CIDEr in [0, 10].
 
-    `overall` is of the whole set: mean over the images for ROUGE_L and CIDEr; BLEU and METEOR are computed
-    from the summed counts of all images. `per_image` has the scores of each, in the references' order.
-    METEOR is absent from both where its data are not installed.
+    METEOR is absent where its data are not installed.
+
+    Attributes:
+        overall: scores of the whole set. ROUGE_L and CIDEr are means over the images; BLEU and METEOR are
+            computed from the counts of all images, added up.
+        per_image: the scores of each image, in the order of the references, by the keys given; where lists
+            were given, by position.
     """
 
     overall: dict[str, float]
@@ -36,64 +40,83 @@ class Scores:
 
 
 def score_captions(
-    references: Mapping[Hashable, Sequence[str]],
-    hypotheses: Mapping[Hashable, str],
+    references: Mapping[Hashable, Sequence[str]] | Sequence[Sequence[str]],
+    hypotheses: Mapping[Hashable, str] | Sequence[str],
     meteor: Meteor | None = None,
 ) -> Scores:
     """All scores of a set of captions, the same as the official evaluation's.
 
     Args:
-        references: the reference captions of each image, not tokenized.
-        hypotheses: one caption for each of the same images, not tokenized.
-        meteor: a Meteor to use again, which remembers the references; by default a new one.
+        references: the reference captions of each image, not tokenized: a dictionary by image, or a list.
+        hypotheses: one caption per image, not tokenized: a dictionary with the same keys, or a list in the
+            same order.
+        meteor: a Meteor to use, which remembers the references that it has scored; by default a new one.
 
-    Where METEOR's data are missing, the other scores are given and a line on stderr says what to install.
+    Where METEOR's data are missing, the other scores are computed and a line on stderr says what to install.
     CIDEr takes document frequencies from these references, so it depends on the whole set.
 
     Raises:
-        ValueError: an image is only in one of the two or has no reference, or there is no image.
-        TypeError: the references of an image, or its hypothesis, are no list of strings, or no string.
+        ValueError: an image is in only one of the two or has no reference, or there are no images.
+        TypeError: an image's references are not a list of strings, its hypothesis is not a string, or one of
+            the two is a list and the other a dictionary.
     """
+    references, hypotheses = _by_key(references, hypotheses)
     _check(references, hypotheses)
-    wanted = {key: [tokenize(caption) for caption in captions] for key, captions in references.items()}
-    found = {key: tokenize(hypotheses[key]) for key in references}
+    targets = {key: [tokenize(caption) for caption in captions] for key, captions in references.items()}
+    tokens = {key: tokenize(hypotheses[key]) for key in references}
 
-    counts = [bleu_counts(wanted[key], found[key]) for key in wanted]
+    counts = [bleu_counts(targets[key], tokens[key]) for key in targets]
     overall = named_bleu([sum(column) for column in zip(*counts)])
-    per_image = {key: named_bleu(count) for key, count in zip(wanted, counts)}
+    per_image = {key: named_bleu(count) for key, count in zip(targets, counts)}
 
-    scores = {}
+    columns = {}  # name -> score per image
     try:
-        lines = {key: [" ".join(words) for words in captions] for key, captions in wanted.items()}
-        overall["METEOR"], scores["METEOR"] = (meteor or Meteor()).compute_score(
-            lines, {key: " ".join(words) for key, words in found.items()}
+        overall["METEOR"], columns["METEOR"] = (meteor or Meteor()).compute_score(
+            {key: [" ".join(words) for words in captions] for key, captions in targets.items()},
+            {key: " ".join(words) for key, words in tokens.items()},
         )
     except MeteorDataError as error:
         print(f"METEOR left out: {error}", file=sys.stderr)
-    scores["ROUGE_L"] = [rouge_l(wanted[key], found[key]) for key in wanted]
-    scores["CIDEr"] = CiderD.from_references(wanted.values()).score(wanted.values(), found.values())
+    columns["ROUGE_L"] = [rouge_l(targets[key], tokens[key]) for key in targets]
+    columns["CIDEr"] = CiderD.from_references(targets.values()).score(targets.values(), tokens.values())
     for name in ("ROUGE_L", "CIDEr"):
-        overall[name] = math.fsum(scores[name]) / len(scores[name])
-    for name, column in scores.items():
-        for own, score in zip(per_image.values(), column):
-            own[name] = score
+        overall[name] = math.fsum(columns[name]) / len(columns[name])
+    for name, column in columns.items():
+        for scores, score in zip(per_image.values(), column):
+            scores[name] = score
     return Scores(overall, per_image)
+
+
+def _by_key(references, hypotheses) -> tuple[Mapping, Mapping]:
+    """Both as dictionaries; the key of a list's item is its position."""
+    if isinstance(references, Mapping) and isinstance(hypotheses, Mapping):
+        return references, hypotheses
+    for captions in (references, hypotheses):
+        if isinstance(captions, str) or not isinstance(captions, Sequence):
+            raise TypeError(
+                f"references and hypotheses: two dictionaries or two lists are expected, not "
+                f"{type(references).__name__} and {type(hypotheses).__name__}"
+            )
+    if len(references) != len(hypotheses):
+        raise ValueError(f"{len(references)} images have references, but {len(hypotheses)} have a hypothesis")
+    return dict(enumerate(references)), dict(enumerate(hypotheses))
 
 
 def _check(references: Mapping[Hashable, Sequence[str]], hypotheses: Mapping[Hashable, str]) -> None:
     if not references and not hypotheses:
         raise ValueError("there are no captions to score")
-    without = {
+    missing = {
         "hypothesis": [key for key in references if key not in hypotheses],
         "reference": [key for key in hypotheses if key not in references or not references[key]],
     }
-    for what, keys in without.items():
+    for what, keys in missing.items():
         if keys:
-            some = ", ".join(map(repr, keys[:10])) + (", ..." if len(keys) > 10 else "")
-            raise ValueError(f"{len(keys)} images without a {what}: {some}")
+            named = ", ".join(map(repr, keys[:10])) + (", ..." if len(keys) > 10 else "")
+            images = "1 image" if len(keys) == 1 else f"{len(keys)} images"
+            raise ValueError(f"{images} without a {what}: {named}")
     for key, captions in references.items():
         if isinstance(captions, str):
-            raise TypeError(f"references of {key!r}: a list of captions is expected, not one string")
+            raise TypeError(f"references of {key!r}: a list of captions is expected, not a single string")
         if not isinstance(hypotheses[key], str):
             raise TypeError(
                 f"hypothesis of {key!r}: a string is expected, not {type(hypotheses[key]).__name__}"

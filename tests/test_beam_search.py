@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from captioning.beam_search import beam_search, beam_search_n_best
-from models import DecoderWithAttention
+from models import DecoderWithAttention, pool_grid
+from tests.reference import TextbookDecoder
 from utils import UserError
 
 START, END, VOCABULARY = 38, 39, 40
@@ -21,20 +22,16 @@ def make_decoder(seed: int = 0) -> DecoderWithAttention:
 
 def plain_beam_search(decoder, encoding, beam_size, max_steps, length_penalty=0.0):
     """encoding (196, D) -> (words, score), with no tensors across hypotheses."""
-    mean = encoding.mean(dim=0)
-    live = [([], 0.0, decoder.init_h(mean), decoder.init_c(mean))]
+    encoding = encoding.unsqueeze(0)
+    live = [([], 0.0, *decoder.initial_state(encoding))]
     ended = []
     for _ in range(max_steps):
         continuations = []
         for words, score, h, c in live:
-            context, _ = decoder.attention(encoding.unsqueeze(0), h.unsqueeze(0))
-            context = torch.sigmoid(decoder.f_beta(h)) * context[0]
-            word = torch.cat([decoder.embedding(torch.tensor(words[-1] if words else START)), context])
-            h2, c2 = decoder.decode_step(word.unsqueeze(0), (h.unsqueeze(0), c.unsqueeze(0)))
-            log_probs = decoder.fc(h2[0]).log_softmax(dim=0)
-            continuations += [
-                ([*words, w], score + log_probs[w].item(), h2[0], c2[0]) for w in range(VOCABULARY)
-            ]
+            word = decoder.embedding(torch.tensor([words[-1] if words else START]))
+            logits, h2, c2, _ = decoder.step(word, encoding, h, c)
+            log_probs = logits[0].log_softmax(dim=0)
+            continuations += [([*words, w], score + log_probs[w].item(), h2, c2) for w in range(VOCABULARY)]
         continuations.sort(key=lambda continuation: -continuation[1])
         best = continuations[: beam_size - len(ended)]
         ended += [continuation for continuation in best if continuation[0][-1] == END]
@@ -50,13 +47,15 @@ def plain_beam_search(decoder, encoding, beam_size, max_steps, length_penalty=0.
 @torch.no_grad()
 @pytest.mark.parametrize("beam_size", [1, 2, 3, 5, 10])
 @pytest.mark.parametrize("length_penalty", [0.0, 0.7])
-def test_equals_plain_search(beam_size, length_penalty):
+@pytest.mark.parametrize("fused", [True, False])
+def test_equals_plain_search(beam_size, length_penalty, fused):
     decoder, encoding = make_decoder(), torch.rand(12, 14, 14, 32) * 3
-    found = beam_search(
-        [decoder], [encoding], START, END, beam_size, max_steps=15, length_penalty=length_penalty
-    )
+    options = {"max_steps": 15, "length_penalty": length_penalty, "fused": fused}
+    found = beam_search([decoder], [encoding], START, END, beam_size, **options)
+    textbook = TextbookDecoder(16, 16, 24, VOCABULARY, 32)
+    textbook.load_state_dict(decoder.state_dict())
     for image, hypothesis in zip(encoding, found):
-        words, score = plain_beam_search(decoder, image.flatten(0, 1), beam_size, 15, length_penalty)
+        words, score = plain_beam_search(textbook, image.flatten(0, 1), beam_size, 15, length_penalty)
         assert hypothesis.words == words
         assert hypothesis.score == pytest.approx(score, abs=1e-4)
     if beam_size == 1:
@@ -79,7 +78,9 @@ def test_alphas_are_those_of_the_words():
     found = beam_search([decoder], [grid], START, END, beam_size=4, max_steps=12, keep_alphas=True)
     for image, hypothesis in zip(grid, found):
         caption = torch.tensor([[START, *hypothesis.words, END]])
-        _, _, _, alphas, _ = decoder(image.unsqueeze(0), caption, torch.tensor([[caption.shape[1]]]))
+        _, _, _, alphas, _ = decoder(
+            pool_grid(image.unsqueeze(0)), caption, torch.tensor([[caption.shape[1]]])
+        )
         torch.testing.assert_close(
             hypothesis.alphas, alphas[0, : len(hypothesis.words)], atol=1e-5, rtol=1e-4
         )
@@ -96,7 +97,7 @@ def test_members_are_averaged_in_probability():
     members, grid = [make_decoder(1), make_decoder(2)], torch.rand(1, 8, 8, 32)
     (found,) = beam_search(members, [grid, grid], START, END, beam_size=1, max_steps=1)
     first_scores = [
-        member(grid, torch.tensor([[START, 0]]), torch.tensor([[2]]))[0][0, 0].softmax(dim=0)
+        member(pool_grid(grid), torch.tensor([[START, 0]]), torch.tensor([[2]]))[0][0, 0].softmax(dim=0)
         for member in members
     ]
     mean = torch.stack(first_scores).mean(dim=0)
@@ -154,7 +155,7 @@ def test_log_probabilities_are_those_of_teacher_forcing():
     for image, found in zip(grid, several):
         for h in found:
             caption = torch.tensor([[START, *h.words, END]])
-            logits, *_ = decoder(image.unsqueeze(0), caption, torch.tensor([[caption.shape[1]]]))
+            logits, *_ = decoder(pool_grid(image.unsqueeze(0)), caption, torch.tensor([[caption.shape[1]]]))
             forced = logits[0].log_softmax(dim=1).gather(1, caption[0, 1:].unsqueeze(1)).flatten().tolist()
             assert h.log_probs == pytest.approx(forced[: len(h.words) + h.finished], abs=1e-4)
             assert sum(h.log_probs) == pytest.approx(h.score, abs=1e-4)

@@ -15,12 +15,16 @@ import transformers
 from conftest import ROOT, assert_one_line
 from PIL import Image
 
+import datasets
 import direct_caption
 import train_model
 from captioning import blip
-from captioning.blip import load_captioner, pad_captions, tiny_captioner
+from captioning.annotations import read_annotations
+from captioning.blip import load_captioner
 from captioning.images import list_images
 from captioning.submissions import find_images, read_submission
+from captioning.tiny_blip import tiny_captioner
+from datasets import BlipDataset, pad_captions
 from utils import UserError
 
 CAPTIONS = ["a red circle on grass", "two blue squares on gravel", "a large star above a small circle"]
@@ -251,6 +255,41 @@ def test_offline_says_how_to_get_a_model(demo, run_script, monkeypatch, tmp_path
 def test_a_kept_prompt_needs_a_prompt():
     with pytest.raises(UserError, match="--prompt"):
         direct_caption.Settings(conditional=True)
+
+
+# --- the images of a training -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def records(demo):
+    return read_annotations(demo / "train.csv", demo / "train" / "train")[:6]
+
+
+def test_images_are_prepared_as_for_captioning(captioner, records, monkeypatch):
+    """Kept or read anew, as uint8 and resized: the numbers are those of `prepare`."""
+    truth = torch.stack([captioner.prepare(record.path) for record in records])
+    for room, kept in ((datasets.KEPT_BYTES, 6), (2 * 3 * 64 * 64 + 1, 2), (0, 0)):
+        monkeypatch.setattr(datasets, "KEPT_BYTES", room)
+        dataset = BlipDataset(captioner, records, workers=2)
+        for _ in range(2):
+            found = torch.cat([*dataset.batches([[0, 1, 2, 3], [4, 5]])])
+            assert torch.equal(found, truth) and found.dtype == torch.float32
+        assert len(dataset.kept) == kept
+        assert all(image.dtype == torch.uint8 for image in dataset.kept.values())
+
+
+def test_augmentation_depends_on_seed_and_image_alone(captioner, records):
+    dataset = BlipDataset(captioner, records, workers=3)
+    (together,) = dataset.batches([[0, 1, 2, 3, 4, 5]], "1")
+    order = torch.get_rng_state()
+    alone = torch.cat([*dataset.batches([[index] for index in (5, 4, 3, 2, 1, 0)], "1")]).flip(0)
+    assert torch.equal(together, alone)
+    (another,) = dataset.batches([[0, 1, 2, 3, 4, 5]], "2")
+    assert (together != another).flatten(1).any(dim=1).all()
+    assert torch.equal(torch.get_rng_state(), order)
+    for record, may_flip in zip(records, dataset.may_flip, strict=True):
+        assert may_flip == (not {"left", "right"} & {word for tokens in record.tokens for word in tokens})
+    assert 0 < sum(dataset.may_flip) < len(records)
 
 
 # --- training -----------------------------------------------------------------------------------------------

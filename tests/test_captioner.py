@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from captioning import blip
 from captioning.annotations import END, START, read_annotations
 from captioning.captioner import Captioner
 from captioning.images import list_images
+from captioning.tiny_blip import tiny_captioner
 from utils import UserError
 
 
@@ -18,7 +18,7 @@ def blip_folder(demo, tmp_path_factory):
     torch.manual_seed(3)
     captions = [c for record in read_annotations(demo / "train.csv") for c in record.captions]
     folder = tmp_path_factory.mktemp("tiny") / "blip"
-    blip.tiny_captioner(captions).save(folder)
+    tiny_captioner(captions).save(folder)
     return folder
 
 
@@ -85,7 +85,7 @@ def test_log_probabilities_and_attention_of_an_attention_model_are_those_of_teac
     captioner = Captioner.load(models / "best_checkpoint.pth")
     for path, caption in zip(paths, captioner.caption(paths, beam_size=1, details=True)):
         assert caption.words
-        grid = captioner.encoders[0].encode(captioner.prepare(path).unsqueeze(0))[0].permute(2, 0, 1)
+        grid = captioner.encode(captioner.prepare(path).unsqueeze(0))[0][0].permute(2, 0, 1)
         encoding = torch.nn.functional.adaptive_avg_pool2d(grid, 14).permute(1, 2, 0).unsqueeze(0)
         ids = torch.tensor([[captioner.word_map[word] for word in (START, *caption.words, END)]])
         logits, _, _, alphas, _ = captioner.decoders[0](encoding, ids, torch.tensor([[ids.shape[1]]]))

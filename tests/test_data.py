@@ -1,21 +1,29 @@
-"""Annotation readers, images and preparation, on real files."""
+"""Annotation readers, images, preparation, data sets and feature caches, on real files."""
 
 import csv
 import json
 import random
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+import skimage
 import torch
-from conftest import SHARED
+from conftest import ROOT, SHARED
 from PIL import Image
 
 import create_input_files as preparation
-from captioning.annotations import read_annotations
-from captioning.features import cache_features
+from captioning import features
+from captioning.annotations import read_annotations, split_records
+from captioning.features import cache_features, cached_features, encode_images
 from captioning.images import list_images, read_image
-from datasets import SIDED, BatchSampler, CaptionDataset, Request, augment_image
+from datasets import LEFT_OR_RIGHT, BatchSampler, CaptionDataset, Request, augment_image
 from models import Encoder
 from utils import UserError, natural_order, parallel_map
 
@@ -125,25 +133,97 @@ def test_parallel_map_keeps_order_and_few_results():
 # --- annotations --------------------------------------------------------------------------------------------
 
 
+PHOTOGRAPHS = {  # that scikit-image brings along
+    "astronaut.png": ["A woman in an orange space suit.", "An astronaut smiles, a flag behind her."],
+    "camera.png": ["A man looks through a camera on a tripod.", "A photographer on a lawn"],
+    "chelsea.png": ["A tabby cat's face.", "The cat isn't asleep."],
+    "coffee.png": ["A cup of coffee, a saucer and a spoon.", "black coffee on a table"],
+    "motorcycle_left.png": ["A motorcycle in a garage.", "A red motorcycle, seen from the left"],
+    "rocket.jpg": ["A rocket on its launch pad.", "Lights shine on a rocket at night."],
+}
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory) -> Path:
+    """A folder with images/ and their captions in the four layouts."""
+    folder = tmp_path_factory.mktemp("photographs")
+    (folder / "images").mkdir()
+    for name in PHOTOGRAPHS:
+        shutil.copy(Path(skimage.__file__).parent / "data" / name, folder / "images")
+    rows = [(name, caption) for name, captions in PHOTOGRAPHS.items() for caption in captions]
+    for file, id_column, ids in (("kaggle.csv", "image_id", "stem"), ("captions.txt", "image", "name")):
+        with (folder / file).open("w", newline="") as stream:
+            csv.writer(stream).writerow((id_column, "caption"))
+            csv.writer(stream).writerows((getattr(Path(name), ids), caption) for name, caption in rows)
+    splits = ["train", "restval", "train", "val", "val", "test"]
+    karpathy = [
+        {"filename": name, "split": split, "sentences": [
+            {"raw": caption, "tokens": caption.rstrip(".").split()} for caption in captions]}
+        for (name, captions), split in zip(PHOTOGRAPHS.items(), splits)
+    ]  # fmt: skip
+    (folder / "karpathy.json").write_text(json.dumps({"images": karpathy, "dataset": "coco"}))
+    numbers = {name: 100 + number for number, name in enumerate(PHOTOGRAPHS)}
+    coco = {
+        "images": [{"id": number, "file_name": name} for name, number in numbers.items()],
+        "annotations": [{"image_id": numbers[name], "caption": caption} for name, caption in rows],
+    }
+    (folder / "coco.json").write_text(json.dumps(coco))
+    return folder
+
+
+def test_four_layouts_of_the_same_photographs_agree(photographs):
+    images = photographs / "images"
+    files = ("kaggle.csv", "captions.txt", "coco.json", "karpathy.json")
+    kaggle, flickr, coco, karpathy = (read_annotations(photographs / file, images) for file in files)
+    for records in (kaggle, flickr, coco, karpathy):
+        assert [record.path for record in records] == [str(images / name) for name in PHOTOGRAPHS]
+        assert [record.captions for record in records] == list(PHOTOGRAPHS.values())
+    for records in (kaggle, flickr, coco):
+        assert [record.tokens for record in records] == [record.tokens for record in kaggle]
+        assert not any(record.split for record in records)
+    assert kaggle[2].tokens == [["a", "tabby", "cat", "'s", "face"], ["the", "cat", "is", "n't", "asleep"]]
+    assert [record.image_id for record in kaggle] == [Path(name).stem for name in PHOTOGRAPHS]
+    assert [record.image_id for record in flickr] == list(PHOTOGRAPHS)
+    assert [record.image_id for record in coco] == ["100", "101", "102", "103", "104", "105"]
+    splits = split_records(karpathy, 0.5, seed=0)  # the file's own, whatever fraction is asked for
+    assert [len(splits[name]) for name in ("train", "val", "test")] == [3, 2, 1]
+
+
+def test_photographs_are_prepared(photographs, tmp_path):
+    """From files to arrays: another shape, grey, with transparency, a JPEG."""
+    settings = preparation.Settings(
+        str(photographs / "karpathy.json"), str(photographs / "images"), output_folder=str(tmp_path),
+        min_word_freq=1, captions_per_image=2, image_size=96,
+    )  # fmt: skip
+    record = preparation.create_input_files(settings)
+    assert [counts["images"] for counts in record["splits"].values()] == [3, 2, 1]
+    dataset, paths = CaptionDataset(tmp_path, "train"), list(PHOTOGRAPHS)[:3]
+    images, captions, _ = dataset[Request(np.arange(3), 0)]
+    assert images.shape == (3, 3, 96, 96) and captions.shape[:2] == (3, 2)
+    assert (images[1, 0] == images[1, 1]).all() and images.float().std(dim=(1, 2, 3)).min() > 20
+    for path, image in zip(paths, images):
+        assert torch.equal(image, torch.from_numpy(read_image(photographs / "images" / path, 96)))
+
+
 @needs_flickr
-def test_three_layouts_of_the_same_data_agree():
+def test_three_layouts_of_flickr8k_agree():
     kaggle = read_annotations(FLICKR / "train.csv", FLICKR / "train" / "train")
     flickr = read_annotations(FLICKR / "captions.txt", FLICKR / "train" / "train")
     karpathy = read_annotations(FLICKR / "dataset_flickr8k_small.json", FLICKR / "train" / "train")
-    karpathy_train = [image for image in karpathy if image.split != "test"]
+    karpathy_train = [record for record in karpathy if record.split != "test"]
     assert len(kaggle) == len(flickr) == len(karpathy_train) == 750
-    assert {p.path for p in kaggle} == {p.path for p in flickr} == {p.path for p in karpathy_train}
-    assert all(p.path for p in kaggle) and all(len(p.captions) == 5 for p in kaggle)
-    captions = {p.path: sorted(p.captions) for p in kaggle}
-    assert captions == {p.path: sorted(p.captions) for p in flickr}
+    assert {r.path for r in kaggle} == {r.path for r in flickr} == {r.path for r in karpathy_train}
+    assert all(r.path for r in kaggle) and all(len(r.captions) == 5 for r in kaggle)
+    captions = {r.path: sorted(r.captions) for r in kaggle}
+    assert captions == {r.path: sorted(r.captions) for r in flickr}
     assert kaggle[0].image_id + ".jpg" == flickr[0].image_id
-    assert {p.split for p in karpathy} == {"train", "val", "test"}
+    assert {r.split for r in karpathy} == {"train", "val", "test"}
 
 
 @needs_coco
 def test_coco_layout():
-    images = read_annotations(COCO / "captions_train2017.json", COCO / "train2017")
-    assert images and all(p.path and len(p.captions) >= 5 and p.image_id.isdecimal() for p in images)
+    records = read_annotations(COCO / "captions_train2017.json", COCO / "train2017")
+    assert records and all(r.path and len(r.captions) >= 5 and r.image_id.isdecimal() for r in records)
 
 
 def test_karpathy_details(tmp_path):
@@ -178,8 +258,8 @@ def test_csv_details(tmp_path):
         ("image_id,caption\n", "no images"),
         ("{}", "neither"),
         ("{", "not a JSON file"),
-        ('{"images": [{"id": 1}], "annotations": []}', "damaged"),
-        ('{"images": [1]}', "damaged"),
+        ('{"images": [{"id": 1}], "annotations": []}', "damaged annotations: 'file_name' is missing"),
+        ('{"images": [1]}', "damaged annotations"),
     ],
 )
 def test_wrong_annotation_files(tmp_path, content, problem):
@@ -220,12 +300,12 @@ def test_prepared_files_fit_each_other(demo, prepared):
 
 
 @pytest.mark.parametrize(
-    "size, batch_size, parts, processes",
+    "size, batch_size, accumulation_steps, processes",
     [(32, 5, 1, 1), (32, 8, 2, 2), (7, 16, 1, 3), (5, 1, 2, 2), (9, 4, 1, 2)],
 )
-def test_batches_share_out_every_image_once(size, batch_size, parts, processes):
+def test_batches_share_out_every_image_once(size, batch_size, accumulation_steps, processes):
     samplers = [
-        BatchSampler(size, batch_size, parts, rank, processes, shuffle=True, seed=3)
+        BatchSampler(size, batch_size, accumulation_steps, rank, processes, shuffle=True, seed=3)
         for rank in range(processes)
     ]
     orders = []
@@ -236,19 +316,19 @@ def test_batches_share_out_every_image_once(size, batch_size, parts, processes):
             requests = list(sampler)
             assert len(requests) == len(sampler) == len(samplers[0])
             assert all(len(request.indices) for request in requests)
-            if (size, batch_size) != (5, 1):  # where parts would be empty they are larger
+            if (size, batch_size) != (5, 1):  # where a micro-batch would be empty they are larger
                 assert max(len(request.indices) for request in requests) <= batch_size
             seen += [index for request in requests for index in request.indices.tolist()]
         assert sorted(seen) == list(range(size))
-        # a step's images are the same however it is cut up
-        whole = BatchSampler(size, batch_size * parts * processes, shuffle=True, seed=3)
+        # a step has the same images however it is divided
+        whole = BatchSampler(size, batch_size * accumulation_steps * processes, shuffle=True, seed=3)
         whole.start_epoch(epoch)
         if len(whole) == len(samplers[0].steps):
             for request, step in zip(whole, samplers[0].steps):
                 assert request.indices.tolist() == sorted(step.tolist())
         orders.append([request.indices.tolist() for request in samplers[0]])
     assert orders[0] != orders[1]
-    with pytest.raises(UserError, match="cannot be shared out"):
+    with pytest.raises(UserError, match="cannot be divided"):
         BatchSampler(3, 1, 2, 0, 2)
 
 
@@ -268,8 +348,7 @@ def test_augmented_images_keep_left_and_right_where_captions_say_so(prepared):
     results = {False: [], True: []}
     for flip in results:
         for seed in range(40):
-            torch.manual_seed(seed)
-            image = augment_image(half, flip).float()
+            image = augment_image(half, random.Random(seed), flip).float()
             assert image.shape == half.shape
             results[flip].append(bool(image[:, :, -16:].mean() > image[:, :, :16].mean()))
     assert all(results[False]) and 10 < sum(results[True]) < 30
@@ -278,12 +357,12 @@ def test_augmented_images_keep_left_and_right_where_captions_say_so(prepared):
     words = {index: word for word, index in json.loads((prepared / "word_map.json").read_text()).items()}
     for index in range(len(dataset)):
         says = {words[word] for word in dataset.captions[index].flatten().tolist()} & {"left", "right"}
-        assert dataset.sided[index] == bool(says)
-    assert 0 < dataset.sided.sum() < len(dataset)
+        assert dataset.may_flip[index] == (not says)
+    assert 0 < dataset.may_flip.sum() < len(dataset)
     for word in ("left", "right", "left-hand", "leftmost", "upper-right", "rightwards"):
-        assert SIDED.search(word)
+        assert LEFT_OR_RIGHT.search(word)
     for word in ("bright", "rights", "lefty", "upright", "cleft"):
-        assert not SIDED.search(word)
+        assert not LEFT_OR_RIGHT.search(word)
 
     # the seed of the request alone decides
     order = torch.get_rng_state()
@@ -313,20 +392,19 @@ def test_words_are_counted_on_the_training_split_alone(tmp_path):
 
 
 def test_validation_split_does_not_depend_on_the_order_of_the_file(demo, tmp_path):
-    with (demo / "train.csv").open() as stream:
-        header, *rows = list(csv.reader(stream))
-    random.Random(0).shuffle(rows)
-    with (tmp_path / "shuffled.csv").open("w", newline="") as stream:
-        csv.writer(stream).writerows([header, *rows])
+    records = read_annotations(demo / "train.csv", demo / "train" / "train")
     held_out = []
-    for file in (demo / "train.csv", tmp_path / "shuffled.csv"):
-        splits = preparation.read_splits(preparation.Settings(str(file), str(demo / "train" / "train")))
-        held_out.append({image.image_id for image in splits["val"]})
-        assert held_out[-1].isdisjoint(image.image_id for image in splits["train"])
+    for _ in range(2):
+        splits = split_records(records, 0.1, seed=123)
+        held_out.append({record.image_id for record in splits["val"]})
+        assert held_out[-1].isdisjoint(record.image_id for record in splits["train"])
+        assert len(splits["train"]) == 36 and splits["test"] == []
+        random.Random(0).shuffle(records)
     assert held_out[0] == held_out[1] and len(held_out[0]) == 4
+    assert {record.image_id for record in split_records(records, 0.1, seed=5)["val"]} != held_out[0]
 
 
-def test_bad_images_are_named_and_skipped(tmp_path, run_script):
+def test_bad_images_are_named_and_skipped(tmp_path, capsys):
     rows = ["image_id,caption"]
     for name in ("a", "b", "c", "d"):
         colourful().save(tmp_path / f"{name}.png")
@@ -334,16 +412,20 @@ def test_bad_images_are_named_and_skipped(tmp_path, run_script):
     (tmp_path / "b.png").write_text("text")
     (tmp_path / "d.png").unlink()
     (tmp_path / "train.csv").write_text("\n".join(rows))
-    command = ["create_input_files.py", "--annotations", tmp_path / "train.csv", "--image_folder", tmp_path,
-               "--output_folder", tmp_path / "out", "--min_word_freq", 1, "--val_fraction", 0]  # fmt: skip
-    result = run_script(*command)
-    assert result.returncode == 0 and "b.png" in result.stderr and "d: no image" in result.stderr
-    assert "skipped 2" in result.stdout
+    options = {"min_word_freq": 1, "val_fraction": 0, "image_size": 32}
+    settings = preparation.Settings(
+        str(tmp_path / "train.csv"), str(tmp_path), output_folder=str(tmp_path / "out"), **options
+    )
+    preparation.create_input_files(settings)
+    printed = capsys.readouterr()
+    assert "b.png" in printed.err and "d: no image file of this name" in printed.err
+    assert "skipped 2" in printed.out
     record = read_record(tmp_path / "out")
     assert record["splits"]["train"]["images"] == 2
     assert [name for name, _ in record["skipped"]] == ["b", "d"]
-    result = run_script(*command, "--strict", "--output_folder", tmp_path / "strict")
-    assert result.returncode == 2 and "b.png" in result.stderr and not (tmp_path / "strict").exists()
+    with pytest.raises(UserError, match=r"b\.png"):
+        preparation.create_input_files(replace(settings, strict=True, output_folder=str(tmp_path / "strict")))
+    assert not (tmp_path / "strict").exists()
 
 
 def test_interrupted_preparation_keeps_the_earlier_one(demo, tmp_path, monkeypatch):
@@ -382,14 +464,71 @@ def test_preparation_does_not_depend_on_workers(demo, tmp_path):
 
 
 def test_feature_cache_is_made_once_and_never_stale(prepared):
-    encoder = Encoder("resnet18", "none")
+    encoder = Encoder("resnet18")
+    assert cached_features(encoder, prepared, "val") is None
     file = cache_features(encoder, prepared, "val", torch.device("cpu"))
+    assert cached_features(encoder, prepared, "val") == file
     with h5py.File(file) as cache, h5py.File(prepared / "val_images.hdf5") as images:
-        truth = encoder.encode(torch.from_numpy(images["images"][:]))
+        assert set(cache.attrs) == {"weights", "pictures"}, "caches on users' disks would be made anew"
+        truth = encode_images(encoder, torch.from_numpy(images["images"][:]))
         difference = np.abs(cache["features"][:] - truth.numpy()).max()
         assert difference < 1e-3 * truth.abs().max()
     made = file.stat().st_mtime_ns
     assert cache_features(encoder, prepared, "val", torch.device("cpu")).stat().st_mtime_ns == made
     torch.manual_seed(1)
-    other = Encoder("resnet18", "none")
+    other = Encoder("resnet18")
+    assert cached_features(other, prepared, "val") is None
     assert cache_features(other, prepared, "val", torch.device("cpu")).stat().st_mtime_ns != made
+
+
+def test_a_full_disk_is_noticed_before_the_work(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda folder: usage(free=99))
+    encoded = []
+
+    def encode(batch):
+        encoded.append(batch)
+        return batch
+
+    batches = (torch.ones(2, 5) for _ in range(50))
+    with pytest.raises(UserError, match="--cache_features False") as error:
+        features.write_features(tmp_path / "f.hdf5", {}, batches, encode, 100, "images")
+    assert "\n" not in str(error.value)
+    assert len(encoded) == 1 and not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_cache_leaves_nothing(tmp_path):
+    def write(batches):
+        features.write_features(tmp_path / "f.hdf5", {"weights": "w"}, batches, lambda b: b, 4, "images")
+
+    def batches():
+        yield torch.ones(2, 5)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(batches())
+    assert not list(tmp_path.iterdir())
+    features.write_features(
+        tmp_path / "f.hdf5", {"weights": "w"}, [torch.ones(2, 5)], lambda b: b, 2, "images"
+    )
+    assert features.is_up_to_date(tmp_path / "f.hdf5", {"weights": "w"})
+    assert not features.is_up_to_date(tmp_path / "f.hdf5", {"weights": "v"})
+
+
+# --- how quickly scripts start ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ["create_input_files.py", "make_demo_data.py"])
+def test_scripts_that_need_no_torch_start_without_it(script):
+    """What they import, also for --help, is light: importing torch takes more than a second."""
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = [sys.argv[1], '--help']\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as ended: assert not ended.code\n"
+        "heavy = {'torch', 'accelerate', 'transformers', 'skimage', 'nltk', 'matplotlib', 'scipy'}\n"
+        "sys.exit(', '.join(heavy & sys.modules.keys()) or 0)"
+    )
+    run = subprocess.run([sys.executable, "-c", code, script], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "--output_folder" in run.stdout

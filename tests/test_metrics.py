@@ -269,7 +269,7 @@ def test_one_more_reference_never_lowers_rouge():
 def test_images_that_do_not_fit(no_meteor):
     with pytest.raises(ValueError, match="2 images without a hypothesis: 1, 2"):
         score_captions(REFERENCES, {3: HYPOTHESES[3]})
-    with pytest.raises(ValueError, match="1 images without a reference: 'b'"):
+    with pytest.raises(ValueError, match="1 image without a reference: 'b'"):
         score_captions({"a": ["a dog"]}, {"a": "a dog", "b": "a cat"})
     with pytest.raises(ValueError, match="without a reference: 1"):
         score_captions({1: []}, {1: "a dog"})

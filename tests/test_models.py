@@ -4,8 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from models import DecoderWithAttention, Encoder, _efficientnet, load_embeddings, normalize_images
+from captioning.features import encode_images
+from captioning.fused_decoder import caption_logits, fold_batch_norms
+from captioning.fused_recurrence import pack_captions
+from captioning.plain_decoder import caption_logits as plain_caption_logits
+from captioning.pretrained import build_encoder, load_embeddings
+from models import DecoderWithAttention, Encoder, normalize_images, pool_grid
+from tests.reference import TextbookDecoder
 from utils import UserError
 
 VOCABULARY = 50
@@ -31,72 +38,83 @@ def make_captions(images: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     return captions * (torch.arange(13) < lengths.unsqueeze(1)), lengths
 
 
-def plain_decoding(decoder, encoding, caption, length):
-    """One caption of one image, word by word: encoding (196, D) -> scores (length - 1, V), alphas (length
-    - 1, 196)."""
-    attention = decoder.attention
-    mean = encoding.mean(dim=0)
-    h, c = decoder.init_h(mean), decoder.init_c(mean)
-    scores, alphas = [], []
-    for t in range(length - 1):
-        energy = attention.full_att(
-            F.relu(attention.encoder_att(encoding) + attention.decoder_att(h))
-        ).squeeze(1)
-        alpha = energy.softmax(dim=0)
-        context = torch.sigmoid(decoder.f_beta(h)) * (alpha.unsqueeze(1) * encoding).sum(dim=0)
-        word = torch.cat([decoder.embedding(caption[t]), context])
-        h, c = decoder.decode_step(word.unsqueeze(0), (h.unsqueeze(0), c.unsqueeze(0)))
-        h, c = h.squeeze(0), c.squeeze(0)
-        scores.append(decoder.fc(h))
-        alphas.append(alpha)
-    return torch.stack(scores), torch.stack(alphas)
+def textbook_decoding(decoder, grid, captions, lengths):
+    """The independent implementation: logits (N * G, T, V), alphas (N * G, T, 196), in the batch's order."""
+    sizes = (24, 20, 28, VOCABULARY, 32)
+    textbook = TextbookDecoder(*sizes).to(grid.dtype)
+    textbook.load_state_dict(decoder.state_dict())
+    copies = pool_grid(grid).repeat_interleave(len(captions) // len(grid), dim=0)
+    order = lengths.sort(descending=True).indices.argsort()
+    logits, _, _, alphas = textbook(copies, captions, lengths)
+    return textbook, logits[order], alphas[order]
 
 
-def pool(grid: torch.Tensor) -> torch.Tensor:
-    """(N, h, w, D) -> (N, 14, 14, D)"""
-    return F.adaptive_avg_pool2d(grid.permute(0, 3, 1, 2), 14).permute(0, 2, 3, 1)
+def valid(values, lengths):
+    """The tokens of captions (N, T, ...) -> (W, ...)"""
+    return values[torch.arange(values.shape[1]) < (lengths - 1).unsqueeze(1)]
 
 
-@pytest.mark.parametrize("side", [2, 7, 8, 14, 16])
+def unpack(packed, order, batch_sizes):
+    """Packed tokens (W, ...) -> (N * G, T, ...) in the batch's order."""
+    sequence = PackedSequence(packed, torch.tensor(batch_sizes), order, order.argsort())
+    return pad_packed_sequence(sequence, batch_first=True)[0]
+
+
 @pytest.mark.parametrize("group", [1, 3])
-def test_forward_equals_plain_reference(side, group):
-    decoder, grid = make_decoder(), torch.rand(4, side, side, 32)
+def test_forward_equals_independent_reference(group):
+    decoder, grid = make_decoder(), torch.rand(4, 8, 8, 32)
     captions, lengths = make_captions(4, group)
-    scores, sorted_captions, decode_lengths, alphas, order = decoder(grid, captions, lengths.unsqueeze(1))
+    encodings = pool_grid(grid).repeat_interleave(group, dim=0)
+    predictions, sorted_captions, decode_lengths, alphas, order = decoder(
+        encodings, captions, lengths.unsqueeze(1)
+    )
     assert decode_lengths == sorted(decode_lengths, reverse=True)
     assert torch.equal(sorted_captions, captions[order])
-    for row, index in enumerate(order.tolist()):
-        encoding = pool(grid)[index // group].flatten(0, 1)
-        plain_scores, plain_alphas = plain_decoding(decoder, encoding, captions[index], int(lengths[index]))
-        steps = decode_lengths[row]
-        torch.testing.assert_close(scores[row, :steps], plain_scores, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(alphas[row, :steps], plain_alphas, atol=1e-5, rtol=1e-5)
-        assert not scores[row, steps:].any() and not alphas[row, steps:].any()
+    _, logits, maps = textbook_decoding(decoder, grid, captions, lengths)
+    torch.testing.assert_close(predictions, logits[order], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(alphas, maps[order], atol=1e-5, rtol=1e-5)
+    for row, steps in enumerate(decode_lengths):
+        assert not predictions[row, steps:].any() and not alphas[row, steps:].any()
 
 
-@pytest.mark.parametrize("side, group", [(8, 2), (14, 3), (4, 1)])
-def test_gradients_equal_plain_reference(side, group):
+@pytest.mark.parametrize("side, group", [(2, 1), (7, 3), (8, 1), (8, 3), (14, 3), (16, 2)])
+def test_fused_decoder_equals_forward(side, group):
+    """Logits, alphas summed over each caption, and all gradients, the encoder's too; in float64."""
     decoder, grid = make_decoder().double(), torch.rand(3, side, side, 32, dtype=torch.float64)
     grid.requires_grad_()  # as where the encoder is fine-tuned
     captions, lengths = make_captions(3, group)
-    scores, targets, coverage = decoder.score_words(grid, captions, lengths)
-    (F.cross_entropy(scores, targets) + ((1 - coverage) ** 2).mean()).backward()
-    fast = {name: parameter.grad for name, parameter in decoder.named_parameters()} | {"grid": grid.grad}
-    decoder.zero_grad()
-    grid.grad = None
-    plain_scores, plain_targets, penalty = [], [], 0
-    for index in range(3 * group):
-        length = int(lengths[index])
-        s, a = plain_decoding(decoder, pool(grid)[index // group].flatten(0, 1), captions[index], length)
-        plain_scores.append(s)
-        plain_targets.append(captions[index, 1:length])
-        penalty = penalty + ((1 - a.sum(dim=0)) ** 2).mean() / (3 * group)
-    (F.cross_entropy(torch.cat(plain_scores), torch.cat(plain_targets)) + penalty).backward()
-    # the softmax is blind to what is added to all scores
-    assert fast.pop("attention.full_att.bias") is None
-    for name, parameter in [*decoder.named_parameters(), ("grid", grid)]:
-        if name in fast:
-            torch.testing.assert_close(fast[name], parameter.grad, msg=name)
+    results = []
+    for form in (caption_logits, plain_caption_logits):
+        decoder.zero_grad()
+        grid.grad = None
+        logits, targets, coverage = form(decoder, grid, captions, lengths)
+        (F.cross_entropy(logits, targets) + ((1 - coverage) ** 2).mean()).backward()
+        gradients = {name: parameter.grad for name, parameter in decoder.named_parameters()}
+        results.append((logits, targets, coverage, gradients | {"grid": grid.grad}))
+    (logits, targets, coverage, fused), (plain_logits, plain_targets, plain_coverage, plain) = results
+    packing = pack_captions((lengths - 1).view(-1, group), grid.device)
+    plain_order = lengths.sort(descending=True, stable=True).indices  # of equal lengths another one
+    for ours, theirs in ((logits, plain_logits), (targets, plain_targets)):
+        ours = unpack(ours, packing.sorted_indices, packing.batch_sizes)
+        torch.testing.assert_close(ours, unpack(theirs, plain_order, packing.batch_sizes))
+    torch.testing.assert_close(coverage, plain_coverage)
+    # the softmax does not depend on a bias of all energies
+    assert fused.pop("attention.full_att.bias") is None
+    for name, gradient in fused.items():
+        torch.testing.assert_close(gradient, plain[name], msg=name)
+
+
+def test_gradients_equal_independent_reference():
+    decoder, grid = make_decoder().double(), torch.rand(3, 8, 8, 32, dtype=torch.float64)
+    captions, lengths = make_captions(3, 2)
+    logits, targets, coverage = caption_logits(decoder, grid, captions, lengths)
+    (F.cross_entropy(logits, targets) + ((1 - coverage) ** 2).mean()).backward()
+    textbook, logits, alphas = textbook_decoding(decoder, grid, captions, lengths)
+    penalty = ((1 - alphas.sum(dim=1)) ** 2).mean()
+    (F.cross_entropy(valid(logits, lengths), valid(captions[:, 1:], lengths)) + penalty).backward()
+    for (name, ours), theirs in zip(decoder.named_parameters(), textbook.parameters()):
+        if name != "attention.full_att.bias":
+            torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
 
 
 def test_half_precision_follows_full():
@@ -106,7 +124,7 @@ def test_half_precision_follows_full():
     for half in (False, True):
         decoder.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            scores, targets, coverage = decoder.score_words(grid, captions, lengths)
+            scores, targets, coverage = caption_logits(decoder, grid, captions, lengths)
             loss = F.cross_entropy(scores, targets) + ((1 - coverage) ** 2).mean()
         loss.backward()
         gradients.append({name: p.grad for name, p in decoder.named_parameters() if p.grad is not None})
@@ -144,66 +162,66 @@ def test_parameter_names_are_the_published_ones():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name, dim", [("resnet18", 512), ("resnet50", 2048), ("efficientnet_lite0", 1280)])
+@pytest.mark.parametrize(
+    "name, dim",
+    [
+        ("resnet18", 512),
+        ("resnet50", 2048),
+        ("efficientnet_lite0", 1280),
+        ("efficientnet_v2_s", 1280),
+        ("convnext_tiny", 768),
+    ],
+)
 def test_encoder_shapes_and_fine_tuning(name, dim):
-    encoder = Encoder(name, "none")
+    encoder = build_encoder(name, "none")
     images = normalize_images(torch.randint(0, 256, (2, 3, 256, 256), dtype=torch.uint8))
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
     encoder.train()
     encoding, grid = encoder(images), encoder.grid(images)
     assert encoding.shape == (2, 14, 14, dim) and grid.shape == (2, 8, 8, dim) and encoder.dim == dim
-    torch.testing.assert_close(encoding, pool(grid))
+    torch.testing.assert_close(encoding, pool_grid(grid))
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
     encoder.fine_tune(True)
     encoder(images)
     assert all(
         torch.equal(value, before[key]) for key, value in encoder.state_dict().items()
     )  # statistics too
-    closed = [key for key, parameter in encoder.named_parameters() if not parameter.requires_grad]
-    opened = [key for key, parameter in encoder.named_parameters() if parameter.requires_grad]
-    assert opened and closed
+    frozen = [key for key, parameter in encoder.named_parameters() if not parameter.requires_grad]
+    trainable = [key for key, parameter in encoder.named_parameters() if parameter.requires_grad]
+    assert trainable and frozen
     if name.startswith("resnet"):
-        assert {key.split(".")[1] for key in opened} == {"5", "6", "7"}  # blocks 2 to 4
+        assert {key.split(".")[1] for key in trainable} == {"5", "6", "7"}  # blocks 2 to 4
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "efficientnet_lite0"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "efficientnet_lite0", "efficientnet_v2_s"])
 def test_folded_batch_norms_give_the_same_features_and_gradients(name):
-    encoder = Encoder(name, "none").double()
-    for module in encoder.modules():
+    plain = Encoder(name).double()
+    for module in plain.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             for values, low, high in (
                 (module.weight.data, 0.5, 1.5), (module.bias.data, -1, 1),
                 (module.running_mean, -1, 1), (module.running_var, 0.5, 2),
             ):  # fmt: skip
                 values.uniform_(low, high)
-    if name.startswith("resnet"):
-        plain = torchvision.models.get_model(name, weights=None)
-        plain = torch.nn.Sequential(*list(plain.children())[:-2])
-    else:
-        plain = _efficientnet(name)
-        plain._fc = torch.nn.Identity()
-    plain = plain.double().eval()
-    plain.load_state_dict(encoder.network.state_dict())
+    folded = fold_batch_norms(Encoder(name).double())
+    folded.load_state_dict(plain.state_dict())
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    encoder.fine_tune()
-    ours = encoder.grid(images)
-    images = images * encoder.scale + encoder.shift
-    theirs = (plain if name.startswith("resnet") else plain.extract_features)(images).permute(0, 2, 3, 1)
-    torch.testing.assert_close(ours, theirs)
-    ours.square().mean().backward()
-    theirs.square().mean().backward()
-    gradients = dict(plain.named_parameters())
-    opened = [(key, p) for key, p in encoder.network.named_parameters() if p.requires_grad]
-    assert opened and all(parameter.grad is not None for _, parameter in opened)
-    for key, parameter in opened:
-        torch.testing.assert_close(parameter.grad, gradients[key].grad, msg=key)
+    for encoder in (plain, folded):
+        encoder.fine_tune()
+        encoder.grid(images).square().mean().backward()
+    torch.testing.assert_close(folded.grid(images), plain.grid(images))
+    trainable = [key for key, parameter in plain.named_parameters() if parameter.requires_grad]
+    ours, theirs = dict(folded.named_parameters()), dict(plain.named_parameters())
+    assert trainable
+    for key in trainable:
+        torch.testing.assert_close(ours[key].grad, theirs[key].grad, msg=key)
 
 
 def test_encoder_of_many_images_equals_one_by_one():
-    encoder = Encoder("resnet18", "none")
+    encoder = build_encoder("resnet18", "none")
     images = torch.randint(0, 256, (11, 3, 64, 64), dtype=torch.uint8)
-    single = torch.cat([encoder.encode(image.unsqueeze(0)) for image in images])
-    difference = (encoder.encode(images) - single).abs().max()
+    single = torch.cat([encode_images(encoder, image.unsqueeze(0)) for image in images])
+    difference = (encode_images(encoder, images) - single).abs().max()
     assert difference < 1e-5 * single.abs().max()  # untrained, its values are large
 
 
@@ -217,7 +235,7 @@ def test_pip_shipped_weights_know_what_they_see():
         F.interpolate(torch.from_numpy(p).permute(2, 0, 1)[None].float(), (256, 256)).byte()[0]
         for p in images
     ]
-    features = Encoder("efficientnet_lite0", "imagenet").encode(torch.stack(resized)).mean(dim=(1, 2))
+    features = encode_images(build_encoder("efficientnet_lite0"), torch.stack(resized)).mean(dim=(1, 2))
     cosine = F.cosine_similarity(features[0], features[1:])
     assert cosine[0] > cosine[1] + 0.3
 
@@ -225,15 +243,15 @@ def test_pip_shipped_weights_know_what_they_see():
 def test_weights_from_a_file(tmp_path):
     network = torchvision.models.resnet18(weights=None)
     torch.save(network.state_dict(), tmp_path / "weights.pth")
-    encoder = Encoder("resnet18", str(tmp_path / "weights.pth"))
+    encoder = build_encoder("resnet18", str(tmp_path / "weights.pth"))
     assert torch.equal(encoder.network[0].weight, network.conv1.weight)
     with pytest.raises(UserError, match="resnet34"):
-        Encoder("resnet34", str(tmp_path / "weights.pth"))
+        build_encoder("resnet34", str(tmp_path / "weights.pth"))
     (tmp_path / "text.pth").write_text("no weights")
     with pytest.raises(UserError, match=r"text\.pth"):
-        Encoder("resnet18", str(tmp_path / "text.pth"))
+        build_encoder("resnet18", str(tmp_path / "text.pth"))
     with pytest.raises(UserError, match="unknown"):
-        Encoder("resnet1", "none")
+        build_encoder("resnet1", "none")
 
 
 def test_failed_download_names_the_three_ways_out(monkeypatch):
@@ -243,7 +261,7 @@ def test_failed_download_names_the_three_ways_out(monkeypatch):
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
     with pytest.raises(UserError) as error:
-        Encoder("resnet18", "imagenet")
+        build_encoder("resnet18", "imagenet")
     message = str(error.value)
     assert "--encoder_weights FILE" in message and "efficientnet_lite2" in message and "none" in message
     assert "\n" not in message
@@ -256,10 +274,6 @@ def test_load_embeddings(tmp_path):
     embeddings, found = load_embeddings(file, word_map)
     assert found == 3 and embeddings.shape == (5, 3)
     assert embeddings[1].tolist() == pytest.approx([0.5, -1, 0.2]) and embeddings[3].tolist() == [4, 5, 6]
-    decoder = make_decoder(embed_dim=3, vocab_size=5)
-    decoder.load_pretrained_embeddings(embeddings)
-    decoder.fine_tune_embeddings(False)
-    assert torch.equal(decoder.embedding.weight, embeddings) and not decoder.embedding.weight.requires_grad
     file.write_text("dog 1 2 3\ncat 1 x 3\n")
     with pytest.raises(UserError, match="line 2"):
         load_embeddings(file, word_map)
@@ -268,16 +282,16 @@ def test_load_embeddings(tmp_path):
 def test_tutorial_size_model_trains_and_captions_on_the_cpu():
     from captioning.beam_search import beam_search
 
-    encoder = Encoder("resnet101", "none")
+    encoder = build_encoder("resnet101", "none")
     decoder = DecoderWithAttention(512, 512, 512, 9490, dropout=0.0)
     images = torch.randint(0, 256, (32, 3, 256, 256), dtype=torch.uint8)
-    grid = encoder.encode(images).clone()
+    grid = encode_images(encoder, images).clone()
     grid /= grid.std()  # untrained, it is large
     captions, lengths = make_captions(32, 1)
     optimizer = torch.optim.Adam(decoder.parameters(), lr=4e-4)
     losses = []
     for _ in range(3):
-        scores, targets, _ = decoder.score_words(grid, captions, lengths)
+        scores, targets, _ = caption_logits(decoder, grid, captions, lengths)
         loss = F.cross_entropy(scores, targets)
         optimizer.zero_grad()
         loss.backward()

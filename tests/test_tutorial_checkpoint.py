@@ -251,7 +251,7 @@ def test_half_precision_and_odd_strides_become_plain_float32(tutorial, tmp_path)
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet101", "wide_resnet50_2"])
 def test_each_resnet_is_known_by_its_shapes(name):
     with torch.device("meta"):
-        state = OurEncoder(name, "none").state_dict()
+        state = OurEncoder(name).state_dict()
     records = {key: SimpleNamespace(shape=tuple(value.shape)) for key, value in state.items()}
     assert tutorial_checkpoint._identify_encoder(records, "file") == (name, list(state))
     del records["network.0.weight"]

@@ -1,7 +1,8 @@
-"""Show, Attend and Tell just as the formulae of Xu et al. (2015) read: what the benchmarks compare with.
+"""An independent Show, Attend and Tell, written from the formulae of Xu et al. (2015): what tests and
+benchmarks compare with.
 
 Every caption has its own copy of its image, which the encoder sees again each time; at every step attention
-projects all 196 pixels anew and every word's score is computed; captions are searched one image at a time,
+projects all 196 pixels anew and all logits are computed; captions are searched one image at a time,
 the encoding repeated for each hypothesis. Parameters have the names that `models.py` gives them, so that both
 run on the same weights.
 """
@@ -77,9 +78,9 @@ class TextbookDecoder(nn.Module):
         return self.init_h(mean), self.init_c(mean)
 
     def step(self, words: Tensor, pixels: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-        """One word in, the scores of the next out.
+        """Feed one word; the logits of the next come out.
 
-        words holds embeddings (N, E), pixels is (N, 196, D), h and c are (N, H). Returns scores (N, V), h, c,
+        words holds embeddings (N, E), pixels is (N, 196, D), h and c are (N, H). Returns logits (N, V), h, c,
         alpha (N, 196).
         """
         context, alpha = self.attention(pixels, h)
@@ -90,7 +91,7 @@ class TextbookDecoder(nn.Module):
     def forward(self, encoding: Tensor, captions: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
         """Teacher forcing.
 
-        Takes encoding (N, 14, 14, D), captions (N, L), lengths (N,). Returns, by falling length: scores
+        Takes encoding (N, 14, 14, D), captions (N, L), lengths (N,). Returns, by decreasing length: logits
         (N, T, V), captions (N, L), steps (N,), alphas (N, T, 196); T is the longest length less one.
         """
         lengths, order = lengths.sort(descending=True)
@@ -99,14 +100,14 @@ class TextbookDecoder(nn.Module):
         embeddings = self.embedding(captions)
         h, c = self.initial_state(pixels)
         longest = int(steps.max())
-        all_scores = pixels.new_zeros(len(pixels), longest, self.fc.out_features)
+        all_logits = pixels.new_zeros(len(pixels), longest, self.fc.out_features)
         all_alphas = pixels.new_zeros(len(pixels), longest, pixels.shape[1])
         for t in range(longest):
             n = int((steps > t).sum())  # captions that go on
-            scores, h, c, alpha = self.step(embeddings[:n, t], pixels[:n], h[:n], c[:n])
-            all_scores[:n, t] = scores
+            logits, h, c, alpha = self.step(embeddings[:n, t], pixels[:n], h[:n], c[:n])
+            all_logits[:n, t] = logits
             all_alphas[:n, t] = alpha
-        return all_scores, captions, steps, all_alphas
+        return all_logits, captions, steps, all_alphas
 
 
 def textbook_loss(decoder: TextbookDecoder, encoding: Tensor, captions: Tensor, lengths: Tensor) -> Tensor:
@@ -114,11 +115,11 @@ def textbook_loss(decoder: TextbookDecoder, encoding: Tensor, captions: Tensor, 
 
     Takes an encoding for each caption (N, 14, 14, D), captions (N, L), lengths (N,).
     """
-    scores, captions, steps, alphas = decoder(encoding, captions, lengths)
+    logits, captions, steps, alphas = decoder(encoding, captions, lengths)
     steps = steps.cpu()
-    scores = pack_padded_sequence(scores, steps, batch_first=True).data
+    logits = pack_padded_sequence(logits, steps, batch_first=True).data
     targets = pack_padded_sequence(captions[:, 1:], steps, batch_first=True).data
-    return F.cross_entropy(scores, targets) + ((1 - alphas.sum(dim=1)) ** 2).mean()
+    return F.cross_entropy(logits, targets) + ((1 - alphas.sum(dim=1)) ** 2).mean()
 
 
 @torch.no_grad()
@@ -131,19 +132,19 @@ def textbook_search(
     beam_size: int,
     max_steps: int = 50,
 ) -> list[int]:
-    """The caption of one normalized image (3, H, W), by the rule of `beam_search.py`, encoder included."""
+    """The caption of one normalized image (3, H, W), by the rule of `beam_search`, encoder included."""
     pixels = encoder(image[None]).flatten(1, 2).expand(beam_size, -1, -1)
     h, c = decoder.initial_state(pixels)
     captions = torch.full((beam_size, 1), start, device=image.device)
     totals = torch.zeros(beam_size, 1, device=image.device)
     ended: list[tuple[float, list[int]]] = []
     for t in range(max_steps):
-        scores, h, c, _ = decoder.step(decoder.embedding(captions[:, -1]), pixels[: len(h)], h, c)
-        totals = totals + torch.log_softmax(scores, dim=1)
+        logits, h, c, _ = decoder.step(decoder.embedding(captions[:, -1]), pixels[: len(h)], h, c)
+        totals = totals + torch.log_softmax(logits, dim=1)
         if t == 0:
             totals = totals[:1]  # the hypotheses are all the same yet
         best, places = totals.flatten().topk(beam_size - len(ended))
-        parents, words = places // scores.shape[1], places % scores.shape[1]
+        parents, words = places // logits.shape[1], places % logits.shape[1]
         captions = torch.cat([captions[parents], words[:, None]], dim=1)
         live = words != end
         ended += zip(best[~live].tolist(), captions[~live, 1:-1].tolist())

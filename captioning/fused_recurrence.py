@@ -1,0 +1,337 @@
+"""The recurrence of `fused_decoder` over ground-truth tokens, with its backward pass written out.
+
+Automatic differentiation would keep the energies relu(att1 + att2) of every step, (N, G, P, A) numbers, and
+add up the weights' gradients at every step. Here energies are computed again in the backward pass, on the CPU
+one image at a time, so that they stay in the cache; gradients of the weights are one product each after the
+last step; captions that have ended take no further part.
+
+Equations are those of Xu et al. (2015). Letters as in `fused_decoder`: N images, G captions of each, C cells
+of an encoder's grid, P pixels, D encoder_dim, A attention_dim, H decoder_dim; T steps, W tokens in all. In a
+step n captions take part. Tokens are packed as in `torch.nn.utils.rnn.PackedSequence`: the first token of
+every caption, then the second of those that have one, and so on, captions by decreasing length.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+Block = tuple[int, int, int]  # (first, last, k): images first to last - 1, the first k captions of each
+
+
+class ProjectedImages(NamedTuple):
+    """What attention needs of N images at every step, computed once."""
+
+    cells: Tensor  # (N, C, D) the encoder's grid
+    projection: Tensor  # (N, P, A) encoder_att of the pooled grid
+    pooling: Tensor | None  # (P, C) from cells to pixels; None where they are the same
+
+
+class PackedCaptions(NamedTuple):
+    """Which captions take part in which step.
+
+    Tensors "by image" are (N, G, ...): images by the length of their longest caption, the captions of an
+    image by their own, both descending, so that a step's captions are the first ones of the first images.
+    """
+
+    image_order: Tensor  # (N,) on the CPU: the images by their longest caption
+    by_image: Tensor  # (N * G,) of each caption, by decreasing length, its place in (N, G)
+    sorted_indices: Tensor  # (N * G,) of each caption, by decreasing length, its index in the batch
+    group: int  # G
+    batch_sizes: list[int]  # (T) captions that take part: the first ones
+    blocks: list[list[Block]]  # (T) what attention computes at a time
+    token_captions: Tensor  # (W,) on the CPU: each token's caption, as an index in the batch
+    token_steps: Tensor  # (W,) on the CPU: and its step
+
+    def to_images(self, rows: Tensor) -> Tensor:
+        """rows (n, X), one for each of the first n captions -> (N, G, X) by image, zero elsewhere."""
+        filled = rows.new_zeros(len(self.by_image), rows.shape[1])
+        return filled.index_copy_(0, self.by_image[: len(rows)], rows).unflatten(0, (-1, self.group))
+
+    def from_images(self, values: Tensor, count: int) -> Tensor:
+        """values (N, G, X) by image -> (count, X), a row for each of the first captions."""
+        return values.flatten(0, 1)[self.by_image[:count]]
+
+
+def pack_captions(steps: Tensor, device: torch.device) -> PackedCaptions:
+    """steps (N, G): tokens to feed of each caption, at least 1; on the CPU, or the device is waited for."""
+    steps = steps.cpu()
+    group = steps.shape[1]
+    image_order = steps.max(dim=1).values.argsort(descending=True, stable=True)
+    grouped_steps, order = steps[image_order].sort(dim=1, descending=True, stable=True)
+    caption_at = (image_order.unsqueeze(1) * group + order).flatten()  # of each place in (N, G)
+    by_image = grouped_steps.flatten().argsort(descending=True, stable=True)
+    sorted_indices = caption_at[by_image]
+    takes_part = grouped_steps.unsqueeze(0) > torch.arange(int(steps.max())).view(-1, 1, 1)  # (T, N, G)
+    batch_sizes = takes_part.sum(dim=(1, 2)).tolist()
+    captions_of_image = takes_part.sum(dim=2).tolist()  # (T, N)
+    if device.type == "cpu":
+        blocks = [[(i, i + 1, k) for i, k in enumerate(row) if k] for row in captions_of_image]
+    else:
+        blocks = [[(0, sum(k > 0 for k in row), max(row))] for row in captions_of_image]
+    return PackedCaptions(
+        image_order,
+        by_image.to(device, non_blocking=True),
+        sorted_indices.to(device, non_blocking=True),
+        group,
+        batch_sizes,
+        blocks,
+        torch.cat([sorted_indices[:size] for size in batch_sizes]),
+        torch.arange(len(batch_sizes)).repeat_interleave(torch.tensor(batch_sizes)),
+    )
+
+
+def attention_energies(projection: Tensor, query: Tensor, weight: Tensor, blocks: list[Block]) -> Tensor:
+    """weight . relu(projection + query), equation 4.
+
+    Args:
+        projection: (N, P, A). query: (N, G, A). weight: (A,).
+        blocks: what to compute at a time.
+
+    Returns:
+        (N, G, P), zero where no block was.
+    """
+    energies = projection.new_zeros(*query.shape[:2], projection.shape[1])
+    for first, last, k in blocks:
+        hidden = projection[first:last].unsqueeze(1) + query[first:last, :k].unsqueeze(2)  # (n, k, P, A)
+        energies[first:last, :k] = hidden.relu_() @ weight
+    return energies
+
+
+class Activations(NamedTuple):
+    """What the backward pass needs of the forward pass, packed. States, gates and alphas are in full
+    precision; the others in that of the products, which is lower under autocast."""
+
+    h_in: Tensor  # (W, H) the state that goes into each step
+    c_in: Tensor  # (W, H)
+    tanh_c: Tensor  # (W, H) of the state that comes out
+    gates: Tensor  # (W, 4 H) i, f, g, o after their sigmoids and tanh
+    alphas: Tensor  # (W, P)
+    betas: Tensor  # (W, D) the gate of section 4.2.1
+    contexts: Tensor  # (W, D)
+    queries: Tensor  # (W, A) decoder_att of h_in
+
+    @classmethod
+    def allocate(cls, tokens: int, c: Tensor, images: ProjectedImages) -> Activations:
+        low = images.cells
+        state, pixels, attention_dim = c.shape[1], *images.projection.shape[1:]
+        full = [c.new_empty(tokens, width) for width in (state, state, 4 * state, pixels)]
+        widths = (state, low.shape[2], low.shape[2], attention_dim)
+        h_in, betas, contexts, queries = (low.new_empty(tokens, width) for width in widths)
+        return cls(h_in, *full, betas, contexts, queries)
+
+
+class TeacherForcing(Function):
+    """The hidden states and attention maps of all tokens, with the backward pass written out."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        packing: PackedCaptions,
+        gates_of_words: Tensor,
+        h: Tensor,
+        c: Tensor,
+        cells: Tensor,
+        projection: Tensor,
+        pooling: Tensor | None,
+        context_weight: Tensor,
+        hidden_weight: Tensor,
+        hidden_bias: Tensor,
+        energy_weight: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Run all steps.
+
+        Args:
+            gates_of_words: (W, 4 H), packed.
+            h, c: (N * G, H), the first state of each caption, by decreasing length.
+            cells, projection, pooling: `ProjectedImages`, in `image_order`. The weights are `StepWeights`.
+
+        Returns:
+            hidden (W, H) and alphas (W, P), packed, both in h's dtype.
+        """
+        images = ProjectedImages(cells, projection, pooling)
+        kept = Activations.allocate(len(gates_of_words), c, images)
+        hidden = torch.empty_like(kept.c_in)
+        sizes = [4 * h.shape[1], cells.shape[2], projection.shape[2]]
+        start = 0
+        with torch.autocast(cells.device.type, enabled=False):
+            for step, size in enumerate(packing.batch_sizes):
+                now = slice(start, start + size)
+                kept.h_in[now], kept.c_in[now] = h[:size], c[:size]
+                products = torch.addmm(hidden_bias, kept.h_in[now], hidden_weight.T)
+                own, gate, kept.queries[now] = products.split(sizes, dim=1)
+                kept.betas[now] = gate.sigmoid()
+                attend(kept, now, images, energy_weight, packing, step)
+                gated = kept.betas[now] * kept.contexts[now]
+                z = torch.addmm(own, gated, context_weight.T).to(h.dtype) + gates_of_words[now]
+                h, c = lstm_cell(kept, now, z)
+                hidden[now] = h
+                start += size
+        ctx.packing = packing
+        ctx.save_for_backward(*kept, *images, context_weight, hidden_weight, energy_weight)
+        return hidden, kept.alphas
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_hidden: Tensor, d_alphas: Tensor):
+        """Backpropagation through time, the weights' gradients last. d_x is the loss's gradient by x."""
+        *saved, context_weight, hidden_weight, energy_weight = ctx.saved_tensors
+        kept, images = Activations(*saved[:8]), ProjectedImages(*saved[8:])
+        packing, dtype, full = ctx.packing, images.cells.dtype, kept.c_in.dtype
+        d_products = kept.h_in.new_empty(len(kept.h_in), len(hidden_weight))
+        sizes = [kept.gates.shape[1], images.cells.shape[2], len(energy_weight)]
+        d_own, d_gate, d_query = d_products.split(sizes, dim=1)
+        encoder_is_trained = ctx.needs_input_grad[4]
+        d_contexts = torch.empty_like(kept.contexts) if encoder_is_trained else None
+        # the gradient by an energy's input is energy_weight * slope; slopes are summed before they are used
+        slopes = torch.zeros_like(images.projection, dtype=full)
+        query_slopes = torch.empty_like(kept.queries)
+        d_h = d_c = d_hidden.new_zeros(0, d_hidden.shape[1])  # by a step's result, as the next step says
+        end = len(kept.h_in)
+        for step, size in reversed(list(enumerate(packing.batch_sizes))):
+            now = slice(end - size, end)
+            d_h = add_rows(d_hidden[now].clone(), d_h)  # and as the logits say
+            d_own[now], d_c = lstm_cell_backward(kept, now, d_h, d_c)
+            d_gated = d_own[now] @ context_weight
+            beta = kept.betas[now]
+            d_gate[now] = d_gated * kept.contexts[now] * beta * (1 - beta)
+            d_context = d_gated.mul_(beta)
+            if encoder_is_trained:
+                d_contexts[now] = d_context
+            d_energies = attend_backward(kept, now, images, d_context, d_alphas[now], packing)
+            query_slopes[now] = energies_backward(kept, now, images, d_energies, slopes, packing, step)
+            d_query[now] = query_slopes[now] * energy_weight
+            d_h = (d_products[now] @ hidden_weight).to(full)
+            end -= size
+        d_energy_weight = (slopes * images.projection).sum(dim=(0, 1))
+        d_energy_weight = d_energy_weight + (kept.queries * query_slopes).sum(dim=0)
+        return (
+            None,
+            d_own.to(full),
+            d_h,
+            d_c,
+            cells_backward(kept, images, d_contexts, packing) if encoder_is_trained else None,
+            (slopes * energy_weight).to(dtype),
+            None,
+            d_own.T @ (kept.betas * kept.contexts),
+            d_products.T @ kept.h_in,
+            d_products.sum(dim=0),
+            d_energy_weight.to(dtype),
+        )
+
+
+def attend(
+    kept: Activations,
+    now: slice,
+    images: ProjectedImages,
+    energy_weight: Tensor,
+    packing: PackedCaptions,
+    step: int,
+) -> None:
+    """Fill a step's alphas and contexts (equations 4, 5 and 13) from its queries."""
+    query = packing.to_images(kept.queries[now])
+    energies = attention_energies(images.projection, query, energy_weight, packing.blocks[step])
+    energies = packing.from_images(energies, now.stop - now.start)
+    alpha = kept.alphas[now] = energies.to(kept.alphas.dtype).softmax(dim=1)
+    weights = alpha.to(images.cells.dtype)
+    if images.pooling is not None:
+        weights = weights @ images.pooling  # (n, C)
+    contexts = packing.to_images(weights) @ images.cells  # (N, G, D)
+    kept.contexts[now] = packing.from_images(contexts, len(alpha))
+
+
+def attend_backward(
+    kept: Activations,
+    now: slice,
+    images: ProjectedImages,
+    d_context: Tensor,
+    d_alpha: Tensor,
+    packing: PackedCaptions,
+) -> Tensor:
+    """The gradient by a step's energies (n, P), from those by its contexts (n, D) and alphas (n, P)."""
+    alpha = kept.alphas[now]
+    d_weights = packing.from_images(packing.to_images(d_context) @ images.cells.mT, len(alpha))  # (n, C)
+    d_alpha = d_alpha + (d_weights if images.pooling is None else d_weights @ images.pooling.T)
+    return alpha * (d_alpha - (alpha * d_alpha).sum(dim=1, keepdim=True))  # the softmax's
+
+
+def energies_backward(
+    kept: Activations,
+    now: slice,
+    images: ProjectedImages,
+    d_energies: Tensor,
+    slopes: Tensor,
+    packing: PackedCaptions,
+    step: int,
+) -> Tensor:
+    """The slopes of a step's energies, each times the energy's gradient.
+
+    A slope is 1 where relu lets pass, else 0. Adds their sum over the step's captions to `slopes` (N, P, A);
+    returns their sum over the pixels (n, A).
+    """
+    query = packing.to_images(kept.queries[now])
+    d_energies = packing.to_images(d_energies.to(query.dtype))  # (N, G, P)
+    over_pixels = torch.zeros_like(query)
+    for first, last, k in packing.blocks[step]:
+        projection = images.projection[first:last]
+        slope = projection.new_empty(last - first, k, *projection.shape[1:])
+        torch.gt(projection.unsqueeze(1), -query[first:last, :k].unsqueeze(2), out=slope)  # 1 or 0
+        slope *= d_energies[first:last, :k].unsqueeze(3)
+        over_pixels[first:last, :k] = slope.sum(dim=2)
+        slopes[first:last] += slope.sum(dim=1)
+    return packing.from_images(over_pixels, now.stop - now.start)
+
+
+def lstm_cell(kept: Activations, now: slice, z: Tensor) -> tuple[Tensor, Tensor]:
+    """h and c from the gates' inputs z (n, 4 H), equations 1 to 3; fills the step's gates and tanh_c."""
+    i, f, g, o = kept.gates[now].chunk(4, dim=1)
+    z_i, z_f, z_g, z_o = z.chunk(4, dim=1)
+    torch.sigmoid(z_i, out=i)
+    torch.sigmoid(z_f, out=f)
+    torch.tanh(z_g, out=g)
+    torch.sigmoid(z_o, out=o)
+    c = f * kept.c_in[now] + i * g
+    kept.tanh_c[now] = c.tanh()
+    return o * kept.tanh_c[now], c
+
+
+def lstm_cell_backward(kept: Activations, now: slice, d_h: Tensor, d_c: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients by z (n, 4 H) and by c_in (n, H); d_c has rows for the captions that go on."""
+    i, f, g, o = kept.gates[now].chunk(4, dim=1)
+    tanh_c = kept.tanh_c[now]
+    d_c = add_rows(d_h * o * (1 - tanh_c**2), d_c)
+    d_z = (
+        d_c * g * i * (1 - i),
+        d_c * kept.c_in[now] * f * (1 - f),
+        d_c * i * (1 - g**2),
+        d_h * tanh_c * o * (1 - o),
+    )
+    return torch.cat(d_z, dim=1), d_c * f
+
+
+def add_rows(values: Tensor, more: Tensor) -> Tensor:
+    """Add `more` to the first rows of `values`, in place."""
+    values[: len(more)] += more
+    return values
+
+
+def cells_backward(
+    kept: Activations, images: ProjectedImages, d_contexts: Tensor, packing: PackedCaptions
+) -> Tensor:
+    """The gradient by the cells (N, C, D) through the contexts, all steps at once."""
+    weights = kept.alphas.to(images.cells.dtype)
+    if images.pooling is not None:
+        weights = weights @ images.pooling  # (W, C)
+    steps = len(packing.batch_sizes)
+    places = torch.cat([packing.by_image[:size] for size in packing.batch_sizes])
+    places = places * steps + packing.token_steps.to(places.device)  # among the tokens of its image
+
+    def by_image(rows: Tensor) -> Tensor:
+        filled = rows.new_zeros(len(packing.by_image) * steps, rows.shape[1])
+        return filled.index_copy_(0, places, rows).unflatten(0, (len(images.cells), -1))
+
+    return by_image(weights).mT @ by_image(d_contexts)
