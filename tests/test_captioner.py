@@ -1,8 +1,11 @@
 """Captioner.load and .caption: one way for attention models, ensembles and BLIP."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 from captioning.annotations import END, START, read_annotations
@@ -169,3 +172,16 @@ def test_what_is_no_image_is_refused_with_the_mend(models, image, parts):
 def test_what_is_no_captioner_is_refused(source, part):
     with pytest.raises(UserError, match=part):
         Captioner.load(source)
+
+
+def test_the_examples_of_the_documentation_run(models, blip_folder, demo, tmp_path, monkeypatch, capsys):
+    """docs/python.md, in a folder as it supposes it."""
+    for name, target in (("output_models", models), ("blip_finetuned_model", blip_folder), ("demo", demo)):
+        (tmp_path / name).symlink_to(target)
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(examples) >= 7
+    exec(compile("\n".join(examples), "docs/python.md", "exec"), {})
+    assert (tmp_path / "attention.png").is_file() and (tmp_path / "submission.csv").is_file()
+    assert "the second and the first may be chance" in capsys.readouterr().out
