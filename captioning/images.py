@@ -47,10 +47,7 @@ def read_image(path: str | Path, size: int | None = None) -> np.ndarray:
                 image.draft(
                     None, (2 * size, 2 * size)
                 )  # a JPEG decodes at a fraction of its size, never below
-            image = _to_rgb(ImageOps.exif_transpose(image))
-            if size:
-                image = image.resize((size, size), Image.Resampling.BILINEAR)
-            return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+            return to_array(image, size)
     except FileNotFoundError:
         raise UserError(f"{path}: no such image") from None
     except (MemoryError, PermissionError, UserError):
@@ -95,6 +92,14 @@ def _heif_is_readable() -> bool:
         return False
     register_heif_opener()
     return True
+
+
+def to_array(image: Image.Image, size: int | None = None) -> np.ndarray:
+    """An image in memory as `read_image` gives that of a file."""
+    image = _to_rgb(ImageOps.exif_transpose(image))
+    if size:
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
