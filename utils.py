@@ -386,10 +386,36 @@ def on_main_process(work: Callable[[], typing.Any]) -> typing.Any:
     return result[0]
 
 
-def pick_device() -> torch.device:
-    """The GPU, of several the one that belongs to this process, or the CPU."""
+Device = typing.Literal["auto", "cpu", "cuda", "mps"]  # of a setting `device`, for `pick_device`
+
+
+def pick_device(name: Device = "auto") -> torch.device:
+    """The device to compute on.
+
+    Args:
+        name: "cuda" is a GPU, of several the one that belongs to this process; "mps" an Apple GPU; "auto" the
+            first of cuda, mps and cpu that is there.
+
+    Raises:
+        UserError: that device is not there, or fewer GPUs than processes.
+    """
     import torch
 
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(device for device, is_there in available.items() if is_there)
+    if not available[name]:
+        there = ", ".join(device for device, is_there in available.items() if is_there)
+        raise UserError(f"--device {name}: PyTorch finds no such device; it has {there}")
+    if name != "cuda":
+        return torch.device(name)
+    index, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if index >= gpus:
+        raise UserError(
+            f"--device cuda: process {index + 1} finds {gpus} GPUs: start as many processes as there are GPUs"
+        )
+    return torch.device("cuda", index)
