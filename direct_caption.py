@@ -16,7 +16,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from captioning.blip import HUB_MODEL, BlipCaptioner, load_captioner, require_blip
+from captioning import HUB_MODEL
+from captioning.blip import BlipCaptioner, load_captioner, require_blip
 from captioning.submissions import caption_folder, find_images
 from utils import UserError, check_at_least, check_output, pick_device, run_script
 

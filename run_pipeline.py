@@ -25,8 +25,8 @@ import eval as evaluation
 import make_demo_data
 import train
 import train_model as blip_training
+from captioning import HUB_MODEL
 from captioning.annotations import read_annotations
-from captioning.blip import HUB_MODEL
 from captioning.checkpoints import load_checkpoint
 from captioning.images import list_images
 from captioning.pretrained import check_encoder_name

@@ -120,7 +120,7 @@ def parse_settings(settings_class: type, argv: list[str] | None = None, descript
     for name, field in settings_class.__dataclass_fields__.items():
         kind, optional, choices = _resolve_type(hints[name])
         options = {
-            "default": field.default,
+            "default": argparse.SUPPRESS,  # so that only what is given comes back
             "type": _converter(kind, optional),
             "metavar": kind.__name__.upper(),
         }
@@ -141,7 +141,27 @@ def parse_settings(settings_class: type, argv: list[str] | None = None, descript
     for name, value in values.items():
         if isinstance(value, list):  # a list for each argument
             values[name] = tuple(item for items in value for item in items)
-    return settings_class(**values)
+    return make_settings(settings_class, values)
+
+
+def make_settings(settings_class: type, given: dict[str, object]):
+    """Settings with the `given` values and defaults for the rest; `given_names` knows which are which."""
+    settings = settings_class(**given)
+    settings.__dict__["_given"] = frozenset(given)
+    return settings
+
+
+def given_names(settings) -> frozenset[str]:
+    """The settings that were given on the command line; of settings made in Python, those that differ from
+    the defaults."""
+    defaults = {name: field.default for name, field in settings.__dataclass_fields__.items()}
+    differ = (name for name, default in defaults.items() if getattr(settings, name) != default)
+    return settings.__dict__.get("_given", frozenset(differ))
+
+
+def describe_settings(values: dict[str, object]) -> str:
+    """`batch_size 8, decoder_lr 1e-05`"""
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def _separate_flags(argv: list[str], flags: list[str]) -> list[str]:
@@ -211,6 +231,19 @@ def check_at_least(settings, smallest: float, *names: str) -> None:
             raise UserError(f"--{name} is {getattr(settings, name)}: give {smallest} or more")
 
 
+def check_above_zero(settings, *names: str) -> None:
+    for name in names:
+        if not getattr(settings, name) > 0:
+            raise UserError(f"--{name} is {getattr(settings, name)}: give more than 0")
+
+
+def check_share(settings, *names: str) -> None:
+    """Raise UserError unless each named setting is 0 or more and less than 1."""
+    for name in names:
+        if not 0 <= getattr(settings, name) < 1:
+            raise UserError(f"--{name} is {getattr(settings, name)}: give 0 or more and less than 1")
+
+
 # --- files --------------------------------------------------------------------------------------------------
 
 
@@ -251,18 +284,6 @@ def write_table(path: str | Path, rows: list[dict]) -> None:
         writer = csv.DictWriter(stream, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-
-
-def archive_previous_run(folder: Path, *patterns: str) -> None:
-    """Move the files of an earlier run in the folder to its subfolder earlier_N, so that runs do not mix."""
-    files = {file for pattern in patterns for file in folder.glob(pattern)}
-    if not any(file.suffix in (".pth", ".safetensors") for file in files):
-        return
-    earlier = folder / f"earlier_{1 + sum(1 for _ in folder.glob('earlier_*'))}"
-    earlier.mkdir()
-    for file in files:
-        file.rename(earlier / file.name)
-    print(f"the earlier run in {folder}/ is now in {earlier}/")
 
 
 def read_json(path: str | Path):

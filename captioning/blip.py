@@ -33,6 +33,7 @@ from transformers import (
 )
 from transformers.models.blip import modeling_blip_text
 
+from captioning import HUB_MODEL
 from captioning.images import read_image
 from captioning.interface import BaseCaptioner, Caption, stack_maps
 from utils import UserError
@@ -42,7 +43,6 @@ try:
 except ImportError:  # before transformers 4.46
     from transformers import AutoModelForVision2Seq as AutoModelForImageTextToText
 
-HUB_MODEL = "Salesforce/blip-image-captioning-base"
 MISSING_SHARE = 0.1  # of a model's tensors; where more are not in its file, it is another model's file
 
 

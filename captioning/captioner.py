@@ -41,7 +41,13 @@ class Captioner(BaseCaptioner):
         image_size: pixels, height and width of the images that all members were trained on.
     """
 
-    def __init__(self, members: Sequence[tuple[Encoder, DecoderWithAttention]], word_map: dict[str, int]):
+    def __init__(
+        self,
+        members: Sequence[tuple[Encoder, DecoderWithAttention]],
+        word_map: dict[str, int],
+        fused: bool = True,
+    ):
+        self.fused = fused
         self.word_map = word_map
         self.words = {index: word for word, index in word_map.items()}
         self.decoders = [decoder for _, decoder in members]
@@ -147,6 +153,7 @@ class Captioner(BaseCaptioner):
             length_penalty=length_penalty,
             keep_alphas=keep_alphas,
             n_best=n_best or beam_size,
+            fused=self.fused,
         )
 
     def text(self, hypothesis: Hypothesis) -> str:
