@@ -1,23 +1,28 @@
-"""Caption a folder of images with BLIP: model + images -> blip_submission.csv.
+"""Caption images, or a folder of them, with BLIP: model + images -> blip_submission.csv.
 
     python direct_caption.py --model_path blip_finetuned_model/
     python direct_caption.py            # with nothing: Salesforce/blip-image-captioning-base, from the hub
     python direct_caption.py --prompt "a photo of" --conditional
+    python direct_caption.py photo.jpg other.jpg    # with a figure each of where the model looked
 
-Other captioners of the hub with the same interface (GIT, ViT-GPT2, BLIP-2) work by --model_path too.
+Other captioners of the hub with the same interface (GIT, ViT-GPT2, BLIP-2) work by --model_path too; figures
+are for BLIP without a prompt. docs/folders.md has more on folders.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import sys
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from captioning import HUB_MODEL
+from captioning.figures import caption_files
 from captioning.folder_plan import FolderOptions
 from captioning.folders import caption_folder
+from captioning.images import read_image
 from utils import UserError, check_at_least, is_main_process, pick_device, run_script
 
 if TYPE_CHECKING:
@@ -28,6 +33,7 @@ DEFAULT_OUTPUT = "blip_submission.csv"
 
 @dataclass
 class Settings:
+    images: tuple[str, ...] = field(default=(), metadata={"positional": True})  # image files; none: a folder
     model_path: str = HUB_MODEL  # a folder that train_model.py wrote, or a model of the hub
     test_folder: str = "test/test"  # images to caption
     test_csv: str | None = None  # ids and their order; None: test.csv in or up to two folders above, if any
@@ -58,6 +64,8 @@ class Settings:
 
 
 def main(settings: Settings) -> int:
+    if settings.images:
+        return caption_single_images(settings)
     failed = caption_images(
         settings.model_path,
         num_beams=settings.num_beams,
@@ -68,6 +76,25 @@ def main(settings: Settings) -> int:
         **asdict(FolderOptions.of(settings, DEFAULT_OUTPUT)),
     )
     return 1 if failed else 0
+
+
+def caption_single_images(settings: Settings) -> int:
+    """Print each image's caption and draw where the model looked, where that can be known."""
+    for image in settings.images:
+        read_image(image)  # complain before the model is loaded
+    half = settings.mixed_precision and torch.cuda.is_available()
+    captioner = _load(settings.model_path, half, settings.mixed_precision, settings.prompt)
+    search = {"max_new_tokens": settings.max_new_tokens}
+    if captioner.model.config.model_type == "blip" and not settings.prompt:
+        caption_files(captioner, settings.images, beam_size=settings.num_beams, **search)
+        return 0
+    search |= {"prompt": settings.prompt, "keep_prompt": settings.conditional}
+    for image in settings.images:
+        prepared = captioner.prepare(image).unsqueeze(0)
+        (text,) = captioner.caption_prepared(prepared, settings.num_beams, **search)
+        print(text if len(settings.images) == 1 else f"{image}: {text}")
+    print("no figures: these are for BLIP without a prompt", file=sys.stderr)
+    return 0
 
 
 def caption_images(

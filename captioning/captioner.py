@@ -154,6 +154,7 @@ class Captioner(BaseCaptioner):
             keep_alphas=keep_alphas,
             fused=self.fused,
             n_best=n_best or beam_size,
+            fused=self.fused,
         )
 
     def text(self, hypothesis: Hypothesis) -> str:

@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+import caption
 import caption_from_checkpoint
 import direct_caption
 from captioning.folder_plan import FolderOptions, find_images, printable
@@ -26,7 +27,7 @@ from captioning.journal import Entry, Journal
 from captioning.sidecars import Sidecars
 from captioning.submissions import read_submission, write_submission
 from captioning.tiny_blip import tiny_captioner
-from utils import UserError
+from utils import UserError, parse_settings
 
 BATCH = 4
 
@@ -606,3 +607,35 @@ def test_scripts_import_nothing_that_takes_seconds():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert not {"transformers", "torchvision", "matplotlib", "skimage", "nltk"} & set(result.stdout.split())
+
+
+# --- single images ------------------------------------------------------------------------------------------
+
+
+def test_a_figure_of_each_image(models, blip_model, demo, tmp_path, monkeypatch, capsys):
+    first, second = (demo / "test" / "test" / f"test_000{i}.jpg" for i in (1, 2))
+    (tmp_path / "b").mkdir()
+    same_name = shutil.copy(second, tmp_path / "b" / first.name)
+    monkeypatch.chdir(tmp_path)
+    images = (str(first), str(same_name))
+    assert caption.main(caption.Settings(images, model=str(models / "best_checkpoint.pth"))) == 0
+    attention = capsys.readouterr()
+    assert direct_caption.main(direct_caption.Settings(images, model_path=str(blip_model))) == 0
+    names = ["attention_test_0001.png", "attention_test_0001_2.png"]
+    for printed in (attention, capsys.readouterr()):
+        assert [line.split(": ")[0] for line in printed.out.splitlines()] == list(images)
+        assert [line.removeprefix("figure: ") for line in printed.err.splitlines()] == names
+    assert sorted(os.listdir(tmp_path)) == [*names, "b"] and np.ptp(read_image(names[1])) > 100
+    with pytest.raises(UserError, match="--figure names the figure of one image"):
+        caption.Settings(images, figure="x.png")
+    with pytest.raises(UserError, match="nowhere.jpg: no such image"):
+        direct_caption.main(direct_caption.Settings(("nowhere.jpg",)))
+
+
+def test_plain_arguments_may_stand_anywhere():
+    for arguments in ("a.jpg b.jpg --show --beam_size 2", "a.jpg --beam_size 2 --show b.jpg"):
+        settings = parse_settings(caption.Settings, arguments.split())
+        assert settings.images == ("a.jpg", "b.jpg") and settings.show and settings.beam_size == 2
+    assert parse_settings(caption.Settings, []).images == ()
+    settings = parse_settings(caption.Settings, ["--show", "False", "a.jpg", "--img", "b.jpg"])
+    assert settings.images == ("a.jpg", "b.jpg") and not settings.show
