@@ -231,6 +231,7 @@ def build_models(
         if embeddings is not None:
             decoder.embedding.weight.data.copy_(embeddings)
     decoder.embedding.requires_grad_(settings.fine_tune_embeddings)
+    decoder.fused = settings.fused
     if settings.fused:
         fused_decoder.require_same_as_plain(decoder)
     return settings, encoder, decoder
@@ -334,7 +335,7 @@ def validate(
     """Loss and top-5 accuracy with teacher forcing, BLEU-4 and CIDEr of greedy captions: {"val_loss",
     "val_top5", "val_bleu4", "val_cider"}, of all processes' images."""
     decoder.eval()
-    captioner = Captioner([(encoder, decoder)], word_map, fused=settings.fused)
+    captioner = Captioner([(encoder, decoder)], word_map)
     sums, texts = torch.zeros(5, dtype=torch.float64), []
     quiet = not run.is_main
     for images, captions, lengths in progress_bar(
