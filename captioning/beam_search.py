@@ -131,7 +131,7 @@ class _Beams:
     """The live hypotheses of the images still searched: n images, K hypotheses each, best first.
 
     What decides the search is on the CPU, so that a step reads from the device once; the decoders' states,
-    and copies of the scores and last words, are on the device.
+    the alphas, and copies of the scores and last words are on the device.
     """
 
     def __init__(
@@ -150,10 +150,8 @@ class _Beams:
         self.parents = torch.zeros(images, 1, dtype=torch.long)  # (n, K) places before the last step
         self.words = torch.full((images, 1, 1), start)  # (n, K, length + 1)
         self.totals = torch.zeros(images, 1, 1)  # (n, K, length + 1) scores after each word
-        self.alphas: list[Tensor] | None = (
-            [] if keep_alphas else None
-        )  # (n, K, P) of each step, on the device
         self.device = device
+        self.alphas: list[Tensor] | None = [] if keep_alphas else None  # (n, K, P) of each step
         self.device_scores = torch.zeros(images, 1, device=device)
         self.device_words = torch.full((images, 1), start, device=device)  # (n, K) the last ones
 
