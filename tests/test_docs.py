@@ -62,7 +62,7 @@ def default_texts(settings_class: type) -> dict[str, str]:
 
 
 def is_setting(node: ast.AST) -> bool:
-    return isinstance(node, ast.AnnAssign) and node.value is not None
+    return isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None
 
 
 def with_tables(page: str) -> str:
