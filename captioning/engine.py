@@ -11,9 +11,10 @@ Nothing here knows a model. A training step reads in the script; here are its pa
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,12 @@ class Run:
 
     state: PartialState
     device: torch.device
+    mixed_precision: str  # what is used, whatever was asked for
     autocast_dtype: torch.dtype | None
     scaler: torch.amp.GradScaler
+    log_file: Path | None = None  # what is logged is appended here too
+    waiting: list[str] = field(default_factory=list)  # logged before there was a file
+    busy: BusyWatch = field(default_factory=lambda: BusyWatch())
 
     @classmethod
     def start(cls, mixed_precision: str) -> Run:
@@ -47,15 +52,23 @@ class Run:
             mixed_precision = "no"
         dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
         scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision == "fp16")
-        return cls(processes(), device, dtype, scaler)
+        return cls(processes(), device, mixed_precision, dtype, scaler)
 
     @property
     def is_main(self) -> bool:
         return self.state.is_main_process
 
     def log(self, text: str) -> None:
-        """Print, once for all processes."""
-        self.state.print(text)
+        """Print, and append to `log_file`, once for all processes."""
+        if not self.is_main:
+            return
+        print(text, flush=True)
+        self.waiting.append(text)
+        if self.log_file:
+            self.log_file.parent.mkdir(parents=True, exist_ok=True)
+            with self.log_file.open("a", encoding="utf-8") as stream:
+                stream.writelines(f"{line}\n" for line in self.waiting)
+            self.waiting.clear()
 
     def describe(self) -> str:
         return f"{self.state.num_processes} x {self.device.type}"
@@ -67,7 +80,13 @@ class Run:
 
     def backward(self, loss: Tensor) -> None:
         """Add a loss's gradients; the losses of a step, over all its batches and processes, add up."""
-        self.scaler.scale(loss).backward()
+        with self.busy:
+            self.scaler.scale(loss).backward()
+        if self.device.type == "cpu" and self.busy.is_new():
+            self.log(
+                f"the machine is busy: a step takes {self.busy.slowdown():.0f} times its CPU time; with "
+                f"OMP_NUM_THREADS=1 in front of the command, threads do not wait for each other"
+            )
 
     def step(self, optimizer: torch.optim.Optimizer, grad_clip: float, grad_clip_by: str) -> None:
         """Add up the processes' gradients, clip them, update the weights, forget the gradients.
@@ -112,6 +131,31 @@ class Run:
         if self.state.num_processes == 1:
             return items
         return {key: value for part in gather_object([items]) for key, value in part.items()}
+
+
+class BusyWatch:
+    """Notices that a thread of this process waits for the others, which other programs keep from running."""
+
+    def __init__(self):
+        self.wall = self.cpu = 0.0  # seconds inside the `with` blocks: passed, and worked by this thread
+        self.is_told = torch.get_num_threads() == 1
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter(), time.thread_time()
+
+    def __exit__(self, *_) -> None:
+        self.wall += time.perf_counter() - self.began[0]
+        self.cpu += time.thread_time() - self.began[1]
+
+    def slowdown(self) -> float:
+        return self.wall / max(self.cpu, 1e-9)
+
+    def is_new(self) -> bool:
+        """True once, when over five seconds or more the work took three times its CPU time."""
+        if self.is_told or self.wall < 5 or self.slowdown() < 3:
+            return False
+        self.is_told = True
+        return True
 
 
 BUCKET = 2**23  # gradients that are added up at once
@@ -195,7 +239,7 @@ class LearningRate:
 
 def best_epoch(history: list[dict], score: str) -> int:
     """Index of the first epoch with the highest `score` ("val_cider"); where all are 0, of the last."""
-    if not any(line[score] for line in history):
+    if not any(line[score] > 1e-6 for line in history):  # without a match, BLEU-4 is not quite 0
         return len(history) - 1
     return max(range(len(history)), key=lambda index: history[index][score])
 
@@ -247,7 +291,14 @@ def save_epoch(
 
 # these are of each run, whatever the checkpoint says
 OF_THIS_RUN = {"data_folder", "annotations", "image_folder", "output_folder", "resume", "checkpoint"}
-OF_THIS_RUN |= {"workers", "cache_features", "mixed_precision", "keep_checkpoints", "val_batch_size"}
+OF_THIS_RUN |= {
+    "log_with",
+    "workers",
+    "cache_features",
+    "mixed_precision",
+    "keep_checkpoints",
+    "val_batch_size",
+}
 
 
 @dataclass
@@ -362,8 +413,8 @@ def find_same_run(settings, data: object) -> tuple[Path, list[dict]] | None:
         earlier, history, same = checkpoint["settings"], checkpoint["history"], checkpoint["data"] == data
     except (IndexError, KeyError, TypeError, ValueError):  # no file, or none of ours
         return None
-    for name, value in vars(settings).items():
-        if name not in {*OF_THIS_RUN, "epochs", "_given"}:
+    for name, value in asdict(settings).items():
+        if name not in {*OF_THIS_RUN, "epochs"}:
             same = same and earlier.get(name, value) == value
     return (files[-1], history) if same else None
 

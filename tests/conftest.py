@@ -1,3 +1,7 @@
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: test processes share the cores
+
 import csv
 import gzip
 import shutil
@@ -65,6 +69,13 @@ def models(prepared, tmp_path_factory) -> Path:
         train.Settings(str(prepared), str(output), "efficientnet_lite0", epochs=4, workers=0, **sizes)
     )
     return output
+
+
+def small_settings(prepared: Path, output: Path, **options) -> train.Settings:
+    """Settings of train.py for a short training on the prepared demonstration set."""
+    sizes = {"emb_dim": 32, "attention_dim": 32, "decoder_dim": 64, "decoder_lr": 4e-3, "alpha_c": 0.1}
+    names = {"data_folder": str(prepared), "output_folder": str(output), "encoder_name": "efficientnet_lite0"}
+    return train.Settings(**names | sizes | {"workers": 0, "epochs": 2} | options)
 
 
 def blip_settings(demo: Path, output: Path, **options):
