@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SETTINGS_PAGE = ROOT / "docs" / "settings.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = sorted(file.stem for file in ROOT.glob("*.py") if "\n    run_script(" in file.read_text("utf-8"))
-NOT_YET_WRITTEN = {"docs/folders.md", "docs/gpu.md"}  # of branches that are not merged; take off what is
+NOT_YET_WRITTEN = {"docs/gpu.md"}  # of branches that are not merged; take off what is
 
 
 # --- settings tables ----------------------------------------------------------------------------------------
