@@ -78,6 +78,7 @@ def run_script(main: Callable, settings_class: type) -> typing.NoReturn:
             kept = str(error) or "finished files are kept, unfinished ones are removed"
             print(f"\ninterrupted: {kept}", file=sys.stderr)
         status = 143 if isinstance(error, Terminated) else 130
+    _leave_processes(failed=status in (2, 130, 143))
     sys.exit(status or 0)
 
 
@@ -87,6 +88,19 @@ class Terminated(KeyboardInterrupt):
 
 def _interrupt(*_) -> typing.NoReturn:
     raise Terminated
+
+
+def _leave_processes(failed: bool) -> None:
+    """End the connections to the other processes: left open, they may abort this one when it exits.
+
+    NCCL's are left when this process has failed, as they might wait for the other processes.
+    """
+    if "torch" in sys.modules:
+        from torch import distributed
+
+        started = distributed.is_available() and distributed.is_initialized()
+        if started and not (failed and distributed.get_backend() == "nccl"):
+            distributed.destroy_process_group()
 
 
 def _report(message: str) -> None:
@@ -109,39 +123,72 @@ def parse_settings(settings_class: type, argv: list[str] | None = None, descript
     the comment at the end of the field's line. A bool may stand alone (`--flag`) or with a value (`--flag
     False`). A tuple whose metadata has `positional` takes the plain arguments.
 
+    A class may have `steps`, a list of `Step`: then their settings are options too, and those that were given
+    are in the instance's `step_values`, by their options' names.
+
     Raises:
         UserError: for an unknown option, a value of the wrong type or a setting that the class refuses.
     """
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.allow_abbrev = False
-    hints = typing.get_type_hints(settings_class)
-    comments = _field_comments(settings_class)
+    flags = _add_options(parser, settings_class)
+    for step in getattr(settings_class, "steps", ()):
+        group = parser.add_argument_group(step.title)
+        _add_options(
+            group, step.settings_class, step.prefix, {*settings_class.__dataclass_fields__, *step.decided}
+        )
     argv = list(sys.argv[1:] if argv is None else argv)
+    if any(field.metadata.get("positional") for field in settings_class.__dataclass_fields__.values()):
+        argv = _separate_flags(argv, flags)
+    values = vars(parser.parse_intermixed_args(argv))  # plain arguments may stand between the options
+    for name, value in values.items():
+        if isinstance(value, list):  # a list for each argument
+            values[name] = tuple(item for items in value for item in items)
+    own = {name: value for name, value in values.items() if name in settings_class.__dataclass_fields__}
+    settings = make_settings(settings_class, own)
+    if hasattr(settings_class, "steps"):
+        settings.step_values = {name: value for name, value in values.items() if name not in own}
+    return settings
+
+
+class Step(typing.NamedTuple):
+    """A script whose settings another script takes as its own options."""
+
+    title: str
+    settings_class: type
+    prefix: str  # of the options' names
+    decided: frozenset[str]  # settings that the other script decides: no options
+
+
+def _add_options(
+    parser, settings_class: type, prefix: str = "", left_out: set[str] = frozenset()
+) -> list[str]:
+    """Add an option for each field; those that several steps share are added once. Returns the flags of
+    bools."""
+    hints, comments, flags = typing.get_type_hints(settings_class), _field_comments(settings_class), []
     for name, field in settings_class.__dataclass_fields__.items():
-        kind, optional, choices = _resolve_type(hints[name])
+        option, (kind, optional, choices) = f"--{prefix}{name}", _resolve_type(hints[name])
+        if name in left_out or option in parser._option_string_actions:
+            continue
         options = {
             "default": argparse.SUPPRESS,  # so that only what is given comes back
             "type": _converter(kind, optional),
             "metavar": kind.__name__.upper(),
+            "help": comments.get(name, "").replace("%", "%%"),
         }
         if choices:
             options |= {"choices": choices, "metavar": "|".join(choices)}
         if kind is bool:
             options |= {"nargs": "?", "const": True}
+            flags.append(option)
         if typing.get_origin(hints[name]) is tuple:
             options |= {"nargs": "+", "type": _list_converter(kind)}
-        help_text = comments.get(name, "").replace("%", "%%")
         if field.metadata.get("positional"):
-            options |= {"nargs": "*", "metavar": name}
-            parser.add_argument(name, help=help_text, **options)
-            argv = _separate_flags(argv, [f"--{flag}" for flag in hints if hints[flag] is bool])
+            parser.add_argument(name, **options | {"nargs": "*", "metavar": name})
             continue
-        parser.add_argument(f"--{name}", help=f"{help_text} (default: {field.default})", **options)
-    values = vars(parser.parse_intermixed_args(argv))  # plain arguments may stand between the options
-    for name, value in values.items():
-        if isinstance(value, list):  # a list for each argument
-            values[name] = tuple(item for items in value for item in items)
-    return make_settings(settings_class, values)
+        options["help"] += f" (default: {field.default})"
+        parser.add_argument(option, **options)
+    return flags
 
 
 def make_settings(settings_class: type, given: dict[str, object]):
@@ -372,10 +419,36 @@ def on_main_process(work: Callable[[], typing.Any]) -> typing.Any:
     return result[0]
 
 
-def pick_device() -> torch.device:
-    """The GPU, of several the one that belongs to this process, or the CPU."""
+Device = typing.Literal["auto", "cpu", "cuda", "mps"]  # of a setting `device`, for `pick_device`
+
+
+def pick_device(name: Device = "auto") -> torch.device:
+    """The device to compute on.
+
+    Args:
+        name: "cuda" is a GPU, of several the one that belongs to this process; "mps" an Apple GPU; "auto" the
+            first of cuda, mps and cpu that is there.
+
+    Raises:
+        UserError: that device is not there, or fewer GPUs than processes.
+    """
     import torch
 
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(device for device, is_there in available.items() if is_there)
+    if not available[name]:
+        there = ", ".join(device for device, is_there in available.items() if is_there)
+        raise UserError(f"--device {name}: PyTorch finds no such device; it has {there}")
+    if name != "cuda":
+        return torch.device(name)
+    index, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if index >= gpus:
+        raise UserError(
+            f"--device cuda: process {index + 1} finds {gpus} GPUs: start as many processes as there are GPUs"
+        )
+    return torch.device("cuda", index)

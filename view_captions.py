@@ -23,11 +23,11 @@ import numpy as np
 from captioning.annotations import Record
 from captioning.comparison import compare_models, verdict
 from captioning.figures import draw_attention, draw_maps
+from captioning.folder_plan import find_images
 from captioning.gallery import ShownCaption, ShownModel, check_folder, write_gallery
 from captioning.images import read_image
 from captioning.quality import attention_summary, caption_quality
 from captioning.scoring import find_image_folder, match_submission, prepared_records, reference_records
-from captioning.submissions import find_images
 from metrics import score_captions, tokenize
 from utils import UserError, check_at_least, check_output, progress_bar, run_script, write_json
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from captioning.fused_decoder import FusedSearchState
+from captioning.fused_recurrence import copy_to_device
 from captioning.plain_decoder import PlainSearchState
 from models import ENCODED_SIZE, DecoderWithAttention
 from utils import UserError
@@ -86,14 +87,14 @@ def beam_search_n_best(
     state_class = FusedSearchState if fused else PlainSearchState
     states = [state_class(decoder, grid) for decoder, grid in zip(decoders, grids)]
     beams = _Beams(states, images, start, beam_size, keep_alphas, device)
+    (excluded,) = copy_to_device([torch.tensor(list(forbidden), dtype=torch.long)], device)
     for step in range(1, max_steps + 1):
         log_probs, alphas = beams.advance()  # (n, K, V), (n, K, P)
         vocabulary = log_probs.shape[2]
-        log_probs[:, :, list(forbidden)] = -torch.inf
-        totals = (beams.scores.unsqueeze(2) + log_probs).flatten(1)  # (n, K * V)
-        scores, chosen = totals.topk(min(beam_size, totals.shape[1]), dim=1)  # descending
-        rank = torch.arange(scores.shape[1], device=device)
-        scores = scores.masked_fill(rank >= beams.room.unsqueeze(1), -torch.inf)
+        log_probs.index_fill_(2, excluded, -torch.inf)
+        totals = (beams.device_scores.unsqueeze(2) + log_probs).flatten(1)  # (n, K * V)
+        scores, chosen = _to_host(*totals.topk(min(beam_size, totals.shape[1]), dim=1))  # descending
+        scores = scores.masked_fill(torch.arange(scores.shape[1]) >= beams.room.unsqueeze(1), -torch.inf)
         parents, words = chosen // vocabulary, chosen % vocabulary
         ended = (words == end) & scores.isfinite()
 
@@ -114,10 +115,11 @@ def beam_search_n_best(
         if not open_:
             break
         beams.keep(open_)
-    for i, image in enumerate(beams.image):
-        for k, total in enumerate(beams.scores[i].tolist()):  # unfinished ones, by descending score
-            if len(best[image]) < n_best and math.isfinite(total):
-                best[image].append(beams.hypothesis(i, k, total / max_steps**length_penalty))
+    else:
+        for i, image in enumerate(beams.image):
+            for k, total in enumerate(beams.scores[i].tolist()):  # unfinished ones, by descending score
+                if len(best[image]) < n_best and math.isfinite(total):
+                    best[image].append(beams.hypothesis(i, k, total / max_steps**length_penalty))
     if [] in best:
         raise UserError(
             "the decoder's word scores are not numbers: its training went astray, take another checkpoint"
@@ -126,7 +128,11 @@ def beam_search_n_best(
 
 
 class _Beams:
-    """The live hypotheses of the images still searched: n images, K hypotheses each, best first."""
+    """The live hypotheses of the images still searched: n images, K hypotheses each, best first.
+
+    What decides the search is on the CPU, so that a step reads from the device once; the decoders' states,
+    the alphas, and copies of the scores and last words are on the device.
+    """
 
     def __init__(
         self,
@@ -139,18 +145,21 @@ class _Beams:
     ):
         self.states = states  # one of each decoder
         self.image = list(range(images))  # index in the batch
-        self.room = torch.full((images,), beam_size, device=device)  # hypotheses that may still live
-        self.scores = torch.zeros(images, 1, device=device)  # -inf: no hypothesis
-        self.words = torch.full((images, 1, 1), start, device=device)  # (n, K, length + 1)
-        self.totals = torch.zeros(images, 1, 1, device=device)  # (n, K, length + 1) scores after each word
+        self.room = torch.full((images,), beam_size)  # hypotheses that may still live
+        self.scores = torch.zeros(images, 1)  # -inf: no hypothesis
+        self.parents = torch.zeros(images, 1, dtype=torch.long)  # (n, K) places before the last step
+        self.words = torch.full((images, 1, 1), start)  # (n, K, length + 1)
+        self.totals = torch.zeros(images, 1, 1)  # (n, K, length + 1) scores after each word
+        self.device = device
         self.alphas: list[Tensor] | None = [] if keep_alphas else None  # (n, K, P) of each step
+        self.device_scores = torch.zeros(images, 1, device=device)
+        self.device_words = torch.full((images, 1), start, device=device)  # (n, K) the last ones
 
     def advance(self) -> tuple[Tensor, Tensor]:
         """Feed the last words: log-probabilities of the next ones (n, K, V), alphas (n, K, P)."""
-        last = self.words[:, :, -1]
         log_probs, alphas = [], []
         for state in self.states:
-            logits, alpha = state.step(last)
+            logits, alpha = state.step(self.device_words)
             log_probs.append(logits.float().log_softmax(dim=2))
             alphas.append(alpha)
         if len(log_probs) == 1:
@@ -164,26 +173,29 @@ class _Beams:
         width = max(int(self.room.max()), 1)
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         self.scores, order = scores[:, :width], order[:, :width]
-        parents, words = parents.gather(1, order), words.gather(1, order)
-        self.words = torch.cat([_pick(self.words, parents), words.unsqueeze(2)], dim=2)
-        self.totals = torch.cat([_pick(self.totals, parents), self.scores.unsqueeze(2)], dim=2)
-        for state in self.states:
-            state.reorder(parents)
+        self.parents, words = parents.gather(1, order), words.gather(1, order)
+        self.words = torch.cat([_pick(self.words, self.parents), words.unsqueeze(2)], dim=2)
+        self.totals = torch.cat([_pick(self.totals, self.parents), self.scores.unsqueeze(2)], dim=2)
         if self.alphas is not None:
-            self.alphas = [_pick(kept, parents) for kept in (*self.alphas, alphas)]
+            self.alphas.append(alphas)
 
     def keep(self, rows: list[int]) -> None:
-        """Go on with these images only."""
-        if len(rows) == len(self.image):
-            return
+        """Go on with these images only, on the device too."""
+        some_end = len(rows) < len(self.image)
         self.image = [self.image[row] for row in rows]
-        index = torch.tensor(rows, device=self.scores.device)
-        self.room, self.scores, self.words = self.room[index], self.scores[index], self.words[index]
-        self.totals = self.totals[index]
+        index = torch.tensor(rows)
+        self.room, self.scores, self.parents = self.room[index], self.scores[index], self.parents[index]
+        self.words, self.totals = self.words[index], self.totals[index]
+        index, parents, self.device_words = copy_to_device(
+            [index, self.parents, self.words[:, :, -1]], self.device
+        )
+        (self.device_scores,) = copy_to_device([self.scores], self.device)
         for state in self.states:
-            state.keep(index)
+            if some_end:
+                state.keep(index)
+            state.reorder(parents)
         if self.alphas is not None:
-            self.alphas = [kept[index] for kept in self.alphas]
+            self.alphas = [_pick(kept[index], parents) for kept in self.alphas]
 
     def hypothesis(self, row: int, column: int, score: float, ended: float | None = None) -> Hypothesis:
         """ended: the summed log-probability with that of <end>; None: unfinished."""
@@ -194,6 +206,14 @@ class _Beams:
         totals = self.totals[row, column].tolist() + ([] if ended is None else [ended])
         log_probs = [after - before for before, after in itertools.pairwise(totals)]
         return Hypothesis(self.words[row, column, 1:].tolist(), score, alphas, ended is not None, log_probs)
+
+
+def _to_host(scores: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 and int64 of one shape, on the CPU; the device is waited for once."""
+    if scores.device.type == "cpu":
+        return scores, chosen
+    joined = torch.stack([scores.view(torch.int32), chosen.int()]).cpu()  # the bits of both
+    return joined[0].view(torch.float32), joined[1].long()
 
 
 def _pick(values: Tensor, parents: Tensor) -> Tensor:

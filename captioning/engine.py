@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -362,8 +362,8 @@ def find_same_run(settings, data: object) -> tuple[Path, list[dict]] | None:
         earlier, history, same = checkpoint["settings"], checkpoint["history"], checkpoint["data"] == data
     except (IndexError, KeyError, TypeError, ValueError):  # no file, or none of ours
         return None
-    for name, value in vars(settings).items():
-        if name not in {*OF_THIS_RUN, "epochs", "_given"}:
+    for name, value in asdict(settings).items():
+        if name not in {*OF_THIS_RUN, "epochs"}:
             same = same and earlier.get(name, value) == value
     return (files[-1], history) if same else None
 

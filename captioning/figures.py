@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from captioning.images import read_image
+from captioning.interface import BaseCaptioner
 from utils import UserError, atomic_write
 
 PANEL = 2.4  # inches, the longer side of an image
@@ -44,9 +47,12 @@ def draw_attention(
 ) -> None:
     """A figure of an image and, for each word, the image under its attention map (words, h, w).
 
+    Each map is shown on a scale of its own, from 0 to its maximum: where the word looked most is brightest.
+
     Raises:
         UserError: the image cannot be read, or the file's extension is no format for figures.
     """
+    from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
     check_figure(file)
@@ -55,9 +61,11 @@ def draw_attention(
     columns = min(len(words) + 1, 6)
     rows = math.ceil((len(words) + 1) / columns)
     across, down = PANEL * min(width / height, 1), PANEL * min(height / width, 1)
-    figure = Figure(
-        figsize=(columns * across, rows * (down + 0.35) + 0.4 * bool(title)), layout="constrained"
-    )
+    bar = 0.8 * bool(len(words))  # inches, for the colour bar
+    size = (max(columns * across, 3) + bar, rows * (down + 0.35))
+    title = "\n".join(textwrap.fill(line, round(10 * size[0])) for line in title.splitlines())
+    lines = title.count("\n") + 1 if title else 0
+    figure = Figure(figsize=(size[0], size[1] + 0.25 * lines), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
@@ -66,10 +74,42 @@ def draw_attention(
         axis.set_title(word, fontsize=12, parse_math=False)
     for axis, weights in zip(axes.flat[1:], attention):
         smooth = enlarge(weights)
-        # one scale for each word: the brightest place is where it looked most
         axis.imshow(smooth, extent=(0, width, height, 0), cmap="gray", alpha=0.75, vmin=0, vmax=smooth.max())
+    if len(words):
+        scale = ScalarMappable(cmap="gray")
+        scale.set_clim(0, 1)
+        figure.colorbar(scale, ax=axes, label="attention / the word's maximum", aspect=12 * rows)
     figure.suptitle(title, fontsize=12, parse_math=False)
     save_figure(figure, file)
+
+
+def caption_files(
+    captioner: BaseCaptioner, images: Sequence[str], figure: str | None = None, **search
+) -> list[str]:
+    """Print the caption of each image file and draw where the model looked; returns the figures' names.
+
+    Args:
+        figure: the figure of a single image; otherwise they are attention_NAME.png.
+        search: arguments of `describe_prepared`.
+    """
+    figures = [figure] if figure else figure_names(images)
+    for image, file in zip(images, figures):
+        (found,) = captioner.describe_prepared(captioner.prepare(image).unsqueeze(0), **search)
+        print(found.text if len(images) == 1 else f"{image}: {found.text}")
+        title = f"{found.text}\nlog-probability {found.log_prob:.2f}"
+        draw_attention(file, image, found.words, found.attention.cpu().numpy(), title)
+        print(f"figure: {file}", file=sys.stderr)
+    return figures
+
+
+def figure_names(images: Sequence[str | Path]) -> list[str]:
+    """attention_NAME.png for each image; of several with one name, the later ones have a number."""
+    names: list[str] = []
+    for image in images:
+        numbers = itertools.chain([""], (f"_{number}" for number in itertools.count(2)))
+        candidates = (f"attention_{Path(image).stem}{number}.png" for number in numbers)
+        names.append(next(name for name in candidates if name not in names))
+    return names
 
 
 def draw_maps(file: str | Path, maps: dict[str, np.ndarray]) -> None:

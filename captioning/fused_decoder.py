@@ -29,6 +29,7 @@ from captioning.fused_recurrence import (
     ProjectedImages,
     TeacherForcing,
     attention_energies,
+    copy_to_device,
     pack_captions,
 )
 from models import ENCODED_SIZE, Attention, DecoderWithAttention, Encoder
@@ -145,18 +146,17 @@ def teacher_forcing(
     Args:
         grid: (N, h, w, D).
         captions: (N * G, L), caption i of image i // G. lengths: (N * G,), at least 2. Both best on the
-            CPU: otherwise the device is waited for.
+            CPU: otherwise the host waits for the device.
 
     Returns:
         hidden (W, H) and alphas (W, P), packed, W = sum(lengths - 1); the packing.
     """
     device, group = grid.device, len(captions) // len(grid)
     packing = pack_captions((lengths - 1).view(-1, group), device)
-    tokens = captions.cpu()[packing.token_captions, packing.token_steps]
-    distinct, tokens = tokens.unique(return_inverse=True)
-    table = word_gates(decoder, distinct.to(device, non_blocking=True))  # once for each distinct word
-    gates = F.embedding(tokens.to(device, non_blocking=True), table)
-    images = project(decoder.attention, grid[packing.image_order.to(device, non_blocking=True)])
+    distinct_and_tokens = captions.cpu()[packing.cpu_tokens].unique(return_inverse=True)
+    distinct, tokens = copy_to_device(distinct_and_tokens, device)
+    gates = F.embedding(tokens, word_gates(decoder, distinct))  # computed once for each distinct word
+    images = project(decoder.attention, grid[packing.image_order])
     image_of = torch.div(packing.by_image, group, rounding_mode="floor")
     h, c = (state[image_of] for state in initial_state(decoder, images))
     dtype = images.projection.dtype  # lower under autocast
@@ -176,10 +176,9 @@ def caption_logits(
         over each caption's tokens.
     """
     hidden, alphas, packing = teacher_forcing(decoder, grid, captions, lengths)
-    targets = captions.cpu()[packing.token_captions, packing.token_steps + 1]
-    token_captions = packing.token_captions.to(grid.device, non_blocking=True)
-    coverage = alphas.new_zeros(len(captions), alphas.shape[1]).index_add(0, token_captions, alphas)
-    return decoder.fc(decoder.dropout(hidden)), targets.to(grid.device, non_blocking=True), coverage
+    (targets,) = copy_to_device([captions[:, 1:].cpu()[packing.cpu_tokens]], grid.device)
+    coverage = alphas.new_zeros(len(captions), alphas.shape[1]).index_add(0, packing.token_captions, alphas)
+    return decoder.fc(decoder.dropout(hidden)), targets, coverage
 
 
 @torch.no_grad()

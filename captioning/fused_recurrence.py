@@ -13,6 +13,7 @@ every caption, then the second of those that have one, and so on, captions by de
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,14 +39,15 @@ class PackedCaptions(NamedTuple):
     image by their own, both descending, so that a step's captions are the first ones of the first images.
     """
 
-    image_order: Tensor  # (N,) on the CPU: the images by their longest caption
+    image_order: Tensor  # (N,) the images by their longest caption
     by_image: Tensor  # (N * G,) of each caption, by decreasing length, its place in (N, G)
     sorted_indices: Tensor  # (N * G,) of each caption, by decreasing length, its index in the batch
     group: int  # G
     batch_sizes: list[int]  # (T) captions that take part: the first ones
     blocks: list[list[Block]]  # (T) what attention computes at a time
-    token_captions: Tensor  # (W,) on the CPU: each token's caption, as an index in the batch
-    token_steps: Tensor  # (W,) on the CPU: and its step
+    token_captions: Tensor  # (W,) each token's caption, as an index in the batch
+    token_steps: Tensor  # (W,) and its step
+    cpu_tokens: tuple[Tensor, Tensor]  # token_captions and token_steps on the CPU, where the captions are
 
     def to_images(self, rows: Tensor) -> Tensor:
         """rows (n, X), one for each of the first n captions -> (N, G, X) by image, zero elsewhere."""
@@ -58,7 +60,7 @@ class PackedCaptions(NamedTuple):
 
 
 def pack_captions(steps: Tensor, device: torch.device) -> PackedCaptions:
-    """steps (N, G): tokens to feed of each caption, at least 1; on the CPU, or the device is waited for."""
+    """steps (N, G): tokens to feed of each caption, at least 1; on the CPU, or the host waits for it."""
     steps = steps.cpu()
     group = steps.shape[1]
     image_order = steps.max(dim=1).values.argsort(descending=True, stable=True)
@@ -73,16 +75,27 @@ def pack_captions(steps: Tensor, device: torch.device) -> PackedCaptions:
         blocks = [[(i, i + 1, k) for i, k in enumerate(row) if k] for row in captions_of_image]
     else:
         blocks = [[(0, sum(k > 0 for k in row), max(row))] for row in captions_of_image]
-    return PackedCaptions(
-        image_order,
-        by_image.to(device, non_blocking=True),
-        sorted_indices.to(device, non_blocking=True),
-        group,
-        batch_sizes,
-        blocks,
+    cpu_tokens = (
         torch.cat([sorted_indices[:size] for size in batch_sizes]),
         torch.arange(len(batch_sizes)).repeat_interleave(torch.tensor(batch_sizes)),
     )
+    image_order, by_image, sorted_indices, *tokens = copy_to_device(
+        [image_order, by_image, sorted_indices, *cpu_tokens], device
+    )
+    return PackedCaptions(
+        image_order, by_image, sorted_indices, group, batch_sizes, blocks, *tokens, cpu_tokens
+    )
+
+
+def copy_to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors of one dtype on the CPU -> on the device, in one copy that the host does not wait for."""
+    if device.type == "cpu":
+        return list(tensors)
+    joined = torch.cat([tensor.flatten() for tensor in tensors])
+    if device.type == "cuda":
+        joined = joined.pin_memory()  # from other memory the driver may wait for the device
+    parts = joined.to(device, non_blocking=True).split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors)]
 
 
 def attention_energies(projection: Tensor, query: Tensor, weight: Tensor, blocks: list[Block]) -> Tensor:
@@ -328,7 +341,7 @@ def cells_backward(
         weights = weights @ images.pooling  # (W, C)
     steps = len(packing.batch_sizes)
     places = torch.cat([packing.by_image[:size] for size in packing.batch_sizes])
-    places = places * steps + packing.token_steps.to(places.device)  # among the tokens of its image
+    places = places * steps + packing.token_steps  # among the tokens of its image
 
     def by_image(rows: Tensor) -> Tensor:
         filled = rows.new_zeros(len(packing.by_image) * steps, rows.shape[1])

@@ -13,8 +13,9 @@ import direct_caption
 import train_model
 from captioning import blip
 from captioning.blip import load_captioner
+from captioning.folder_plan import find_images
 from captioning.images import list_images
-from captioning.submissions import find_images, read_submission
+from captioning.submissions import read_submission
 from captioning.tiny_blip import tiny_captioner
 from utils import UserError
 

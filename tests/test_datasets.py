@@ -25,7 +25,7 @@ from utils import UserError
     "size, batch_size, accumulation_steps, processes",
     [(32, 5, 1, 1), (32, 8, 2, 2), (7, 16, 1, 3), (5, 1, 2, 2), (9, 4, 1, 2)],
 )
-def test_batches_share_out_every_image_once(size, batch_size, accumulation_steps, processes):
+def test_an_epoch_has_every_image_once(size, batch_size, accumulation_steps, processes):
     samplers = [
         BatchSampler(size, batch_size, accumulation_steps, rank, processes, shuffle=True, seed=3)
         for rank in range(processes)
@@ -107,10 +107,10 @@ def records(demo):
 
 
 def test_images_are_prepared_as_for_captioning(captioner, records, monkeypatch):
-    """Kept or read anew, as uint8 and resized: the numbers are those of `prepare`."""
+    """From memory (uint8, resized) or read again from the file, they are exactly what `prepare` returns."""
     truth = torch.stack([captioner.prepare(record.path) for record in records])
-    for room, kept in ((datasets.KEPT_BYTES, 6), (2 * 3 * 64 * 64 + 1, 2), (0, 0)):
-        monkeypatch.setattr(datasets, "KEPT_BYTES", room)
+    for memory, kept in ((datasets.KEPT_BYTES, 6), (2 * 3 * 64 * 64 + 1, 2), (0, 0)):
+        monkeypatch.setattr(datasets, "KEPT_BYTES", memory)
         dataset = BlipDataset(captioner, records, workers=2)
         for _ in range(2):
             found = torch.cat([*dataset.batches([[0, 1, 2, 3], [4, 5]])])

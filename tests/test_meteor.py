@@ -1,4 +1,4 @@
-"""METEOR beside the official program: its recorded scores, its worked examples, and the program itself."""
+"""METEOR compared with the official program: its recorded scores, worked examples, and the program itself."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Scores beside the official evaluation: its recorded tokens and scores, and its own program where it is."""
+"""Scores compared with the official evaluation: its recorded tokens and scores, and the program itself."""
 
 import csv
 import importlib.util
@@ -22,7 +22,7 @@ GOLDEN = SHARED / "golden" / "captions_a.json"
 FLICKR8K = SHARED / "flickr8k_small" / "captions.txt"
 COCO = SHARED / "coco_small" / "captions_train2017.json"
 
-# The words that the official tokenizer gives; checked against it below where it is installed
+# What the official tokenizer returns; compared with it below where it is installed
 HARD_CAPTIONS = {
     "The man's dog isn't here.": "the man 's dog is n't here",
     "Mr. Smith and mrs. Jones on Main St. in the U.S.": "mr. smith and mrs. jones on main st. in the u.s.",

@@ -39,10 +39,10 @@ def test_loss_is_transformers_own_without_padding():
     torch.testing.assert_close(loss, own.loss)
 
     losses = []
-    for scores, caption in zip(own.logits, captions):
-        log_p = scores[: len(caption) - 1].log_softmax(dim=-1)
-        true = log_p[range(len(log_p)), caption[1:]]
-        losses += (-0.9 * true - 0.1 * log_p.mean(dim=-1)).tolist()
+    for logits, caption in zip(own.logits, captions):
+        log_p = logits[: len(caption) - 1].log_softmax(dim=-1)
+        of_targets = log_p[range(len(log_p)), caption[1:]]
+        losses += (-0.9 * of_targets - 0.1 * log_p.mean(dim=-1)).tolist()
     assert loss.item() == pytest.approx(sum(losses) / len(losses), abs=1e-5)
 
     longer = {name: F.pad(t, (0, 5), value=-100 if name == "labels" else 0) for name, t in words.items()}

@@ -1,4 +1,4 @@
-"""Files in the form of the 2018 tutorial's checkpoint: read exactly, refused where they ask for more."""
+"""Files like the 2018 tutorial's checkpoint are read exactly; files that name anything else are refused."""
 
 import contextlib
 import functools
@@ -31,7 +31,7 @@ WORD_MAP = {f"word{index}": index for index in range(1, VOCABULARY - 3)} | SPECI
 FORMATS = ("legacy", "zip")
 
 
-# --- the tutorial's classes, as far as their pickles show them; computed by the plain formulae -------------
+# --- the tutorial's classes, as its pickles have them ------------------------------------------------------
 
 
 class Encoder(nn.Module):
@@ -76,15 +76,15 @@ class DecoderWithAttention(nn.Module):
         self.fc = nn.Linear(decoder_dim, vocab_size)
 
     def forward(self, encoding, captions):
-        """Captions (N, L) of one length -> scores (N, L - 1, V)."""
+        """Captions (N, L) of one length -> logits (N, L - 1, V)."""
         pixels = encoding.flatten(1, 2)
         h, c = self.init_h(pixels.mean(dim=1)), self.init_c(pixels.mean(dim=1))
-        scores = []
+        logits = []
         for t in range(captions.shape[1] - 1):
             context = self.sigmoid(self.f_beta(h)) * self.attention(pixels, h)
             h, c = self.decode_step(torch.cat([self.embedding(captions[:, t]), context], dim=1), (h, c))
-            scores.append(self.fc(self.dropout(h)))
-        return torch.stack(scores, dim=1)
+            logits.append(self.fc(self.dropout(h)))
+        return torch.stack(logits, dim=1)
 
 
 for tutorial_class in (Encoder, Attention, DecoderWithAttention):

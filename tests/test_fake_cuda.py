@@ -1,0 +1,131 @@
+"""What the code does on CUDA, on a pretended device.
+
+A tensor on the wrong device or of the wrong type raises, the numbers are the CPU's, and the host waits for
+the device as seldom as docs/gpu.md says.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from captioning import fused_decoder
+from captioning.beam_search import beam_search
+from captioning.features import encode_images
+from models import DecoderWithAttention, Encoder, normalize_images
+from tests.fake_cuda import CUDA, CudaTensor, FakeCuda, backward, to_cuda
+
+VOCABULARY, START, END = 40, 38, 39
+PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def make_decoder(encoder_dim: int = 32) -> DecoderWithAttention:
+    decoder = DecoderWithAttention(16, 16, 24, VOCABULARY, encoder_dim, dropout=0).eval()
+    for parameter in decoder.parameters():
+        parameter.data.mul_(3)  # attention far from uniform
+    decoder.fc.bias.data[END] = -3  # captions of various lengths
+    return decoder
+
+
+def make_captions(images: int, group: int) -> tuple[Tensor, Tensor]:
+    return torch.randint(1, START, (images * group, 9)), torch.randint(3, 9, (images * group,))
+
+
+def caption_loss(decoder, grid: Tensor, captions: Tensor, lengths: Tensor) -> Tensor:
+    logits, targets, coverage = fused_decoder.caption_logits(decoder, grid, captions, lengths)
+    return F.cross_entropy(logits, targets) + ((1 - coverage) ** 2).mean()
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    torch.manual_seed(0)
+    encoder = Encoder("resnet18")
+    for name, parameter in encoder.named_parameters():
+        if name.endswith("bn2.weight"):
+            parameter.data.fill_(0.2)  # untrained, its values would grow from block to block
+    return encoder
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("trainable", [False, True])
+def test_training_step(encoder, precision, trainable):
+    """Images to gradients. The host waits for the constants of `normalize_images` alone."""
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    captions, lengths = make_captions(2, 3)
+    decoder = make_decoder(encoder.dim)
+    encoder.fine_tune(trainable)
+    encoder.zero_grad()
+    caption_loss(decoder, encoder.grid(normalize_images(images)), captions, lengths).backward()
+    plain = {
+        name: p.grad for m in (encoder, decoder) for name, p in m.named_parameters() if p.grad is not None
+    }
+    dtype = PRECISIONS[precision]
+    with FakeCuda() as cuda:
+        moved = images.pin_memory().to(CUDA, non_blocking=True)
+        models = to_cuda(encoder), to_cuda(decoder)
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            if trainable:
+                grid = models[0].grid(normalize_images(moved))
+            else:
+                grid = encode_images(models[0], moved).clone()
+            loss = caption_loss(models[1], grid.float(), captions, lengths)
+        found = backward(loss)
+    assert sum(cuda.waits.values()) == 2, cuda.waits  # mean and deviation
+    names = {parameter: name for model in models for name, parameter in model.named_parameters()}
+    ours = {names[leaf]: gradient.numbers for leaf, gradient in found.items()}
+    assert set(plain) == set(ours) and any(name.startswith("network") for name in ours) == trainable
+    for name, gradient in plain.items():
+        if precision == "float32":
+            torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+        else:
+            cosine = F.cosine_similarity(ours[name].flatten(), gradient.flatten(), dim=0)
+            assert cosine > 0.9, name
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_training_step_on_features_never_waits(trainable):
+    decoder, grid, (captions, lengths) = make_decoder(), torch.rand(3, 8, 8, 32), make_captions(3, 5)
+    with FakeCuda() as cuda:
+        on_device = CudaTensor(grid).requires_grad_(trainable)
+        found = backward(caption_loss(to_cuda(decoder), on_device, captions, lengths))
+    assert (on_device in found) == trainable
+    assert not cuda.waits and cuda.copies == {"pinned": 3}
+
+
+@pytest.mark.parametrize("beam_size", [1, 5])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("members", [1, 2])
+def test_search_waits_once_a_step(beam_size, fused, members):
+    decoder, grid = make_decoder(), torch.rand(8, 8, 8, 32) * 3
+    options = {"max_steps": 12, "forbidden": (3, 4), "fused": fused}
+    expected = beam_search([decoder] * members, [grid] * members, START, END, beam_size, **options)
+    steps = max(len(hypothesis.words) for hypothesis in expected)
+    with FakeCuda() as cuda:
+        models, grids = [to_cuda(decoder)] * members, [CudaTensor(grid)] * members
+        found = beam_search(models, grids, START, END, beam_size, **options)
+    assert [hypothesis.words for hypothesis in found] == [hypothesis.words for hypothesis in expected]
+    assert [h.log_probs for h in found] == [pytest.approx(h.log_probs, abs=1e-5) for h in expected]
+    assert steps > 2 and sum(cuda.waits.values()) <= steps + 1, cuda.waits
+    assert "pageable" not in cuda.copies
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_search_under_autocast_with_attention(dtype):
+    decoder, grid = make_decoder(), torch.rand(4, 8, 8, 32)
+    with FakeCuda(), torch.autocast("cuda", dtype):
+        found = beam_search(
+            [to_cuda(decoder)], [CudaTensor(grid)], START, END, 3, max_steps=6, keep_alphas=True
+        )
+    assert all(hypothesis.alphas.shape == (len(hypothesis.words), 196) for hypothesis in found)
+
+
+def test_a_tensor_left_on_the_cpu_raises(monkeypatch):
+    decoder, grid, (captions, lengths) = make_decoder(), torch.rand(2, 8, 8, 32), make_captions(2, 2)
+    monkeypatch.setattr(fused_decoder, "copy_to_device", lambda tensors, device: list(tensors))
+    with FakeCuda(), pytest.raises(RuntimeError, match=r"cuda:0.*cpu|cpu.*cuda:0"):
+        fused_decoder.caption_logits(to_cuda(decoder), CudaTensor(grid), captions, lengths)
+
+
+def test_a_tensor_of_the_wrong_type_raises():
+    with FakeCuda(), pytest.raises(RuntimeError, match="dtype"):
+        F.linear(CudaTensor(torch.ones(2, 3)), CudaTensor(torch.ones(4, 3, dtype=torch.bfloat16)))
