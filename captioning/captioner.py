@@ -152,7 +152,6 @@ class Captioner(BaseCaptioner):
             forbidden=[self.word_map[word] for word in (PAD, START, UNK)],
             length_penalty=length_penalty,
             keep_alphas=keep_alphas,
-            fused=self.fused,
             n_best=n_best or beam_size,
             fused=self.fused,
         )
