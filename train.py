@@ -46,6 +46,7 @@ from captioning.engine import (
     save_epoch,
 )
 from captioning.features import cache_features, encode_images
+from captioning.monitor import Monitor
 from captioning.pretrained import build_encoder, load_embeddings
 from datasets import BatchSampler, CaptionDataset, read_prepared
 from metrics import tokenize
@@ -97,6 +98,7 @@ class Settings:
     select_by: Literal["bleu4", "cider"] = "bleu4"  # score by which the best epoch is chosen
     resume: bool = False  # go on after the last epoch in output_folder
     checkpoint: str | None = None  # or go on from this file
+    log_with: Literal["none", "tensorboard", "wandb"] = "none"  # also report every epoch there
     keep_checkpoints: int = 0  # epochs whose checkpoints stay; 0: all
     workers: int = 2  # processes that load batches
     seed: int = 123  # of weights, order and dropout
@@ -124,7 +126,8 @@ class Settings:
 # a checkpoint's model has these; another value cannot be given to a training that goes on
 FIXED = ("encoder_name", "encoder_weights", "emb_dim", "attention_dim", "decoder_dim", "embeddings")
 RATES = ("decoder_lr", "encoder_lr")  # of the optimizer's groups
-OUTPUT_FILES = ("checkpoint_epoch_*.pth", "best_checkpoint.pth", "encoder.pth", "decoder.pth", "history.csv")
+OUTPUT_FILES = ("checkpoint_epoch_*.pth", "best_checkpoint.pth", "encoder.pth", "decoder.pth", "history.csv",
+                "curves.png", "train.log")  # fmt: skip
 
 
 def main(settings: Settings) -> None:
@@ -155,6 +158,8 @@ def train(settings: Settings) -> dict:
         run.log(resumed.restore(optimizer, rates, run, (decoder, encoder), RATES))
     if run.is_main and not (resumed and resumed.source.resolve().parent == output.resolve()):
         archive_previous_run(output, *OUTPUT_FILES)
+    run.log_file = output / "train.log"
+    monitor = Monitor(run, output, settings, read_json(Path(settings.data_folder) / "val_image_ids.json"))
 
     for epoch in range(len(history) + 1, settings.epochs + 1):
         if settings.is_fine_tuned(epoch) != fine_tuned:
@@ -171,17 +176,19 @@ def train(settings: Settings) -> dict:
         began = time.monotonic()
         line = {"epoch": epoch}
         line |= train_one_epoch(encoder, decoder, train_loader, optimizer, rates, settings, run, epoch)
-        line |= validate(encoder, decoder, val_loader, references, word_map, settings, run)
+        scores, captions = validate(encoder, decoder, val_loader, references, word_map, settings, run)
+        line |= scores
         line |= {"decoder_lr": optimizer.param_groups[0]["lr"], "seconds": time.monotonic() - began}
         history.append(line)
         if run.is_main:
             states = run.states(optimizer, rates)
             save(output, encoder, decoder, states, history, word_map, settings)
-        run.log(
-            f"epoch {epoch}: loss {line['train_loss']:.3f}, {line['captions_per_second']:.0f} captions/s; "
+        text = (
+            f"loss {line['train_loss']:.3f}, {line['captions_per_second']:.0f} captions/s; "
             f"validation loss {line['val_loss']:.3f}, top-5 {line['val_top5']:.1%}, "
             f"BLEU-4 {line['val_bleu4']:.4f}, CIDEr {line['val_cider']:.4f}"
         )
+        monitor.epoch(history, captions, text)
     return report_best(run, history, score, output)
 
 
@@ -231,6 +238,7 @@ def build_models(
         if embeddings is not None:
             decoder.embedding.weight.data.copy_(embeddings)
     decoder.embedding.requires_grad_(settings.fine_tune_embeddings)
+    decoder.fused = settings.fused
     if settings.fused:
         fused_decoder.require_same_as_plain(decoder)
     return settings, encoder, decoder
@@ -330,11 +338,11 @@ def validate(
     word_map: dict[str, int],
     settings: Settings,
     run: Run,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], dict[int, str]]:
     """Loss and top-5 accuracy with teacher forcing, BLEU-4 and CIDEr of greedy captions: {"val_loss",
-    "val_top5", "val_bleu4", "val_cider"}, of all processes' images."""
+    "val_top5", "val_bleu4", "val_cider"}, of all processes' images; the captions by index."""
     decoder.eval()
-    captioner = Captioner([(encoder, decoder)], word_map, fused=settings.fused)
+    captioner = Captioner([(encoder, decoder)], word_map)
     sums, texts = torch.zeros(5, dtype=torch.float64), []
     quiet = not run.is_main
     for images, captions, lengths in progress_bar(
@@ -352,11 +360,12 @@ def validate(
     indices = [index for request in loader.sampler for index in request.indices.tolist()]
     sums = sum(run.gather({run.state.process_index: sums}).values())
     cross_entropy, penalty, correct, tokens, captions = sums.tolist()
+    by_index = run.gather(dict(zip(indices, texts, strict=True)))
     return {
         "val_loss": cross_entropy / tokens + settings.alpha_c * penalty / captions,
         "val_top5": correct / tokens,
-        **caption_scores(references, run.gather(dict(zip(indices, texts, strict=True)))),
-    }
+        **caption_scores(references, by_index),
+    }, by_index
 
 
 def caption_loss(

@@ -39,6 +39,7 @@ from captioning.engine import (
     report_best,
     save_epoch,
 )
+from captioning.monitor import Monitor
 from utils import (
     UserError,
     check_above_zero,
@@ -84,6 +85,7 @@ class Settings:
     gradient_checkpointing: bool = False  # less memory, a third more time
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # on CUDA
     select_by: Literal["bleu4", "cider"] = "cider"  # score by which the best epoch is chosen
+    log_with: Literal["none", "tensorboard", "wandb"] = "none"  # also report every epoch there
     keep_checkpoints: int = 1  # epochs whose checkpoints stay, each three times the model's size; 0: all
     val_batch_size: int = 32  # images captioned at a time, greedily
     workers: int = 4  # threads that read images
@@ -113,7 +115,7 @@ FOR_TINY |= {"augment": True, "patience": 0, "label_smoothing": 0.0}
 FIXED = ("base_model",)  # another value cannot be given to a training that goes on
 OUTPUT_FILES = (
     "*.safetensors", "*config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.txt", "checkpoint_epoch_*.pth", "history.csv",
+    "vocab.txt", "checkpoint_epoch_*.pth", "history.csv", "curves.png", "train.log",
 )  # fmt: skip
 
 
@@ -178,6 +180,8 @@ def run_training(settings: Settings) -> dict:
         run.log(resumed.restore(optimizer, rates, run, (), ("learning_rate", "learning_rate")))
     if run.is_main and not (resumed and resumed.source.resolve().parent == output.resolve()):
         archive_previous_run(output, *OUTPUT_FILES)
+    run.log_file = output / "train.log"
+    monitor = Monitor(run, output, settings, [record.image_id for record in val_set.records])
 
     for epoch in range(len(history) + 1, settings.epochs + 1):
         waited = epochs_since_improvement(history, score)
@@ -192,7 +196,8 @@ def run_training(settings: Settings) -> dict:
         line["train_loss"] = train_one_epoch(
             loss_module, train_set, captions, sampler, optimizer, rates, settings, run
         )
-        line |= validate(captioner, val_set, settings, run)
+        scores, texts = validate(captioner, val_set, settings, run)
+        line |= scores
         line["seconds"] = time.monotonic() - began
         history.append(line)
         if run.is_main:
@@ -202,10 +207,9 @@ def run_training(settings: Settings) -> dict:
             save_epoch(
                 output, checkpoint, score, lambda _: save_model(output, captioner), settings.keep_checkpoints
             )
-        run.log(
-            f"epoch {epoch}: loss {line['train_loss']:.3f}; "
-            f"validation BLEU-4 {line['val_bleu4']:.4f}, CIDEr {line['val_cider']:.4f}"
-        )
+        text = f"loss {line['train_loss']:.3f}; "
+        text += f"validation BLEU-4 {line['val_bleu4']:.4f}, CIDEr {line['val_cider']:.4f}"
+        monitor.epoch(history, texts, text)
     return report_best(run, history, score, output)
 
 
@@ -368,11 +372,11 @@ def draw_captions(captions: list[list[list[int]]], count: int, seed: str) -> lis
 @torch.no_grad()
 def validate(
     captioner: BlipCaptioner, val_set: BlipDataset, settings: Settings, run: Run
-) -> dict[str, float]:
-    """Scores of the model's own greedy captions, each image's counted once: {"val_bleu4", "val_cider"}; 0
-    where there is nothing to validate on."""
+) -> tuple[dict[str, float], dict[int, str]]:
+    """Scores of the model's own greedy captions, each image's counted once: {"val_bleu4", "val_cider"}, 0
+    where there is nothing to validate on; the captions by index."""
     if not val_set.records:
-        return {"val_bleu4": 0.0, "val_cider": 0.0}
+        return {"val_bleu4": 0.0, "val_cider": 0.0}, {}
     captioner.model.eval()
     own = range(run.state.process_index, len(val_set.records), run.state.num_processes)
     size = settings.val_batch_size
@@ -383,7 +387,8 @@ def validate(
         with run.autocast():
             texts = captioner.caption_prepared(pixels, num_beams=1, max_new_tokens=settings.max_length)
         captions.update(zip(batch, texts))
-    return caption_scores([record.tokens for record in val_set.records], run.gather(captions))
+    captions = run.gather(captions)
+    return caption_scores([record.tokens for record in val_set.records], captions), captions
 
 
 # --- what is kept -------------------------------------------------------------------------------------------

@@ -45,9 +45,9 @@ class Captioner(BaseCaptioner):
         self,
         members: Sequence[tuple[Encoder, DecoderWithAttention]],
         word_map: dict[str, int],
-        fused: bool = True,
     ):
-        self.fused = fused
+        # False where a decoder was trained with --fused False
+        self.fused = all(getattr(decoder, "fused", True) for _, decoder in members)
         self.word_map = word_map
         self.words = {index: word for word, index in word_map.items()}
         self.decoders = [decoder for _, decoder in members]

@@ -159,6 +159,7 @@ def decoder_from(checkpoint: dict, source: str | Path) -> DecoderWithAttention:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{source}: a damaged checkpoint: {error} is missing or misused") from None
+    decoder.fused = settings.get("fused", True)  # the form to run it in; see train.py
     _load_state(decoder, weights, source)
     return decoder.eval()
 

@@ -11,9 +11,10 @@ Nothing here knows a model. A training step reads in the script; here are its pa
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ class Run:
     device: torch.device
     autocast_dtype: torch.dtype | None
     scaler: torch.amp.GradScaler
+    log_file: Path | None = None  # what is logged is appended here too
+    waiting: list[str] = field(default_factory=list)  # logged before there was a file
+    busy: BusyWatch = field(default_factory=lambda: BusyWatch())
 
     @classmethod
     def start(cls, mixed_precision: str) -> Run:
@@ -54,8 +58,16 @@ class Run:
         return self.state.is_main_process
 
     def log(self, text: str) -> None:
-        """Print, once for all processes."""
-        self.state.print(text)
+        """Print, and append to `log_file`, once for all processes."""
+        if not self.is_main:
+            return
+        print(text, flush=True)
+        self.waiting.append(text)
+        if self.log_file:
+            self.log_file.parent.mkdir(parents=True, exist_ok=True)
+            with self.log_file.open("a", encoding="utf-8") as stream:
+                stream.writelines(f"{line}\n" for line in self.waiting)
+            self.waiting.clear()
 
     def describe(self) -> str:
         return f"{self.state.num_processes} x {self.device.type}"
@@ -67,7 +79,13 @@ class Run:
 
     def backward(self, loss: Tensor) -> None:
         """Add a loss's gradients; the losses of a step, over all its batches and processes, add up."""
-        self.scaler.scale(loss).backward()
+        with self.busy:
+            self.scaler.scale(loss).backward()
+        if self.device.type == "cpu" and self.busy.is_new():
+            self.log(
+                f"the machine is busy: a step takes {self.busy.slowdown():.0f} times its CPU time; with "
+                f"OMP_NUM_THREADS=1 in front of the command, threads do not wait for each other"
+            )
 
     def step(self, optimizer: torch.optim.Optimizer, grad_clip: float, grad_clip_by: str) -> None:
         """Add up the processes' gradients, clip them, update the weights, forget the gradients.
@@ -112,6 +130,31 @@ class Run:
         if self.state.num_processes == 1:
             return items
         return {key: value for part in gather_object([items]) for key, value in part.items()}
+
+
+class BusyWatch:
+    """Notices that a thread of this process waits for the others, which other programs keep from running."""
+
+    def __init__(self):
+        self.wall = self.cpu = 0.0  # seconds inside the `with` blocks: passed, and worked by this thread
+        self.is_told = torch.get_num_threads() == 1
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter(), time.thread_time()
+
+    def __exit__(self, *_) -> None:
+        self.wall += time.perf_counter() - self.began[0]
+        self.cpu += time.thread_time() - self.began[1]
+
+    def slowdown(self) -> float:
+        return self.wall / max(self.cpu, 1e-9)
+
+    def is_new(self) -> bool:
+        """True once, when over five seconds or more the work took three times its CPU time."""
+        if self.is_told or self.wall < 5 or self.slowdown() < 3:
+            return False
+        self.is_told = True
+        return True
 
 
 BUCKET = 2**23  # gradients that are added up at once
@@ -247,7 +290,14 @@ def save_epoch(
 
 # these are of each run, whatever the checkpoint says
 OF_THIS_RUN = {"data_folder", "annotations", "image_folder", "output_folder", "resume", "checkpoint"}
-OF_THIS_RUN |= {"workers", "cache_features", "mixed_precision", "keep_checkpoints", "val_batch_size"}
+OF_THIS_RUN |= {
+    "log_with",
+    "workers",
+    "cache_features",
+    "mixed_precision",
+    "keep_checkpoints",
+    "val_batch_size",
+}
 
 
 @dataclass

@@ -67,6 +67,13 @@ def models(prepared, tmp_path_factory) -> Path:
     return output
 
 
+def small_settings(prepared: Path, output: Path, **options) -> train.Settings:
+    """Settings of train.py for a short training on the prepared demonstration set."""
+    sizes = {"emb_dim": 32, "attention_dim": 32, "decoder_dim": 64, "decoder_lr": 4e-3, "alpha_c": 0.1}
+    names = {"data_folder": str(prepared), "output_folder": str(output), "encoder_name": "efficientnet_lite0"}
+    return train.Settings(**names | sizes | {"workers": 0, "epochs": 2} | options)
+
+
 def blip_settings(demo: Path, output: Path, **options):
     """Settings of train_model.py for a short training of the tiny BLIP on the demonstration set."""
     import train_model

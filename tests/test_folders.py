@@ -628,7 +628,7 @@ def test_a_figure_of_each_image(models, blip_model, demo, tmp_path, monkeypatch,
     assert sorted(os.listdir(tmp_path)) == [*names, "b"] and np.ptp(read_image(names[1])) > 100
     with pytest.raises(UserError, match="--figure names the figure of one image"):
         caption.Settings(images, figure="x.png")
-    with pytest.raises(UserError, match="nowhere.jpg: no such image"):
+    with pytest.raises(UserError, match=r"nowhere\.jpg: no such image"):
         direct_caption.main(direct_caption.Settings(("nowhere.jpg",)))
 
 

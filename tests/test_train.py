@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, small_settings
 
 import train
 from caption import caption_images
@@ -17,12 +17,6 @@ from captioning.annotations import read_annotations
 from captioning.checkpoints import decoder_from, encoder_from, load_checkpoint
 from metrics import bleu4, tokenize
 from utils import UserError
-
-
-def small_settings(prepared, output, **options) -> train.Settings:
-    sizes = {"emb_dim": 32, "attention_dim": 32, "decoder_dim": 64, "decoder_lr": 4e-3, "alpha_c": 0.1}
-    names = {"data_folder": str(prepared), "output_folder": str(output), "encoder_name": "efficientnet_lite0"}
-    return train.Settings(**names | sizes | {"workers": 0, "epochs": 2} | options)
 
 
 def test_a_model_overfits_twenty_images(demo, tmp_path):
