@@ -639,3 +639,29 @@ def test_plain_arguments_may_stand_anywhere():
     assert parse_settings(caption.Settings, []).images == ()
     settings = parse_settings(caption.Settings, ["--show", "False", "a.jpg", "--img", "b.jpg"])
     assert settings.images == ("a.jpg", "b.jpg") and not settings.show
+
+
+@pytest.mark.slow
+def test_the_documented_commands_run_as_written(models, blip_model, tmp_path):
+    """The first block of docs/folders.md, in a folder that has photos/ and the two models."""
+    text = (ROOT / "docs" / "folders.md").read_text(encoding="utf-8")
+    commands = re.search(r"(?:^    .+\n)+", text, flags=re.MULTILINE)[0].splitlines()
+    assert len(commands) == 4
+    for script in ("caption.py", "caption_from_checkpoint.py", "direct_caption.py"):
+        (tmp_path / script).symlink_to(ROOT / script)
+    (tmp_path / "output_models").symlink_to(models)
+    (tmp_path / "blip_finetuned_model").symlink_to(blip_model)
+    make_images(make_images(tmp_path / "photos", 3) / "holiday", 2)
+    (tmp_path / "bin").mkdir()
+    for name, module in (("python", ""), ("torchrun", "-m torch.distributed.run")):
+        (tmp_path / "bin" / name).write_text(f'#!/bin/sh\nexec {sys.executable} {module} "$@"\n')
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    for command in commands:
+        result = subprocess.run(
+            command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert result.returncode == 0 and "images captioned" in result.stdout, result.stderr
+    assert [row[0] for row in read_submission(tmp_path / "captions.csv")] == ["img0", "img1", "img2"]
+    assert len(read_submission(tmp_path / "captions.jsonl")) == 5
+    assert (tmp_path / "photos" / "img0.txt").read_text().startswith("ohwx style, ")
