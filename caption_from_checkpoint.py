@@ -12,12 +12,14 @@ from __future__ import annotations
 import filecmp
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import Literal
 
 from captioning.captioner import Captioner
-from captioning.submissions import caption_folder
-from utils import UserError, check_at_least, natural_order, run_script
+from captioning.folder_plan import FolderOptions
+from captioning.folders import caption_folder
+from utils import UserError, check_at_least, is_main_process, natural_order, run_script
+
+DEFAULT_OUTPUT = "submission.csv"
 
 
 @dataclass
@@ -28,32 +30,36 @@ class Settings:
     word_map: str | None = None  # word_map.json, for a checkpoint that has none
     test_folder: str = "test/test"  # images to caption
     test_csv: str | None = None  # ids and their order; None: test.csv in or up to two folders above, if any
-    output_csv: str = "submission.csv"  # image_id,caption; a name in .json gives COCO results
+    recursive: bool = False  # caption the images in its subfolders too
+    output_csv: str | None = None  # .csv, .json (COCO) or .jsonl; None: submission.csv, none with sidecars
+    sidecars: bool = False  # write each caption beside its image: photo.txt for photo.jpg
+    sidecar_extension: str = ".txt"  # of the sidecars
+    existing: Literal["skip", "overwrite", "append", "prepend"] = (
+        "skip"  # what to do where a sidecar is there
+    )
+    prefix: str = ""  # words before each caption in a sidecar; {name}, {folder}: the image's
+    suffix: str = ""  # words behind it
     beam_size: int = 3  # hypotheses searched at a time; 1 is greedy
     length_penalty: float = 0.0  # compare captions by log-probability / length ** this
     batch_size: int = 32  # images searched at a time
     workers: int = 4  # threads that read images
 
     def __post_init__(self):
-        check_at_least(self, 1, "beam_size", "batch_size", "workers")
+        check_at_least(self, 1, "beam_size")
+        FolderOptions.of(self, DEFAULT_OUTPUT)  # refuses what cannot be
         if len(self.checkpoint) > 1 and not self.ensemble_mode:
             raise UserError("several checkpoints: add --ensemble_mode, or give one")
 
 
 def main(settings: Settings) -> int:
     files = choose_checkpoints(settings)
-    captioner = Captioner.load(files, settings.word_map)
-    print(f"{'ensemble of ' if len(files) > 1 else ''}{', '.join(map(str, files))}")
+    if is_main_process():
+        print(f"{'ensemble of ' if len(files) > 1 else ''}{', '.join(map(str, files))}")
     failed = caption_folder(
-        settings.test_folder,
-        settings.test_csv,
-        settings.output_csv,
-        read=captioner.prepare,
-        caption=lambda images: captioner.caption_prepared(
-            torch.stack(images), settings.beam_size, settings.length_penalty
-        ),
-        batch_size=settings.batch_size,
-        workers=settings.workers,
+        FolderOptions.of(settings, DEFAULT_OUTPUT),
+        lambda: Captioner.load(files, settings.word_map),
+        [*files, settings.word_map] if settings.word_map else files,
+        {"beam_size": settings.beam_size, "length_penalty": settings.length_penalty},
     )
     return 1 if failed else 0
 

@@ -1,32 +1,53 @@
-"""Caption a folder of images with BLIP: model + images -> blip_submission.csv.
+"""Caption images, or a folder of them, with BLIP: model + images -> blip_submission.csv.
 
     python direct_caption.py --model_path blip_finetuned_model/
     python direct_caption.py            # with nothing: Salesforce/blip-image-captioning-base, from the hub
     python direct_caption.py --prompt "a photo of" --conditional
+    python direct_caption.py photo.jpg other.jpg    # with a figure each of where the model looked
 
-Other captioners of the hub with the same interface (GIT, ViT-GPT2, BLIP-2) work by --model_path too.
+Other captioners of the hub with the same interface (GIT, ViT-GPT2, BLIP-2) work by --model_path too; figures
+are for BLIP without a prompt. docs/folders.md has more on folders.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import torch
-import transformers
-from torch import Tensor
 
-from captioning.blip import HUB_MODEL, BlipCaptioner, load_captioner, require_blip
-from captioning.submissions import caption_folder, find_images
-from utils import UserError, check_at_least, check_output, pick_device, run_script
+from captioning import HUB_MODEL
+from captioning.figures import caption_files
+from captioning.folder_plan import FolderOptions
+from captioning.folders import caption_folder
+from captioning.images import read_image
+from utils import UserError, check_at_least, is_main_process, pick_device, run_script
+
+if TYPE_CHECKING:
+    from captioning.blip import BlipCaptioner
+
+DEFAULT_OUTPUT = "blip_submission.csv"
 
 
 @dataclass
 class Settings:
+    images: tuple[str, ...] = field(default=(), metadata={"positional": True})  # image files; none: a folder
     model_path: str = HUB_MODEL  # a folder that train_model.py wrote, or a model of the hub
     test_folder: str = "test/test"  # images to caption
     test_csv: str | None = None  # ids and their order; None: test.csv in or up to two folders above, if any
-    output_csv: str = "blip_submission.csv"  # image_id,caption; a name in .json: COCO results
+    recursive: bool = False  # caption the images in its subfolders too
+    output_csv: str | None = (
+        None  # .csv, .json (COCO) or .jsonl; None: blip_submission.csv, none with sidecars
+    )
+    sidecars: bool = False  # write each caption beside its image: photo.txt for photo.jpg
+    sidecar_extension: str = ".txt"  # of the sidecars
+    existing: Literal["skip", "overwrite", "append", "prepend"] = (
+        "skip"  # what to do where a sidecar is there
+    )
+    prefix: str = ""  # words before each caption in a sidecar; {name}, {folder}: the image's
+    suffix: str = ""  # words behind it
     batch_size: int = 16  # images captioned at a time
     num_beams: int = 3  # hypotheses searched at a time; 1 is greedy
     max_new_tokens: int = 30  # longest caption, in tokens
@@ -36,20 +57,50 @@ class Settings:
     workers: int = 4  # threads that read and prepare images
 
     def __post_init__(self):
-        check_at_least(self, 1, "batch_size", "num_beams", "max_new_tokens", "workers")
+        check_at_least(self, 1, "num_beams", "max_new_tokens")
+        FolderOptions.of(self, DEFAULT_OUTPUT)  # refuses what cannot be
         if self.conditional and not self.prompt.strip():
             raise UserError('--conditional needs a prompt: give --prompt "a photo of", or the like')
 
 
 def main(settings: Settings) -> int:
-    failed = caption_images(**vars(settings))
+    if settings.images:
+        return caption_single_images(settings)
+    failed = caption_images(
+        settings.model_path,
+        num_beams=settings.num_beams,
+        max_new_tokens=settings.max_new_tokens,
+        prompt=settings.prompt,
+        conditional=settings.conditional,
+        mixed_precision=settings.mixed_precision,
+        **asdict(FolderOptions.of(settings, DEFAULT_OUTPUT)),
+    )
     return 1 if failed else 0
+
+
+def caption_single_images(settings: Settings) -> int:
+    """Print each image's caption and draw where the model looked, where that can be known."""
+    for image in settings.images:
+        read_image(image)  # complain before the model is loaded
+    half = settings.mixed_precision and torch.cuda.is_available()
+    captioner = _load(settings.model_path, half, settings.mixed_precision, settings.prompt)
+    search = {"max_new_tokens": settings.max_new_tokens}
+    if captioner.model.config.model_type == "blip" and not settings.prompt:
+        caption_files(captioner, settings.images, beam_size=settings.num_beams, **search)
+        return 0
+    search |= {"prompt": settings.prompt, "keep_prompt": settings.conditional}
+    for image in settings.images:
+        prepared = captioner.prepare(image).unsqueeze(0)
+        (text,) = captioner.caption_prepared(prepared, settings.num_beams, **search)
+        print(text if len(settings.images) == 1 else f"{image}: {text}")
+    print("no figures: these are for BLIP without a prompt", file=sys.stderr)
+    return 0
 
 
 def caption_images(
     model_path: str | Path = HUB_MODEL,
     test_folder: str | Path = "test/test",
-    output_csv: str | Path = "blip_submission.csv",
+    output_csv: str | Path | None = DEFAULT_OUTPUT,
     test_csv: str | Path | None = None,
     batch_size: int = 16,
     num_beams: int = 3,
@@ -58,11 +109,15 @@ def caption_images(
     conditional: bool = False,
     mixed_precision: bool = False,
     workers: int = 4,
+    **options,
 ) -> list[str]:
     """Caption the images of a folder into a CSV `image_id,caption`; rows as caption.py has them.
 
     Captions do not depend on batch_size or on the order of the images. With a prompt, BLIP goes on from it;
     its words are cut from the captions, or kept where `conditional`.
+
+    Args:
+        options: further ones of `FolderOptions`, such as recursive or sidecars.
 
     Returns:
         What was wrong with the images that could not be read, one line each; their captions are empty.
@@ -70,39 +125,46 @@ def caption_images(
     Raises:
         UserError: wrong input, or not one readable image.
     """
+    half = mixed_precision and torch.cuda.is_available()
+    search = {
+        "num_beams": num_beams,
+        "max_new_tokens": max_new_tokens,
+        "prompt": prompt,
+        "keep_prompt": conditional,
+    }
+    return caption_folder(
+        FolderOptions(test_folder, test_csv, output_csv, batch_size=batch_size, workers=workers, **options),
+        lambda: _load(model_path, half, mixed_precision, prompt),
+        _model_files(model_path),
+        search,
+        depends_on={"precision": "bfloat16" if half else "float32"},
+    )
+
+
+def _load(model_path: str | Path, half: bool, mixed_precision: bool, prompt: str) -> BlipCaptioner:
+    """The captioner on its device and in its precision."""
+    import transformers
+
+    from captioning.blip import load_captioner, require_blip
+
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    check_output(output_csv)  # complain before the model is loaded
-    find_images(test_folder, test_csv)
     captioner = load_captioner(model_path)
     if prompt:
         require_blip(captioner, model_path, "--prompt")
-    device = pick_device()
-    if mixed_precision and device.type != "cuda":
+    if mixed_precision and not half and is_main_process():
         print("mixed precision is for CUDA; captioning in float32")
-    captioner.model.to(device, torch.bfloat16 if mixed_precision and device.type == "cuda" else torch.float32)
-    options = (batch_size, num_beams, max_new_tokens, prompt, conditional, workers)
-    return caption_loaded(captioner, test_folder, output_csv, test_csv, *options)
+    captioner.model.to(pick_device(), torch.bfloat16 if half else torch.float32)
+    return captioner
 
 
-def caption_loaded(
-    captioner: BlipCaptioner,
-    test_folder: str | Path,
-    output_csv: str | Path,
-    test_csv: str | Path | None = None,
-    batch_size: int = 16,
-    num_beams: int = 3,
-    max_new_tokens: int = 30,
-    prompt: str = "",
-    conditional: bool = False,
-    workers: int = 4,
-) -> list[str]:
-    """`caption_images` with a captioner that is loaded, on its device and in its precision."""
-
-    def caption(images: list[Tensor]) -> list[str]:
-        return captioner.caption_prepared(torch.stack(images), num_beams, max_new_tokens, prompt, conditional)
-
-    return caption_folder(test_folder, test_csv, output_csv, captioner.prepare, caption, batch_size, workers)
+def _model_files(model_path: str | Path) -> str | list[Path]:
+    """What the captions depend on in a model's folder. Of a hub model, its name: once fetched, it stays."""
+    folder = Path(model_path)
+    if not folder.is_dir():
+        return str(model_path)
+    patterns = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "vocab*", "merges.txt")
+    return sorted(file for pattern in patterns for file in folder.glob(pattern))
 
 
 if __name__ == "__main__":

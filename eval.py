@@ -1,32 +1,40 @@
-"""Score a model, an ensemble of several or a file of captions with the scores that papers quote.
+"""Score a model, an ensemble of several or files of captions with the scores that papers quote.
 
     python eval.py --checkpoint output_models/best_checkpoint.pth --beam_sizes 1,3,5
     python eval.py --checkpoint seed_1.pth seed_2.pth --output_json ensemble.json      # an ensemble
+    python eval.py --model_path blip_finetuned_model/                                  # BLIP
     python eval.py --submission submission.csv --references test_captions.csv
+    python eval.py --submission a.csv b.csv --references test_captions.csv             # which is better?
+    python eval.py --boxes demo/boxes.json                         # does it look at what it names?
+    python eval.py --worst 8 --figure worst.png                    # where is it wrong?
+    python eval.py --per_image_csv a.csv                           # scores of each image, for this:
+    python eval.py --compare a.csv b.csv
     torchrun --nproc_per_node 2 eval.py --checkpoint output_models/best_checkpoint.pth
 
-A model captions the images of a prepared split by itself, with no true words put in, and is scored against
+A model captions the images of a prepared split by itself, without teacher forcing, and is scored against
 all references of each image. The scores are those of the official COCO caption evaluation.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import h5py
-import torch
-from accelerate.utils import gather_object
-
-from captioning.annotations import read_annotations
-from captioning.captioner import Captioner
-from captioning.features import cached_features
-from captioning.images import IMAGE_EXTENSIONS
-from captioning.submissions import coco_id, read_submission, write_submission
-from datasets import read_prepared
+from captioning.annotations import Record
+from captioning.comparison import compare_files, compare_models, print_intervals, verdict
+from captioning.scoring import (
+    COLUMNS,
+    find_image_folder,
+    prepared_records,
+    reference_records,
+    score_records,
+    score_submission,
+)
+from captioning.submissions import write_submission
 from metrics import Scores, score_captions
 from utils import (
     UserError,
@@ -35,16 +43,23 @@ from utils import (
     parallel_map,
     processes,
     progress_bar,
-    read_json,
     run_script,
     write_json,
     write_table,
 )
 
+if TYPE_CHECKING:  # files of captions are scored without torch, which takes seconds to import
+    import torch
+
+    from captioning.captioner import Captioner
+
+__all__ = ["Settings", "evaluate", "print_table", "score_submission"]
+
 
 @dataclass
 class Settings:
     checkpoint: tuple[str, ...] = ("output_models/best_checkpoint.pth",)  # a model; several are an ensemble
+    model_path: str | None = None  # BLIP instead: a folder of train_model.py, or a model of the hub
     word_map: str | None = None  # word_map.json, for a checkpoint that has none
     data_folder: str = "data_output"  # what create_input_files.py wrote
     split: str = "test"  # train, val or test; also of references that name splits
@@ -52,32 +67,50 @@ class Settings:
     length_penalty: float = 0.0  # compare captions by log-probability / length ** this
     batch_size: int = 32  # images searched at a time
     cache_features: bool = True  # take the encoder's output from train.py's cache, where there is one
-    submission: str | None = None  # score this file of captions (CSV or COCO results JSON) instead of a model
-    references: str | None = None  # annotations, any layout, to score the submission against
+    submission: tuple[str, ...] = ()  # score files of captions (CSV or COCO results JSON) instead of a model
+    references: str | None = None  # annotations, any layout, to score submissions against
+    image_folder: str | None = None  # the references' images, for --worst; None: test/test, if it is there
     partial: bool = False  # score a submission that lacks images or has unknown ones, on what it has
     output_json: str | None = None  # write the scores here too
     output_captions: str | None = None  # write the captions here: .csv, or .json for COCO results
-    per_image_csv: str | None = None  # write the scores of each image here
+    per_image_csv: str | None = None  # write each image's file, caption, references and scores here
+    worst: int = 0  # draw this many images with the lowest CIDEr
+    figure: str = "worst.png"  # where they are drawn
+    boxes: str | None = None  # boxes.json or COCO instances JSON: score where a model looks
+    compare: tuple[str, ...] = ()  # two files of --per_image_csv: is the second better by more than chance?
 
     def __post_init__(self):
         check_at_least(self, 1, "batch_size")
+        check_at_least(self, 0, "worst")
         if not self.beam_sizes or min(self.beam_sizes) < 1:
             raise UserError(f"--beam_sizes is {self.beam_sizes}: give numbers of at least 1, such as 1,3,5")
-        if (self.submission is None) != (self.references is None):
+        if bool(self.submission) != (self.references is not None):
             raise UserError("--submission and --references belong together: give both")
+        if self.submission and self.boxes:
+            raise UserError("--boxes needs a model, which looks: leave --submission out")
+        if self.compare and len(self.compare) != 2:
+            raise UserError("--compare takes two files, as --per_image_csv writes them")
 
 
 def main(settings: Settings) -> None:
-    for output in (settings.output_json, settings.output_captions, settings.per_image_csv):
-        if output:
-            check_output(output)
+    if settings.compare:
+        compare_files(*settings.compare)
+        return
+    outputs = [settings.output_json, settings.output_captions, settings.per_image_csv]
+    for output in [*filter(None, outputs), *[settings.figure] * bool(settings.worst)]:
+        check_output(output)
     if settings.submission:
-        rows = [score_submission(settings.submission, settings.references, settings.split, settings.partial)]
+        rows, records = score_submissions(settings)
     else:
-        rows = evaluate(settings)
-    if processes().is_main_process:
-        print_table(rows)
-        write_results(rows, settings)
+        rows, records = evaluate(settings), prepared_records(settings.data_folder, settings.split)
+        if not processes().is_main_process:
+            return
+        if settings.boxes:
+            point(rows, records, settings)
+    print_table(rows)
+    if settings.submission:
+        print_comparisons(rows, records)
+    write_results(rows, records, settings)
 
 
 # --- models -------------------------------------------------------------------------------------------------
@@ -93,10 +126,18 @@ def evaluate(settings: Settings) -> list[dict]:
         search), "features" ("computed" or "cached"), "captions" {id: caption}, "scores" (Scores). Empty in
         all processes but the main one.
     """
+    from accelerate.utils import gather_object
+
+    from captioning.captioner import Captioner
+    from captioning.features import cached_features
+    from datasets import read_prepared
+
     state = processes()
-    references = read_references(settings.data_folder, settings.split)
-    captioner = Captioner.load(settings.checkpoint, settings.word_map)
     prepared_size = read_prepared(settings.data_folder)["settings"]["image_size"]
+    references = read_references(settings.data_folder, settings.split)
+    if settings.model_path:
+        return evaluate_pretrained(settings, references) if state.is_main_process else []
+    captioner = Captioner.load(settings.checkpoint, settings.word_map)
     if prepared_size != captioner.image_size:
         raise UserError(
             f"{settings.data_folder}: images of {prepared_size} pixels, but the model was trained on "
@@ -134,23 +175,45 @@ def evaluate(settings: Settings) -> list[dict]:
     return rows
 
 
+def evaluate_pretrained(settings: Settings, references: dict[str, list[str]]) -> list[dict]:
+    """`evaluate` for BLIP, which prepares the image files by itself."""
+    captioner = load_model(settings)
+    records = prepared_records(settings.data_folder, settings.split)
+    batches = [records[i : i + settings.batch_size] for i in range(0, len(records), settings.batch_size)]
+    rows = []
+    for beam_size in settings.beam_sizes:
+        captions, began = {}, time.perf_counter()
+        for batch in progress_bar(batches, desc=f"beam {beam_size}", unit="batch"):
+            texts = captioner.caption([record.path for record in batch], beam_size)
+            captions.update(zip([record.image_id for record in batch], texts))
+        row = {"beam_size": beam_size, "images": len(records), "processes": 1}
+        row["images_per_second"] = len(records) / (time.perf_counter() - began)
+        scores = score_captions(references, captions)
+        rows.append(row | {"features": "computed", "captions": captions, "scores": scores})
+    return rows
+
+
+def load_model(settings: Settings):
+    from captioning.captioner import Captioner
+
+    if not settings.model_path:
+        return Captioner.load(settings.checkpoint, settings.word_map)
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return Captioner.load(settings.model_path)
+
+
 def read_references(data_folder: str | Path, split: str) -> dict[str, list[str]]:
     """All captions of each image of a prepared split, by its id, in the order of the HDF5 file."""
-    folder = Path(data_folder)
-    if split not in read_prepared(folder)["splits"]:
-        raise UserError(f"{folder}: no {split} split in it; prepare one with create_input_files.py")
-    ids, captions = (read_json(folder / f"{split}_{name}.json") for name in ("image_ids", "references"))
-    if not all(captions):
+    records = prepared_records(data_folder, split)
+    if not all(record.captions for record in records):
         raise UserError(
-            f"{folder}: images of the {split} split have no captions to score against; prepare it with "
+            f"{data_folder}: images of the {split} split have no captions to score against; prepare it with "
             f"--test_annotations FILE, or caption the folder and give --submission and --references"
         )
-    references_of = dict(zip(ids, captions, strict=True))
-    if len(references_of) < len(ids):
-        raise UserError(
-            f"{folder}: images of the {split} split share an id; give each its own and prepare it anew"
-        )
-    return references_of
+    return {record.image_id: record.captions for record in records}
 
 
 def caption_images(
@@ -160,6 +223,8 @@ def caption_images(
 
     Each image is encoded once for all beam sizes.
     """
+    import torch
+
     texts: dict[int, list[str]] = {beam_size: [] for beam_size in settings.beam_sizes}
     seconds = dict.fromkeys(("encoding", *settings.beam_sizes), 0.0)
     device = captioner.decoders[0].fc.weight.device
@@ -191,6 +256,9 @@ def read_batches(
     captioner: Captioner, indices: list[int], caches: list[Path] | None, settings: Settings
 ) -> Iterator[list[torch.Tensor]]:
     """Batches of images, or of each encoder's features; a thread reads ahead."""
+    import h5py
+    import torch
+
     images = Path(settings.data_folder) / f"{settings.split}_images.hdf5"
     files = [h5py.File(file, "r") for file in caches or [images]]
     try:
@@ -209,88 +277,59 @@ def read_batches(
             file.close()
 
 
+def point(rows: list[dict], records: Sequence[Record], settings: Settings) -> None:
+    """Add to each row "pointing": whether the model looks at what it names, with the row's beam size."""
+    from captioning.interface import describe_files
+    from captioning.pointing import pointing_score, read_boxes
+
+    paths = {record.image_id: record.path for record in records}
+    boxes = read_boxes(settings.boxes, paths)
+    captioner = load_model(settings)
+    for row in rows:
+        captions, problems = describe_files(captioner, paths, row["beam_size"], settings.batch_size)
+        for problem in problems:
+            print(f"left out: {problem}")
+        row["pointing"] = pointing_score(captions, *boxes)
+
+
 # --- files of captions --------------------------------------------------------------------------------------
 
 
-def score_submission(
-    submission: str | Path, references: str | Path, split: str = "test", partial: bool = False
-) -> dict:
-    """Score a CSV or COCO results JSON against annotations in any layout: a row as `evaluate` returns it.
-
-    Ids are compared as they are, else without an image's extension, else by COCO's number.
-
-    Args:
-        split: of the references, where they name splits (Karpathy's JSON).
-        partial: score what both files have.
-
-    Raises:
-        UserError: damaged files, or ids that are doubled, missing or unknown; unless `partial`, the last two.
-    """
-    images = [image for image in read_annotations(references) if image.captions]
-    if any(image.split for image in images):
-        images = [image for image in images if image.split == split]
-    if not images:
-        raise UserError(f"{references}: no captions of the {split} split in it to score against")
-    wanted = {image.image_id: image.captions for image in images}
-    aliases = {
-        alias: image_id for image_id in reversed(wanted) for alias in (str(coco_id(image_id)), stem(image_id))
-    }
-    aliases.update(zip(wanted, wanted))
-    rows = read_submission(submission)
-    found = [
-        aliases.get(image_id) or aliases.get(stem(image_id)) or aliases.get(str(coco_id(image_id)))
-        for image_id, _ in rows
+def score_submissions(settings: Settings) -> tuple[list[dict], list[Record]]:
+    """A row for each file of captions, and the references' records."""
+    folder = find_image_folder(settings.references, settings.image_folder)
+    records = reference_records(settings.references, settings.split, folder)
+    rows = [
+        {"model": file} | score_records(file, records, settings.references, settings.partial)
+        for file in settings.submission
     ]
-    doubled = [image_id for image_id, count in Counter(filter(None, found)).items() if count > 1]
-    refuse(submission, doubled, "given more than once", "leave one row of each")
-    captions = {known: caption for known, (_, caption) in zip(found, rows) if known}
-    missing = [image_id for image_id in wanted if image_id not in captions]
-    unknown = [image_id for known, (image_id, _) in zip(found, rows) if not known]
-    if not partial or not captions:
-        refuse(submission, missing, "missing", f"add what {references} has, or give --partial")
-        refuse(submission, unknown, f"unknown to {references}", "remove them, or give --partial")
-    if missing or unknown:
-        print(
-            f"PARTIAL: {len(captions)} of {len(wanted)} images scored, {len(missing)} missing, "
-            f"{len(unknown)} unknown rows left out"
+    return rows, records
+
+
+def print_comparisons(rows: list[dict], records: Sequence[Record]) -> None:
+    """The paired bootstrap of each two rows, on the images that both have captions for."""
+    for first, second in combinations(rows, 2):
+        names = first["model"], second["model"]
+        if first["captions"].keys() != second["captions"].keys():
+            print(f"\n{names[0]} and {names[1]} have captions of other images: not compared")
+            continue
+        wanted = {record.image_id: record.captions for record in records}
+        references = {image_id: wanted[image_id] for image_id in first["captions"]}
+        found = compare_models(
+            references,
+            [row["captions"] for row in (first, second)],
+            [row["scores"] for row in (first, second)],
         )
-    empty = sum(not caption.strip() for caption in captions.values())
-    if empty:
-        print(f"{empty} of {len(captions)} captions are empty; they count as wrong")
-    wanted = {image_id: wanted[image_id] for image_id in captions}
-    return {
-        "beam_size": None,
-        "images": len(captions),
-        "missing": len(missing),
-        "unknown": len(unknown),
-        "captions": captions,
-        "scores": score_captions(wanted, captions),
-    }
-
-
-def stem(image_id: str) -> str:
-    """An image's id without an image file's extension."""
-    path = Path(image_id)
-    return str(path.with_suffix("")) if path.suffix.lower() in IMAGE_EXTENSIONS else image_id
-
-
-def refuse(file: str | Path, ids: list[str], what: str, remedy: str) -> None:
-    if ids:
-        some = ", ".join(ids[:10]) + (", ..." if len(ids) > 10 else "")
-        raise UserError(f"{file}: {len(ids)} ids {what} ({some}); {remedy}")
+        print(f"\n{names[1]} less {names[0]}, 95 % interval of a paired bootstrap over the images:")
+        print_intervals(found["intervals"])
+        print(
+            f"by CIDEr {names[1]} wins {found['wins']} images, loses {found['losses']}, ties {found['ties']}"
+            f"; {found['identical']:.1%} of the captions are the same"
+        )
+        print(verdict(found["intervals"]["CIDEr"], "CIDEr", *names))
 
 
 # --- results ------------------------------------------------------------------------------------------------
-
-COLUMNS = {
-    "Bleu_1": "BLEU-1",
-    "Bleu_2": "BLEU-2",
-    "Bleu_3": "BLEU-3",
-    "Bleu_4": "BLEU-4",
-    "METEOR": "METEOR",
-    "ROUGE_L": "ROUGE-L",
-    "CIDEr": "CIDEr",
-}
 
 
 def print_table(rows: list[dict]) -> None:
@@ -308,34 +347,99 @@ def print_table(rows: list[dict]) -> None:
         print(f"{name:{width}} {' '.join(cells)}{rate}")
     note = f", features {rows[0]['features']}" if searched else ""
     print(f"{rows[0]['images']} images{note}")
+    for name, row in zip(names, rows):
+        if "pointing" in row:
+            print_pointing(f"{first} {name}", row["pointing"])
 
 
-def write_results(rows: list[dict], settings: Settings) -> None:
+def print_pointing(name: str, pointing) -> None:
+    if not pointing.words:
+        print(f"{name}: no word of the captions names an object that has a box")
+        return
+    absent = f"; {pointing.absent} words name an object that has no box there" if pointing.absent else ""
+    print(
+        f"{name}: attention points at the object for {pointing.score:.1%} of {pointing.words} object words, "
+        f"a uniform guess for {pointing.chance:.1%}{absent}"
+    )
+
+
+def write_results(rows: list[dict], records: Sequence[Record], settings: Settings) -> None:
+    written = []
     if settings.output_json:
-        scores = []
-        for row in rows:
-            plain = {key: value for key, value in row.items() if key not in ("captions", "scores")}
-            scores.append(plain | row["scores"].overall)
-        source = {"submission": settings.submission, "references": settings.references}
-        if not settings.submission:
-            source = {"checkpoint": settings.checkpoint, "data_folder": settings.data_folder}
-        write_json(settings.output_json, source | {"split": settings.split, "scores": scores})
+        write_json(settings.output_json, summary(rows, settings))
+        written.append(settings.output_json)
     if settings.output_captions:
         path = Path(settings.output_captions)
-        for row in rows:
-            file = path if len(rows) == 1 else path.with_stem(f"{path.stem}_beam{row['beam_size']}")
+        for i, row in enumerate(rows, start=1):
+            name = f"{path.stem}_beam{row['beam_size']}" if row["beam_size"] else f"{path.stem}_{i}"
+            file = path if len(rows) == 1 else path.with_stem(name)
             write_submission(file, list(row["captions"].items()))
+            written.append(str(file))
     if settings.per_image_csv:
-        write_per_image(settings.per_image_csv, rows)
+        write_table(settings.per_image_csv, per_image_lines(rows, records))
+        written.append(settings.per_image_csv)
+    if settings.worst:
+        draw_worst(rows[0], records, settings)
+        written.append(settings.figure)
+    if written:
+        print(f"written: {', '.join(written)}")
 
 
-def write_per_image(path: str | Path, rows: list[dict]) -> None:
-    lines = [
-        {"image_id": image_id, "beam_size": row["beam_size"], "caption": row["captions"][image_id]} | scores
+def summary(rows: list[dict], settings: Settings) -> dict:
+    """The content of --output_json."""
+    scores = []
+    for row in rows:
+        plain = {key: value for key, value in row.items() if key not in ("captions", "scores", "pointing")}
+        if "pointing" in row:
+            found = row["pointing"]
+            plain["pointing"] = {"score": found.score, "chance": found.chance, "words": found.words}
+        scores.append(plain | row["scores"].overall)
+    source = {"submission": settings.submission, "references": settings.references}
+    if not settings.submission:
+        source = {
+            "checkpoint": settings.model_path or settings.checkpoint,
+            "data_folder": settings.data_folder,
+        }
+    return source | {"split": settings.split, "scores": scores}
+
+
+def per_image_lines(rows: list[dict], records: Sequence[Record]) -> list[dict]:
+    """The lines of --per_image_csv."""
+    known = {record.image_id: record for record in records}
+    return [
+        {
+            "image_id": image_id,
+            "image": known[image_id].path or "",
+            "model": row.get("model", ""),
+            "beam_size": row["beam_size"],
+            "caption": row["captions"][image_id],
+            "references": " | ".join(known[image_id].captions),
+        }
+        | scores
         for row in rows
         for image_id, scores in row["scores"].per_image.items()
     ]
-    write_table(path, lines)
+
+
+def draw_worst(row: dict, records: Sequence[Record], settings: Settings) -> None:
+    """A figure of the images with the lowest CIDEr in a row, the worst first."""
+    from captioning.figures import draw_captions
+
+    known = {record.image_id: record for record in records if record.path}
+    scores = {key: own for key, own in row["scores"].per_image.items() if key in known}
+    if not scores:
+        raise UserError("no image files to draw: give --image_folder, the folder of the references' images")
+    worst = sorted(scores, key=lambda key: (scores[key]["CIDEr"], scores[key]["ROUGE_L"]))[: settings.worst]
+    lines = [
+        (
+            known[key].path,
+            f"{key}   CIDEr {scores[key]['CIDEr']:.2f}",
+            row["captions"][key],
+            known[key].captions,
+        )
+        for key in worst
+    ]
+    draw_captions(settings.figure, lines)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""The whole road in one command: data, training, captions, scores.
+"""The whole pipeline in one command: data, training, captions, scores.
 
     python run_pipeline.py                # on train.csv, train/train/, test.csv, test/test/ where they are,
                                           # else on the demonstration set, which it draws first
     python run_pipeline.py --annotations captions.txt --image_folder Images --epochs 20
     python run_pipeline.py --model both   # the attention model and BLIP, scored on the same test images
 
-A step whose result is there, made from the same input with the same settings, is skipped; an interrupted
-training is taken up after its last complete epoch. Every setting of create_input_files.py, train.py and
-train_model.py is in those scripts; here are the most used ones.
+Every setting of the scripts that it runs is an option here too; those of train_model.py and direct_caption.py
+begin with blip_ (--blip_epochs). What is not given is as at the top of each script. A step whose result is
+there, made from the same input with the same settings, is skipped; an interrupted training goes on after its
+last complete epoch.
 """
 
 from __future__ import annotations
@@ -26,12 +27,22 @@ import make_demo_data
 import train
 import train_model as blip_training
 from captioning.annotations import read_annotations
-from captioning.blip import HUB_MODEL
-from captioning.checkpoints import load_checkpoint
+from captioning.engine import best_epoch, find_same_run, is_complete
 from captioning.images import list_images
 from captioning.pretrained import check_encoder_name
+from captioning.scoring import score_submission
 from datasets import read_prepared
-from utils import UserError, check_at_least, check_output, natural_order, read_json, run_script, write_json
+from utils import (
+    Step,
+    UserError,
+    check_at_least,
+    check_output,
+    describe_settings,
+    make_settings,
+    read_json,
+    run_script,
+    write_json,
+)
 
 
 @dataclass
@@ -47,24 +58,32 @@ class Settings:
     blip_base: str | None = None  # hub id or folder to fine-tune; None: the hub's; tiny for the demonstration
     blip_folder: str = "blip_finetuned_model"  # the fine-tuned BLIP goes here
     blip_csv: str = "blip_submission.csv"  # its captions go here
-    min_word_freq: int = 5  # words seen less often in training captions become <unk>
-    encoder_name: str | None = None  # None: resnet101; the demonstration's own where that is used
-    epochs: int | None = None  # None: train.py's own number; the demonstration's own where that is used
-    blip_epochs: int | None = None  # None: train_model.py's own number
-    batch_size: int = 16  # images a training step of the attention model
-    beam_size: int = 3  # of the captions
     demo_images: int = 0  # training scenes that the demonstration draws; 0: make_demo_data.py's own number
-    seed: int = 123  # of everything random
 
     def __post_init__(self):
-        check_at_least(self, 1, "batch_size", "beam_size")
+        self.step_values: dict[str, object] = {}  # what was given of the steps' own settings
+        self.is_demo = False
         check_at_least(self, 0, "demo_images")
-        for name in ("epochs", "blip_epochs"):
-            if getattr(self, name) is not None:
-                check_at_least(self, 1, name)
-        if self.encoder_name is not None:
-            check_encoder_name(self.encoder_name)
 
+
+PLACES = {
+    "annotations",
+    "image_folder",
+    "test_annotations",
+    "test_image_folder",
+    "output_folder",
+    "data_folder",
+}
+PLACES |= {"test_folder", "output_csv", "word_map", "resume", "checkpoint", "model", "encoder_path"}
+PLACES |= {"decoder_path", "model_path", "base_model", "images", "img", "figure", "show"}
+Settings.steps = [
+    Step("settings of create_input_files.py", create_input_files.Settings, "", frozenset(PLACES)),
+    Step("settings of train.py", train.Settings, "", frozenset(PLACES)),
+    Step("settings of caption.py", caption.Settings, "", frozenset(PLACES)),
+    Step("settings of train_model.py", blip_training.Settings, "blip_", frozenset(PLACES)),
+    Step("settings of direct_caption.py", direct_caption.Settings, "blip_", frozenset(PLACES)),
+]
+FOR_BOTH = {"seed", "val_fraction", "test_csv", "recursive"}  # given once, they hold for BLIP too
 
 # what the demonstration is trained with: small, so that it learns in minutes without a GPU
 DEMO = {
@@ -80,38 +99,74 @@ DEMO = {
 
 
 def main(settings: Settings) -> None:
+    check_before_work(settings)
+    announce = announce_steps({"attention": 4, "blip": 3, "both": 6}[settings.model])
+    settings = choose_data(settings, announce)
+    best, blip_best = {}, {}
+    if settings.model != "blip":
+        prepare(settings, announce)
+        best = train_attention(settings, announce)
+        caption_with_attention(settings, announce)
+    if settings.model != "attention":
+        blip_best = fine_tune_blip(settings, announce)
+        caption_with_blip(settings, announce)
+    report(settings, best, blip_best)
+
+
+def check_before_work(settings: Settings) -> None:
+    """Raise UserError for what a later step would refuse."""
     for folder in (settings.data_folder, settings.output_folder, settings.blip_folder):
         check_output(folder, folder=True)
     for file in (settings.output_csv, settings.blip_csv):
         check_output(file)
     if settings.test_folder != Settings.test_folder and not Path(settings.test_folder).is_dir():
         raise UserError(f"{settings.test_folder}: no such folder; give the one with images to caption")
-    steps = announce_steps({"attention": 4, "blip": 3, "both": 6}[settings.model])
-    settings, demo = choose_data(settings, steps)
-    best, blip_best = {}, {}
-    if settings.model != "blip":
-        prepare(settings, steps)
-        best = train_model(settings, DEMO if demo else {}, steps)
-        caption_test_images(settings, steps)
-    if settings.model != "attention":
-        blip_best = fine_tune_blip(settings, demo, steps)
-        caption_with_blip(settings, steps)
-    report(settings, best, blip_best)
+    check_encoder_name(step_settings(settings, train.Settings).encoder_name)
+    for settings_class, prefix in (
+        (create_input_files.Settings, ""), (caption.Settings, ""),
+        (blip_training.Settings, "blip_"), (direct_caption.Settings, "blip_"),
+    ):  # fmt: skip
+        step_settings(settings, settings_class, prefix)
 
 
-def announce_steps(count: int) -> Callable[[str], None]:
-    """A function that prints a text with the number of the step."""
+def step_settings(settings: Settings, settings_class: type, prefix: str = "", **decided):
+    """A step's settings: what was given of them, what is `decided` here, else the script's own."""
+    given = settings.step_values
+    values = DEMO if settings.is_demo and settings_class is train.Settings else {}
+    for name in settings_class.__dataclass_fields__:
+        for option in (name, prefix + name) if name in FOR_BOTH else (prefix + name,):
+            if option in given and name not in PLACES:
+                values = values | {name: given[option]}
+    return make_settings(settings_class, values | decided)
+
+
+def announce_steps(count: int) -> Callable[..., None]:
+    """A function that prints a text with the number of the step, and what was chosen for it."""
     numbers = itertools.count(1)
-    return lambda text: print(f"[{next(numbers)}/{count}] {text}", flush=True)
+
+    def announce(text: str, chosen: dict[str, object] | None = None) -> None:
+        print(f"[{next(numbers)}/{count}] {text}", flush=True)
+        if chosen:
+            print(f"      not the defaults: {describe_settings(chosen)}", flush=True)
+
+    return announce
 
 
-def choose_data(settings: Settings, announce: Callable[[str], None]) -> tuple[Settings, bool]:
+def chosen(step) -> dict[str, object]:
+    """The settings of a step that are not the defaults, places apart."""
+    names = [name for name in step.__dataclass_fields__ if name not in PLACES]
+    differ = {name: getattr(step, name) for name in names}
+    default = type(step)
+    return {name: value for name, value in differ.items() if value != getattr(default, name)}
+
+
+def choose_data(settings: Settings, announce: Callable[..., None]) -> Settings:
     """The user's data, or the demonstration's where there are none of the user's."""
     defaults = Settings()
     own = settings.annotations != defaults.annotations or settings.image_folder != defaults.image_folder
     if own or Path(settings.annotations).exists():
         announce(f"data: {settings.annotations}, {settings.image_folder}/")
-        return settings, False
+        return settings
     drawing = make_demo_data.Settings()
     if settings.demo_images:
         drawing = replace(drawing, train_images=settings.demo_images)
@@ -122,13 +177,16 @@ def choose_data(settings: Settings, announce: Callable[[str], None]) -> tuple[Se
     else:
         announce(f"data: drawing {folder}/")
         make_demo_data.make_demo_data(drawing)
-    paths = {
-        "annotations": str(folder / "train.csv"),
-        "image_folder": str(folder / "train" / "train"),
-        "test_annotations": str(folder / "test_captions.csv"),
-        "test_folder": str(folder / "test" / "test"),
-    }
-    return replace(settings, **paths), True
+    values = settings.step_values
+    settings = replace(
+        settings,
+        annotations=str(folder / "train.csv"),
+        image_folder=str(folder / "train" / "train"),
+        test_annotations=str(folder / "test_captions.csv"),
+        test_folder=str(folder / "test" / "test"),
+    )
+    settings.step_values, settings.is_demo = values, True
+    return settings
 
 
 def drawn_images(folder: Path) -> int:
@@ -136,144 +194,127 @@ def drawn_images(folder: Path) -> int:
     return len(list((folder / "train" / "train").glob("*.jpg"))) if (folder / "boxes.json").is_file() else 0
 
 
-def prepare(settings: Settings, announce: Callable[[str], None]) -> None:
+def prepare(settings: Settings, announce: Callable[..., None]) -> None:
     has_test = settings.test_annotations is not None
-    wanted = create_input_files.Settings(
+    wanted = step_settings(
+        settings,
+        create_input_files.Settings,
         annotations=settings.annotations,
         image_folder=settings.image_folder,
         test_annotations=settings.test_annotations,
         test_image_folder=settings.test_folder if has_test else None,
         output_folder=settings.data_folder,
-        min_word_freq=settings.min_word_freq,
-        seed=settings.seed,
     )
     if (Path(settings.data_folder) / "prepared.json").is_file():
         record = read_prepared(settings.data_folder)
-        same = record["settings"] == asdict(wanted) and record["inputs"] == create_input_files.input_files(
-            wanted
-        )
-        if same:
+        inputs = create_input_files.input_files(wanted)
+        if record["settings"] == asdict(wanted) and record["inputs"] == inputs:
             announce(f"preparation: {settings.data_folder}/ is up to date, skipped")
             return
-    announce(f"preparation: {settings.annotations} -> {settings.data_folder}/")
+    announce(f"preparation: {settings.annotations} -> {settings.data_folder}/", chosen(wanted))
     create_input_files.create_input_files(wanted)
 
 
-def train_model(settings: Settings, own: dict, announce: Callable[[str], None]) -> dict:
+def train_attention(settings: Settings, announce: Callable[..., None]) -> dict:
     """Train, go on with an interrupted training, or skip; return the history's line of the best epoch."""
-    chosen = {
-        name: value for name in ("encoder_name", "epochs") if (value := getattr(settings, name)) is not None
-    }
-    wanted = train.Settings(
-        **own | chosen,
-        data_folder=settings.data_folder,
-        output_folder=settings.output_folder,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
+    wanted = step_settings(
+        settings, train.Settings, data_folder=settings.data_folder, output_folder=settings.output_folder
     )
-    last = last_checkpoint(wanted)
-    if last is not None:
-        history = load_checkpoint(last)["history"]
-        if (
-            len(history) >= wanted.epochs
-            or train.epochs_since_best(history, wanted.select_by) >= train.STOP_AFTER
-        ):
-            announce(f"training: {settings.output_folder}/ is up to date, skipped")
-            return history[train.best_epoch(history, wanted.select_by)]
-        announce(f"training: going on after {last}")
-        wanted = replace(wanted, checkpoint=str(last))
-    else:
-        announce(f"training: {settings.data_folder}/ -> {settings.output_folder}/")
-    return train.train(wanted)
+    if settings.is_demo:
+        print("the demonstration trains a small model: DEMO in run_pipeline.py")
+    record = read_prepared(settings.data_folder)
+    data = {"settings": record["settings"], "inputs": record["inputs"]}
+    source = f"{settings.data_folder}/ -> {settings.output_folder}/"
+    return run_training("training", train.train, wanted, data, source, announce)
 
 
-def last_checkpoint(wanted: train.Settings) -> Path | None:
-    """The last checkpoint of a training on the same data with the same settings, the number of epochs
-    apart."""
-    checkpoints = Path(wanted.output_folder).glob("checkpoint_epoch_*.pth")
-    last = max(checkpoints, key=lambda path: natural_order(path.name), default=None)
-    if last is None:
-        return None
-    try:
-        checkpoint = load_checkpoint(last)
-    except UserError:
-        return None  # no checkpoint of ours: train anew
-    free = {"epochs": None, "checkpoint": None}
-    record = read_prepared(wanted.data_folder)
-    same_data = checkpoint.get("data") == {"settings": record["settings"], "inputs": record["inputs"]}
-    return last if same_data and checkpoint["settings"] | free == asdict(wanted) | free else None
+def run_training(
+    step: str, run: Callable, wanted, data: object, source: str, announce: Callable[..., None]
+) -> dict:
+    """Train with the `wanted` settings, unless the output folder has the same training already."""
+    same = find_same_run(wanted, data)
+    if same and is_complete(wanted, same[1]):
+        announce(f"{step}: {wanted.output_folder}/ is up to date, skipped")
+        return same[1][best_epoch(same[1], wanted.score)]
+    announce(f"{step}: {f'going on after {same[0]}' if same else source}", chosen(wanted))
+    return run(replace(wanted, checkpoint=str(same[0])) if same else wanted)
 
 
-def caption_test_images(settings: Settings, announce: Callable[[str], None]) -> None:
-    output, result = Path(settings.output_folder), Path(settings.output_csv)
-    models = [output / "encoder.pth", output / "decoder.pth"]
-    if nothing_to_caption("captions", settings, result, models, announce):
+def caption_with_attention(settings: Settings, announce: Callable[..., None]) -> None:
+    models = [Path(settings.output_folder) / name for name in ("encoder.pth", "decoder.pth")]
+    wanted = step_settings(
+        settings,
+        caption.Settings,
+        encoder_path=str(models[0]),
+        decoder_path=str(models[1]),
+        test_folder=settings.test_folder,
+        output_csv=settings.output_csv,
+    )
+    write_captions("captions", caption.main, wanted, models, announce)
+
+
+def caption_with_blip(settings: Settings, announce: Callable[..., None]) -> None:
+    decided = {"model_path": settings.blip_folder, "test_folder": settings.test_folder}
+    if "beam_size" in settings.step_values and "blip_num_beams" not in settings.step_values:
+        decided["num_beams"] = settings.step_values["beam_size"]  # the two are compared
+    wanted = step_settings(
+        settings, direct_caption.Settings, "blip_", **decided, output_csv=settings.blip_csv
+    )
+    models = [Path(settings.blip_folder) / "model.safetensors"]
+    write_captions("BLIP captions", direct_caption.main, wanted, models, announce)
+
+
+def write_captions(
+    step: str, run: Callable, wanted, models: list[Path], announce: Callable[..., None]
+) -> None:
+    """Caption the test images, unless there are none or the captions are up to date."""
+    if not Path(wanted.test_folder).is_dir():
+        announce(f"{step}: no {wanted.test_folder}/, skipped")
         return
-    announce(f"captions: {settings.test_folder}/ -> {result}")
-    caption.caption_images(
-        *models, None, settings.test_folder, result, settings.beam_size, batch_size=settings.batch_size
-    )
-    write_json(record_file(result, models), made_of(settings, result, models))
+    if is_up_to_date(wanted, models):
+        announce(f"{step}: {wanted.output_csv} is up to date, skipped")
+        return
+    announce(f"{step}: {wanted.test_folder}/ -> {wanted.output_csv}", chosen(wanted))
+    run(wanted)
+    write_json(record_file(wanted, models), fingerprint(wanted, models))
 
 
-def nothing_to_caption(
-    step: str, settings: Settings, result: Path, models: list[Path], announce: Callable[[str], None]
-) -> bool:
-    """Say so where there are no test images, or where `result` is what was made of the same files."""
-    if not Path(settings.test_folder).is_dir():
-        announce(f"{step}: no {settings.test_folder}/, skipped")
-        return True
-    record = record_file(result, models)
-    if record.is_file() and read_json(record) == made_of(settings, result, models):
-        announce(f"{step}: {result} is up to date, skipped")
-        return True
-    return False
+def is_up_to_date(wanted, models: list[Path]) -> bool:
+    record = record_file(wanted, models)
+    return record.is_file() and read_json(record) == fingerprint(wanted, models)
 
 
-def record_file(result: Path, models: list[Path]) -> Path:
-    """Where it is kept what the captions were made of: beside the model."""
-    return models[0].parent / f"{result.stem}_made_of.json"
+def record_file(wanted, models: list[Path]) -> Path:
+    """The file beside the model that keeps the captions' fingerprint."""
+    return models[0].parent / f"{Path(wanted.output_csv).stem}_fingerprint.json"
 
 
-def made_of(settings: Settings, result: Path, models: list[Path]) -> dict:
-    """What the captions depend on, and themselves: size and time of each file."""
-    images = list_images(settings.test_folder)
+def fingerprint(wanted, models: list[Path]) -> dict:
+    """What the captions depend on, and the captions themselves: settings, size and time of each file."""
+    images = list_images(wanted.test_folder)
     folder = images[0].parent.resolve()
     lists = [place / "test.csv" for place in (folder, folder.parent, folder.parent.parent)]
-    files = [result, *models, *images, *lists]
+    files = [Path(wanted.output_csv), *models, *images, *lists]
     stats = {str(file): file.stat() for file in files if file.is_file()}
     sizes = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    return {"beam_size": settings.beam_size, "files": sizes}
+    return {"settings": asdict(wanted), "files": sizes}
 
 
-def fine_tune_blip(settings: Settings, demo: bool, announce: Callable[[str], None]) -> dict:
-    """Fine-tune, go on, or skip, as `train_model` does."""
-    base = settings.blip_base or ("tiny" if demo else HUB_MODEL)
-    wanted = blip_training.Settings(
+def fine_tune_blip(settings: Settings, announce: Callable[..., None]) -> dict:
+    """Fine-tune, go on, or skip, as `train_attention` does."""
+    base = settings.blip_base or ("tiny" if settings.is_demo else blip_training.Settings.base_model)
+    wanted = step_settings(
+        settings,
+        blip_training.Settings,
+        "blip_",
         annotations=settings.annotations,
         image_folder=settings.image_folder,
         base_model=base,
         output_folder=settings.blip_folder,
-        epochs=settings.blip_epochs,
-        seed=settings.seed,
     )
-    history = blip_training.same_run(wanted)
-    if history and len(history) >= wanted.epochs:
-        announce(f"BLIP training: {settings.blip_folder}/ is up to date, skipped")
-        return history[blip_training.best_epoch(history)]
-    announce(f"BLIP training: {base} -> {settings.blip_folder}/")
-    return blip_training.train(replace(wanted, resume=bool(history)))
-
-
-def caption_with_blip(settings: Settings, announce: Callable[[str], None]) -> None:
-    result, weights = Path(settings.blip_csv), Path(settings.blip_folder) / "model.safetensors"
-    if nothing_to_caption("BLIP captions", settings, result, [weights], announce):
-        return
-    announce(f"BLIP captions: {settings.test_folder}/ -> {result}")
-    direct_caption.caption_images(
-        settings.blip_folder, settings.test_folder, result, num_beams=settings.beam_size
-    )
-    write_json(record_file(result, [weights]), made_of(settings, result, [weights]))
+    data = blip_training.data_digest(*blip_training.read_records(wanted))
+    source = f"{base} -> {settings.blip_folder}/"
+    return run_training("BLIP training", blip_training.train, wanted, data, source, announce)
 
 
 def report(settings: Settings, best: dict, blip_best: dict) -> None:
@@ -288,10 +329,8 @@ def report(settings: Settings, best: dict, blip_best: dict) -> None:
         print(f"{model}: validation BLEU-4 {line['val_bleu4']:.4f} (greedy, epoch {line['epoch']})")
     references = find_references(settings)
     if references and all(result.is_file() for _, result, _, _ in made):
-        rows = [
-            {"model": model} | evaluation.score_submission(result, references) for model, result, _, _ in made
-        ]
-        print(f"test scores (beam {settings.beam_size}):")
+        rows = [{"model": model} | score_submission(result, references) for model, result, _, _ in made]
+        print("test scores:")
         evaluation.print_table(rows)
         images = {image.image_id: image for image in read_annotations(references)}
         for image_id in list(rows[0]["captions"])[:3]:

@@ -2,53 +2,65 @@
 
     python train.py
     python train.py --encoder_name efficientnet_lite2 --epochs 20
+    python train.py --resume                                                 # go on after the last epoch
     python train.py --checkpoint output_models/checkpoint_epoch_3.pth --epochs 10    # go on after epoch 3
     python train.py --fine_tune_encoder --fine_tune_after 10 --augment --epochs 30   # decoder, then both
     torchrun --nproc_per_node 4 train.py                                             # on four GPUs
 
-After every epoch the model captions the validation images by itself (greedy decoding, no true words put
-in) and is scored with BLEU-4 and CIDEr against all their references; the best epoch is kept as
-best_checkpoint.pth, encoder.pth, decoder.pth.
+After every epoch the model captions the validation images by itself (greedy decoding, no ground-truth tokens)
+and is scored with BLEU-4 and CIDEr against all their references; the best epoch is kept as
+best_checkpoint.pth, encoder.pth, decoder.pth. A resumed training keeps the checkpoint's settings, but for
+those given on the command line.
 """
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
-from accelerate.utils import gather_object, reduce
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from captioning import fused_decoder, plain_decoder
 from captioning.captioner import Captioner
-from captioning.checkpoints import decoder_from, encoder_from, load_checkpoint, save_checkpoint
+from captioning.checkpoints import (
+    archive_previous_run,
+    checkpoint_to_resume,
+    decoder_from,
+    encoder_from,
+    load_checkpoint,
+    save_checkpoint,
+)
+from captioning.engine import (
+    LearningRate,
+    Resumed,
+    Run,
+    caption_scores,
+    epochs_since_improvement,
+    report_best,
+    save_epoch,
+)
 from captioning.features import cache_features, encode_images
-from captioning.fused_decoder import caption_logits
+from captioning.monitor import Monitor
 from captioning.pretrained import build_encoder, load_embeddings
 from datasets import BatchSampler, CaptionDataset, read_prepared
-from metrics import CiderD, bleu4, tokenize
+from metrics import tokenize
 from models import DecoderWithAttention, Encoder, normalize_images
 from utils import (
     UserError,
-    archive_previous_run,
     atomic_write,
+    check_above_zero,
     check_at_least,
     check_output,
-    pick_device,
-    processes,
+    check_share,
     progress_bar,
     read_json,
     run_script,
-    write_table,
 )
 
 
@@ -56,44 +68,66 @@ from utils import (
 class Settings:
     data_folder: str = "data_output"  # what create_input_files.py wrote
     output_folder: str = "output_models"  # where checkpoints go
-    encoder_name: str = "resnet101"  # any torchvision ResNet, efficientnet_lite0, efficientnet_lite2
+    encoder_name: str = "resnet101"  # a torchvision ResNet, EfficientNetV2, ConvNeXt; efficientnet_lite2
     encoder_weights: str = "imagenet"  # imagenet (download or pip package), a file, or none
     emb_dim: int = 512  # width of word embeddings
     attention_dim: int = 512  # width of the attention's hidden layer
     decoder_dim: int = 512  # width of the LSTM
-    dropout: float = 0.5  # before the word scores
-    epochs: int = 3  # in all, those before a resumed checkpoint counted
+    dropout: float = 0.5  # before the logits
+    fused: bool = True  # the fast form of the decoder; False: as models.py reads, for a decoder you changed
+    epochs: int = 3  # in all, those before a resumed checkpoint counted; give 20 or more for real use
     batch_size: int = 16  # images that go through the models at once; each brings all its captions
-    grad_accumulation: int = 1  # batches a step: big steps on a small GPU
-    workers: int = 2  # processes that load batches
-    encoder_lr: float = 1e-4  # learning rate of the encoder, where it is fine-tuned
+    grad_accumulation: int = 1  # batches per step: big steps on a small GPU
     decoder_lr: float = 4e-4  # learning rate of the decoder
-    grad_clip: float = 5.0  # gradients are clipped to [-grad_clip, grad_clip]
+    encoder_lr: float = 1e-4  # learning rate of the encoder, where it is fine-tuned
+    lr_schedule: Literal["plateau", "cosine"] = "plateau"  # how the rates fall
+    decay_after: int = 8  # plateau: epochs without a better score, after each of which the rates fall
+    decay: float = 0.8  # plateau: factor by which they fall
+    warmup: float = 0.0  # cosine: share of the steps in which the rates rise
+    patience: int = 20  # epochs without a better score after which the training stops; 0: never
+    grad_clip: float = 5.0  # bound of the gradients; inf: none
+    grad_clip_by: Literal["value", "norm"] = "value"  # bounds each gradient, or the norm of all together
     alpha_c: float = 1.0  # weight of the doubly stochastic penalty (Xu et al., equation 14)
-    fine_tune_encoder: bool = False  # train the encoder's convolutional blocks 2 to 4 too
+    fine_tune_encoder: bool = False  # train the encoder's layers from stride 8 on too
     fine_tune_after: int = 0  # but only after this many epochs
     augment: bool = False  # crop, recolour and flip images at random while the encoder is trained
     cache_features: bool = True  # encode each image once and keep the result, where the encoder is frozen
-    checkpoint: str | None = None  # resume from this file
     embeddings: str | None = None  # start from these word vectors (GloVe text file); sets emb_dim
     fine_tune_embeddings: bool = True  # train the word embeddings
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # on CUDA
     select_by: Literal["bleu4", "cider"] = "bleu4"  # score by which the best epoch is chosen
+    resume: bool = False  # go on after the last epoch in output_folder
+    checkpoint: str | None = None  # or go on from this file
+    log_with: Literal["none", "tensorboard", "wandb"] = "none"  # also report every epoch there
+    keep_checkpoints: int = 0  # epochs whose checkpoints stay; 0: all
+    workers: int = 2  # processes that load batches
     seed: int = 123  # of weights, order and dropout
 
     def __post_init__(self):
         check_at_least(self, 1, "emb_dim", "attention_dim", "decoder_dim", "epochs", "batch_size")
-        check_at_least(self, 1, "grad_accumulation")
-        check_at_least(self, 0, "fine_tune_after", "workers", "encoder_lr", "decoder_lr", "alpha_c")
-        if not self.grad_clip > 0:
-            raise UserError(f"--grad_clip is {self.grad_clip}: give more than 0 (inf for no clipping)")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"--dropout is {self.dropout}: give 0 or more and less than 1")
+        check_at_least(self, 1, "grad_accumulation", "decay_after")
+        check_at_least(self, 0, "fine_tune_after", "workers", "encoder_lr", "decoder_lr", "alpha_c", "seed")
+        check_at_least(self, 0, "patience", "keep_checkpoints")
+        check_share(self, "dropout", "warmup")
+        check_above_zero(self, "grad_clip", "decay")
         if (self.augment or self.fine_tune_after) and not self.fine_tune_encoder:
             raise UserError("--augment and --fine_tune_after go with --fine_tune_encoder: add it")
 
+    @property
+    def score(self) -> str:
+        """The history's column by which the best epoch is chosen."""
+        return f"val_{self.select_by}"
 
-DECAY_AFTER, DECAY, STOP_AFTER = 8, 0.8, 20  # epochs without a better score
+    def is_fine_tuned(self, epoch: int) -> bool:
+        """Whether the encoder is trained in this epoch, counted from 1."""
+        return self.fine_tune_encoder and epoch > self.fine_tune_after
+
+
+# a checkpoint's model has these; another value cannot be given to a training that goes on
+FIXED = ("encoder_name", "encoder_weights", "emb_dim", "attention_dim", "decoder_dim", "embeddings")
+RATES = ("decoder_lr", "encoder_lr")  # of the optimizer's groups
+OUTPUT_FILES = ("checkpoint_epoch_*.pth", "best_checkpoint.pth", "encoder.pth", "decoder.pth", "history.csv",
+                "curves.png", "train.log")  # fmt: skip
 
 
 def main(settings: Settings) -> None:
@@ -101,167 +135,149 @@ def main(settings: Settings) -> None:
 
 
 def train(settings: Settings) -> dict:
-    """Run the training; return the history's line of the best epoch."""
-    torch.manual_seed(settings.seed)
-    state, device = processes(), pick_device()
-    say = print if state.is_main_process else lambda *_: None
+    """Run the training; return the history's line of the best epoch.
+
+    Raises:
+        UserError: wrong input, or a loss that is no longer a number.
+    """
     check_output(settings.output_folder, folder=True)
-    if "val" not in read_prepared(settings.data_folder)["splits"]:
-        raise UserError(
-            f"{settings.data_folder}: no val split to choose the best epoch by; prepare it with "
-            f"--val_fraction 0.1"
-        )
-    word_map = read_json(Path(settings.data_folder) / "word_map.json")
-    resumed = None
-    if settings.checkpoint:
-        own_words = Path(settings.data_folder) / "word_map.json"
-        resumed = load_checkpoint(settings.checkpoint, "encoder", "decoder", word_map_path=own_words)
+    word_map, references = read_data(settings.data_folder)
+    settings, resumed = resume(settings)
+    run, output, score = Run.start(settings.mixed_precision), Path(settings.output_folder), settings.score
+    settings = replace(settings, mixed_precision=run.mixed_precision)
+    history = resumed.history if resumed else []
+    torch.manual_seed(settings.seed)
     settings, encoder, decoder = build_models(settings, word_map, resumed)
-    decoder.embedding.requires_grad_(settings.fine_tune_embeddings)
-    encoder, decoder = encoder.to(device), decoder.to(device)
-    scaler = torch.amp.GradScaler(
-        device.type, enabled=device.type == "cuda" and settings.mixed_precision == "fp16"
-    )
-    if device.type == "cpu" and settings.mixed_precision != "no":
-        say("mixed precision is for CUDA; training in float32")
-    references = [[tokenize(c) for c in captions] for captions in load_references(settings, "val")]
+    encoder, decoder = encoder.to(run.device), decoder.to(run.device)
+    optimizer = build_optimizer(encoder, decoder, settings)
+    size = sum(parameter.numel() for parameter in decoder.parameters())
+    run.log(f"{settings.encoder_name}, decoder of {size:,} parameters, on {run.describe()}")
+    fine_tuned = settings.is_fine_tuned(len(history) + 1)
+    train_loader, val_loader = start_stage(encoder, settings, run, fine_tuned, len(history) + 1)
+    rates = LearningRate(optimizer, settings, len(train_loader.sampler.steps) * settings.epochs)
+    if resumed:
+        run.log(resumed.restore(optimizer, rates, run, (decoder, encoder), RATES))
+    if run.is_main and not (resumed and resumed.source.resolve().parent == output.resolve()):
+        archive_previous_run(output, *OUTPUT_FILES)
+    run.log_file = output / "train.log"
+    monitor = Monitor(run, output, settings, read_json(Path(settings.data_folder) / "val_image_ids.json"))
 
-    # a checkpoint of elsewhere brings weights, but no epochs that were scored as ours are
-    history = [line for line in resumed["history"] if "val_bleu4" in line] if resumed else []
-    done = len(history)
-    if done >= settings.epochs:
-        raise UserError(f"{settings.checkpoint} has its {done} epochs: raise --epochs to go on")
-    output = Path(settings.output_folder)
-    same_folder = resumed and Path(settings.checkpoint).resolve().parent == output.resolve()
-    count = sum(parameter.numel() for parameter in decoder.parameters())
-    say(f"{settings.encoder_name}, decoder of {count:,} parameters, on {state.num_processes} x {device.type}")
-
-    optimizers: dict[str, torch.optim.Optimizer] = {}
-    fine_tuned = None  # whether the encoder is open; not yet known
-    for epoch in range(done + 1, settings.epochs + 1):
-        open_encoder = settings.fine_tune_encoder and epoch > settings.fine_tune_after
-        if open_encoder != fine_tuned:
-            fine_tuned = open_encoder
-            encoder.fine_tune(fine_tuned)
-            say(f"from epoch {epoch} on the encoder is {'fine-tuned' if fine_tuned else 'frozen'}")
-            earlier = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
-            earlier = earlier or (resumed or {}).get("optimizers", {})
-            optimizers = build_optimizers(encoder, decoder, settings, earlier)
-            train_loader, val_loader = build_loaders(encoder, settings, device, fine_tuned)
-        if epoch == done + 1 and not same_folder and state.is_main_process:
-            archive_previous_run(output, *OUTPUT_FILES)
-        waited = epochs_since_best(history, settings.select_by)
-        if waited >= STOP_AFTER:
-            say(f"stopped: no better {settings.select_by} for {STOP_AFTER} epochs")
+    for epoch in range(len(history) + 1, settings.epochs + 1):
+        if settings.is_fine_tuned(epoch) != fine_tuned:
+            fine_tuned = not fine_tuned
+            train_loader, val_loader = start_stage(encoder, settings, run, fine_tuned, epoch)
+        waited = epochs_since_improvement(history, score)
+        if settings.patience and waited >= settings.patience:
+            run.log(f"stopped: no better {settings.select_by} for {waited} epochs")
             break
-        if waited and waited % DECAY_AFTER == 0:
-            for optimizer in optimizers.values():
-                for group in optimizer.param_groups:
-                    group["lr"] *= DECAY
+        rates.before_epoch(waited)
         # order and dropout of an epoch do not depend on a resume; dropout differs between processes
-        torch.manual_seed(settings.seed + epoch + 1000 * state.process_index)
+        torch.manual_seed(settings.seed + epoch + 1000 * run.state.process_index)
         train_loader.sampler.start_epoch(epoch)
         began = time.monotonic()
         line = {"epoch": epoch}
-        line |= train_one_epoch(encoder, decoder, train_loader, optimizers, scaler, settings, device, epoch)
-        line |= validate(encoder, decoder, val_loader, references, word_map, settings, device)
-        line |= {
-            "decoder_lr": optimizers["decoder"].param_groups[0]["lr"],
-            "seconds": time.monotonic() - began,
-        }
+        line |= train_one_epoch(encoder, decoder, train_loader, optimizer, rates, settings, run, epoch)
+        scores, captions = validate(encoder, decoder, val_loader, references, word_map, settings, run)
+        line |= scores
+        line |= {"decoder_lr": optimizer.param_groups[0]["lr"], "seconds": time.monotonic() - began}
         history.append(line)
-        if state.is_main_process:
-            save_epoch(output, encoder, decoder, optimizers, history, word_map, settings)
-        say(
-            f"epoch {epoch}: loss {line['train_loss']:.3f}, {line['captions_per_second']:.0f} captions/s; "
+        if run.is_main:
+            states = run.states(optimizer, rates)
+            save(output, encoder, decoder, states, history, word_map, settings)
+        text = (
+            f"loss {line['train_loss']:.3f}, {line['captions_per_second']:.0f} captions/s; "
             f"validation loss {line['val_loss']:.3f}, top-5 {line['val_top5']:.1%}, "
             f"BLEU-4 {line['val_bleu4']:.4f}, CIDEr {line['val_cider']:.4f}"
         )
-    best = history[best_epoch(history, settings.select_by)]
-    say(
-        f"best: epoch {best['epoch']} with validation BLEU-4 {best['val_bleu4']:.4f}, "
-        f"CIDEr {best['val_cider']:.4f}; written to {output}/"
-    )
-    return best
+        monitor.epoch(history, captions, text)
+    return report_best(run, history, score, output)
 
 
-# --- what is trained ----------------------------------------------------------------------------------------
+# --- what is trained, and on what ---------------------------------------------------------------------------
+
+
+def read_data(data_folder: str) -> tuple[dict[str, int], list[list[list[str]]]]:
+    """The word map, and the tokenized references of the validation images."""
+    if "val" not in read_prepared(data_folder)["splits"]:
+        raise UserError(
+            f"{data_folder}: no val split to choose the best epoch by; prepare it with --val_fraction 0.1"
+        )
+    word_map = read_json(Path(data_folder) / "word_map.json")
+    captions = read_json(Path(data_folder) / "val_references.json")
+    return word_map, [[tokenize(caption) for caption in of_image] for of_image in captions]
+
+
+def resume(settings: Settings) -> tuple[Settings, Resumed | None]:
+    """The checkpoint to go on from, if there is one, and the settings that then hold."""
+    source = checkpoint_to_resume(settings.output_folder, settings.resume, settings.checkpoint)
+    if source is None:
+        return settings, None
+    word_map_path = Path(settings.data_folder) / "word_map.json"
+    checkpoint = load_checkpoint(source, "encoder", "decoder", word_map_path=word_map_path)
+    # a checkpoint from elsewhere has weights, but no epochs that were scored as ours are
+    checkpoint["history"] = [line for line in checkpoint["history"] if settings.score in line]
+    return Resumed.merge(settings, checkpoint, source, FIXED)
 
 
 def build_models(
-    settings: Settings, word_map: dict[str, int], resumed: dict | None
+    settings: Settings, word_map: dict[str, int], resumed: Resumed | None = None
 ) -> tuple[Settings, Encoder, DecoderWithAttention]:
-    """New models, or those of the checkpoint, whose shape then replaces that of the settings."""
+    """New models, or the checkpoint's; `emb_dim` becomes that of the word vectors, where there are any."""
     if resumed:
-        shape = ("encoder_name", "emb_dim", "attention_dim", "decoder_dim")
-        for name in shape:
-            if resumed["settings"][name] != getattr(settings, name) and processes().is_main_process:
-                print(f"--{name} is the checkpoint's: {resumed['settings'][name]}")
-        settings = replace(settings, **{name: resumed["settings"][name] for name in shape})
-        decoder = decoder_from(resumed, settings.checkpoint)
+        decoder = decoder_from(resumed.checkpoint, resumed.source)
         decoder.dropout.p = settings.dropout
-        return settings, encoder_from(resumed, settings.checkpoint), decoder
-    embeddings = None
-    if settings.embeddings:
-        embeddings, found = load_embeddings(settings.embeddings, word_map)
-        print(f"{settings.embeddings}: has {found} of {len(word_map)} words")
-        settings = replace(settings, emb_dim=embeddings.shape[1])
-    encoder = build_encoder(settings.encoder_name, settings.encoder_weights)
-    decoder = DecoderWithAttention(
-        settings.attention_dim,
-        settings.emb_dim,
-        settings.decoder_dim,
-        len(word_map),
-        encoder.dim,
-        settings.dropout,
-    )
-    if embeddings is not None:
-        decoder.embedding.weight.data.copy_(embeddings)
+        encoder = encoder_from(resumed.checkpoint, resumed.source)
+    else:
+        embeddings = None
+        if settings.embeddings:
+            embeddings, found = load_embeddings(settings.embeddings, word_map)
+            print(f"{settings.embeddings}: has {found} of {len(word_map)} words")
+            settings = replace(settings, emb_dim=embeddings.shape[1])
+        encoder = build_encoder(settings.encoder_name, settings.encoder_weights)
+        sizes = (settings.attention_dim, settings.emb_dim, settings.decoder_dim, len(word_map), encoder.dim)
+        decoder = DecoderWithAttention(*sizes, settings.dropout)
+        if embeddings is not None:
+            decoder.embedding.weight.data.copy_(embeddings)
+    decoder.embedding.requires_grad_(settings.fine_tune_embeddings)
+    decoder.fused = settings.fused
+    if settings.fused:
+        fused_decoder.require_same_as_plain(decoder)
     return settings, encoder, decoder
 
 
-def build_optimizers(
-    encoder: Encoder, decoder: DecoderWithAttention, settings: Settings, earlier: dict[str, dict]
-) -> dict[str, torch.optim.Optimizer]:
-    """Adam for what is open to training, with its `earlier` state where that fits."""
-    optimizers = {}
-    for name, module, lr in (
-        ("decoder", decoder, settings.decoder_lr),
-        ("encoder", encoder, settings.encoder_lr),
-    ):
-        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        if parameters:
-            optimizers[name] = torch.optim.Adam(parameters, lr=lr, fused=True)
-    for name, state in earlier.items():
-        same = name in optimizers and len(state["param_groups"][0]["params"]) == len(
-            optimizers[name].param_groups[0]["params"]
-        )
-        if same:  # not where what is trained has changed, as when the encoder is opened
-            optimizers[name].load_state_dict(state)
-    return optimizers
+def build_optimizer(encoder: Encoder, decoder: DecoderWithAttention, settings: Settings) -> torch.optim.Adam:
+    """Adam with a group for each model; what is frozen has no gradients, and does not change."""
+    groups = [
+        {"params": list(decoder.parameters()), "lr": settings.decoder_lr},
+        {"params": list(encoder.parameters()), "lr": settings.encoder_lr},
+    ]
+    return torch.optim.Adam(groups, fused=True)
 
 
-def build_loaders(
-    encoder: Encoder, settings: Settings, device: torch.device, fine_tuned: bool
+def start_stage(
+    encoder: Encoder, settings: Settings, run: Run, fine_tuned: bool, epoch: int
 ) -> tuple[DataLoader, DataLoader]:
-    """Batches of this process for training and validation: images, or a frozen encoder's features."""
-    state, loaders = processes(), []
+    """Freeze the encoder, or make it trainable; batches of this process for training and validation: images,
+    or a frozen encoder's features."""
+    encoder.fine_tune(fine_tuned)
+    run.log(f"from epoch {epoch} on the encoder is {'fine-tuned' if fine_tuned else 'frozen'}")
+    loaders = []
     for split in ("train", "val"):
-        shuffle, features = split == "train", None
-        augment = settings.augment and fine_tuned and split == "train"
+        training, features = split == "train", None
+        augment = settings.augment and fine_tuned and training
         dataset = CaptionDataset(settings.data_folder, split, augment=augment)  # complain before long work
         if settings.cache_features and not fine_tuned:
-            with state.main_process_first():
-                features = cache_features(encoder, settings.data_folder, split, device)
+            with run.state.main_process_first():
+                features = cache_features(encoder, settings.data_folder, split, run.device)
             dataset = CaptionDataset(settings.data_folder, split, features)
         sampler = BatchSampler(
             len(dataset),
             settings.batch_size,
-            settings.grad_accumulation if split == "train" else 1,
-            state.process_index,
-            state.num_processes,
-            shuffle,
-            settings.seed,
+            settings.grad_accumulation if training else 1,
+            run.state.process_index,
+            run.state.num_processes,
+            shuffle=training,
+            seed=settings.seed,
         )
         loader = DataLoader(
             dataset,
@@ -269,15 +285,11 @@ def build_loaders(
             sampler=sampler,
             num_workers=settings.workers,
             persistent_workers=settings.workers > 0,
-            pin_memory=device.type == "cuda",
+            pin_memory=run.device.type == "cuda",
             generator=torch.Generator(),  # so that starting workers draws nothing from the training's
         )
         loaders.append(loader)
     return loaders[0], loaders[1]
-
-
-def load_references(settings: Settings, split: str) -> list[list[str]]:
-    return read_json(Path(settings.data_folder) / f"{split}_references.json")
 
 
 # --- an epoch -----------------------------------------------------------------------------------------------
@@ -287,63 +299,35 @@ def train_one_epoch(
     encoder: Encoder,
     decoder: DecoderWithAttention,
     loader: DataLoader,
-    optimizers: dict[str, torch.optim.Optimizer],
-    scaler: torch.amp.GradScaler,
+    optimizer: torch.optim.Adam,
+    rates: LearningRate,
     settings: Settings,
-    device: torch.device,
+    run: Run,
     epoch: int,
 ) -> dict[str, float]:
     """One pass over the training images: {"train_loss", "captions_per_second"}."""
     decoder.train()
-    state, sampler = processes(), loader.sampler
-    lengths_of = loader.dataset.lengths  # (I, N_c)
-    parameters = [
-        p for optimizer in optimizers.values() for group in optimizer.param_groups for p in group["params"]
-    ]
-    total, captions_done, began = torch.zeros((), device=device), 0, time.monotonic()
+    sampler, lengths_of = loader.sampler, loader.dataset.lengths  # (I, captions_per_image)
+    total, captions_done, began = torch.zeros((), device=run.device), 0, time.monotonic()
     batches = iter(loader)
-    with progress_bar(
-        sampler.steps, desc=f"epoch {epoch}", unit="step", disable=not state.is_main_process
-    ) as progress:
-        for step, indices in enumerate(progress, start=1):
-            # the step's words and captions, of all processes: every word counts alike, wherever it is
-            words, captions = int((lengths_of[indices] - 1).sum()), lengths_of[indices].size
-            for optimizer in optimizers.values():
-                optimizer.zero_grad(set_to_none=True)
-            for _ in range(sampler.accumulation_steps):
-                with autocast(settings, device):
-                    entropy, penalty, _, _ = caption_loss(encoder, decoder, *next(batches), device)
-                    loss = entropy / words + settings.alpha_c * penalty / captions
-                scaler.scale(loss).backward()
-                total += loss.detach()
-            add_gradients(parameters, state)
-            for optimizer in optimizers.values():
-                scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_value_(parameters, settings.grad_clip)
-            for optimizer in optimizers.values():
-                scaler.step(optimizer)
-            scaler.update()
-            captions_done += captions
-            if step % 10 == 0 or step == len(sampler.steps):  # seldom: reading the loss waits for the device
-                if not math.isfinite(total):
-                    raise UserError(
-                        f"the loss is no longer a number in epoch {epoch}: lower --decoder_lr or --encoder_lr"
-                    )
-                rate = captions_done / (time.monotonic() - began)
-                shown = total * state.num_processes / step  # the others' shares are about as large
-                progress.set_postfix_str(f"loss {shown:.3f}, {rate:.0f} captions/s")
-    total = reduce(total, "sum")
-    return {"train_loss": float(total) / len(sampler.steps), "captions_per_second": rate}
-
-
-def add_gradients(parameters: list[Tensor], state: PartialState) -> None:
-    """Add up the processes' gradients, each a share of the step's."""
-    if state.num_processes == 1:
-        return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    added = reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
-    for gradient, values in zip(gradients, added.split([gradient.numel() for gradient in gradients])):
-        gradient.copy_(values.view_as(gradient))
+    progress = progress_bar(sampler.steps, desc=f"epoch {epoch}", unit="step", disable=not run.is_main)
+    for step, indices in enumerate(progress, start=1):
+        # of all processes and micro-batches: every token counts alike, wherever it is
+        tokens, captions = int((lengths_of[indices] - 1).sum()), lengths_of[indices].size
+        for _ in range(sampler.accumulation_steps):
+            with run.autocast():
+                cross_entropy, penalty, _, _ = caption_loss(encoder, decoder, *next(batches), settings, run)
+                loss = cross_entropy / tokens + settings.alpha_c * penalty / captions
+            run.backward(loss)
+            total += loss.detach()
+        run.step(optimizer, settings.grad_clip, settings.grad_clip_by)
+        rates.after_step()
+        captions_done += captions
+        if step % 10 == 0 or step == len(sampler.steps):  # seldom: reading the loss waits for the device
+            mean = run.mean_loss(total, step, epoch, "lower --decoder_lr or --encoder_lr")
+            captions_per_second = captions_done / (time.monotonic() - began)
+            progress.set_postfix_str(f"loss {mean:.3f}, {captions_per_second:.0f} captions/s")
+    return {"train_loss": mean, "captions_per_second": captions_per_second}
 
 
 @torch.no_grad()
@@ -354,36 +338,35 @@ def validate(
     references: list[list[list[str]]],
     word_map: dict[str, int],
     settings: Settings,
-    device: torch.device,
-) -> dict[str, float]:
-    """Teacher-forced loss and top-5 accuracy, BLEU-4 and CIDEr of greedy captions: {"val_loss", "val_top5",
-    "val_bleu4", "val_cider"}, of all processes' images."""
+    run: Run,
+) -> tuple[dict[str, float], dict[int, str]]:
+    """Loss and top-5 accuracy with teacher forcing, BLEU-4 and CIDEr of greedy captions: {"val_loss",
+    "val_top5", "val_bleu4", "val_cider"}, of all processes' images; the captions by index."""
     decoder.eval()
     captioner = Captioner([(encoder, decoder)], word_map)
-    sums, hypotheses = torch.zeros(5, dtype=torch.float64), []
+    sums, texts = torch.zeros(5, dtype=torch.float64), []
+    quiet = not run.is_main
     for images, captions, lengths in progress_bar(
-        loader, desc="validation", unit="batch", leave=False, disable=not processes().is_main_process
+        loader, desc="validation", unit="batch", leave=False, disable=quiet
     ):
-        with autocast(settings, device):
-            entropy, penalty, scores, targets = caption_loss(
-                encoder, decoder, images, captions, lengths, device
+        with run.autocast():
+            cross_entropy, penalty, logits, targets = caption_loss(
+                encoder, decoder, images, captions, lengths, settings, run
             )
-            found = captioner.search([encode(encoder, images, device)], beam_size=1)
-        right = (scores.topk(min(5, scores.shape[1])).indices == targets.unsqueeze(1)).sum()
-        counts = (entropy, penalty, right, len(targets), lengths.numel())
+            found = captioner.search([encode(encoder, images, run.device)], beam_size=1)
+        correct = (logits.topk(min(5, logits.shape[1])).indices == targets.unsqueeze(1)).sum()
+        counts = (cross_entropy, penalty, correct, len(targets), lengths.numel())
         sums += torch.tensor([float(count) for count in counts], dtype=torch.float64)
-        hypotheses += [tokenize(captioner.text(hypothesis)) for hypothesis in found]
+        texts += [captioner.text(hypothesis) for hypothesis in found]
     indices = [index for request in loader.sampler for index in request.indices.tolist()]
-    gathered = gather_object([(sums, dict(zip(indices, hypotheses, strict=True)))])
-    entropy, penalty, right, words, captions = sum(part[0] for part in gathered).tolist()
-    by_index = {index: words_ for part in gathered for index, words_ in part[1].items()}
-    hypotheses = [by_index[index] for index in range(len(references))]
+    sums = sum(run.gather({run.state.process_index: sums}).values())
+    cross_entropy, penalty, correct, tokens, captions = sums.tolist()
+    by_index = run.gather(dict(zip(indices, texts, strict=True)))
     return {
-        "val_loss": entropy / words + settings.alpha_c * penalty / captions,
-        "val_top5": right / words,
-        "val_bleu4": bleu4(references, hypotheses),
-        "val_cider": fmean(CiderD.from_references(references).score(references, hypotheses)),
-    }
+        "val_loss": cross_entropy / tokens + settings.alpha_c * penalty / captions,
+        "val_top5": correct / tokens,
+        **caption_scores(references, by_index),
+    }, by_index
 
 
 def caption_loss(
@@ -392,22 +375,24 @@ def caption_loss(
     images: Tensor,
     captions: Tensor,
     lengths: Tensor,
-    device: torch.device,
+    settings: Settings,
+    run: Run,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Cross-entropy summed over the words, doubly stochastic penalty summed over the captions.
+    """Cross-entropy summed over the tokens, doubly stochastic penalty summed over the captions.
 
     Args:
         images: uint8 (N, 3, S, S) or features (N, h, w, D); captions (N, G, L); lengths (N, G).
 
     Returns:
-        entropy (), penalty (), scores (W, V), targets (W,).
+        cross_entropy (), penalty (), logits (W, V), targets (W,), where W is the number of tokens.
     """
-    grid = encode(encoder, images, device)
-    scores, targets, coverage = caption_logits(decoder, grid, captions.flatten(0, 1), lengths.flatten())
-    entropy = F.cross_entropy(scores, targets, reduction="sum")
+    grid = encode(encoder, images, run.device)
+    caption_logits = fused_decoder.caption_logits if settings.fused else plain_decoder.caption_logits
+    logits, targets, coverage = caption_logits(decoder, grid, captions.flatten(0, 1), lengths.flatten())
+    cross_entropy = F.cross_entropy(logits, targets, reduction="sum")
     # every pixel should get a total weight of one over the caption (Xu et al., section 4.2.1)
     penalty = ((1 - coverage) ** 2).mean(dim=1).sum()
-    return entropy, penalty, scores, targets
+    return cross_entropy, penalty, logits, targets
 
 
 def encode(encoder: Encoder, images: Tensor, device: torch.device) -> Tensor:
@@ -417,41 +402,22 @@ def encode(encoder: Encoder, images: Tensor, device: torch.device) -> Tensor:
         return images.float()
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in encoder.parameters()):
         return encoder.grid(normalize_images(images))
-    return encode_images(encoder, images).clone()  # an inference tensor may not take part in training
-
-
-def autocast(settings: Settings, device: torch.device):
-    if device.type != "cuda" or settings.mixed_precision == "no":
-        return nullcontext()
-    return torch.autocast("cuda", {"bf16": torch.bfloat16, "fp16": torch.float16}[settings.mixed_precision])
+    return encode_images(encoder, images).clone()  # an inference tensor itself may not take part in training
 
 
 # --- what is kept -------------------------------------------------------------------------------------------
 
 
-OUTPUT_FILES = ("checkpoint_epoch_*.pth", "best_checkpoint.pth", "encoder.pth", "decoder.pth", "history.csv")
-
-
-def best_epoch(history: list[dict], select_by: str) -> int:
-    """Index of the first epoch with the highest validation score."""
-    return max(range(len(history)), key=lambda index: history[index][f"val_{select_by}"])
-
-
-def epochs_since_best(history: list[dict], select_by: str) -> int:
-    return len(history) - 1 - best_epoch(history, select_by) if history else 0
-
-
-def save_epoch(
+def save(
     output: Path,
     encoder: Encoder,
     decoder: DecoderWithAttention,
-    optimizers: dict[str, torch.optim.Optimizer],
+    states: dict[str, dict],
     history: list[dict],
     word_map: dict[str, int],
     settings: Settings,
 ) -> None:
-    """Write the epoch's checkpoint and history.csv; where it is the best so far, the files of the best
-    too."""
+    """Write the epoch's checkpoint and history.csv, and the files of the best where it is the best."""
     about = {
         "settings": asdict(settings),
         "word_map": word_map,
@@ -459,15 +425,14 @@ def save_epoch(
         "history": history,
     }
     weights = {"encoder": encoder.state_dict(), "decoder": decoder.state_dict()}
-    states = {"optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()}}
-    checkpoint = output / f"checkpoint_epoch_{len(history)}.pth"
-    save_checkpoint(checkpoint, about | weights | states)
-    if epochs_since_best(history, settings.select_by) == 0 or not (output / "best_checkpoint.pth").is_file():
+
+    def write_best(checkpoint: Path) -> None:
         for name, state in weights.items():
             save_checkpoint(output / f"{name}.pth", about | {name: state})
         with atomic_write(output / "best_checkpoint.pth") as tmp_path:
             shutil.copyfile(checkpoint, tmp_path)
-    write_table(output / "history.csv", history)
+
+    save_epoch(output, about | weights | states, settings.score, write_best, settings.keep_checkpoints)
 
 
 if __name__ == "__main__":

@@ -4,51 +4,55 @@
     python train_model.py --annotations captions.txt --image_folder Images --freeze_vision
     python train_model.py --base_model tiny --annotations demo/train.csv --image_folder demo/train/train
     python train_model.py --resume                                      # go on after the last complete epoch
-    accelerate launch train_model.py --mixed_precision bf16             # several GPUs or machines
+    torchrun --nproc_per_node 4 train_model.py --mixed_precision bf16   # several GPUs or machines
 
-After every epoch the model captions the validation images by itself and is scored with CIDEr against all
-their references; the best epoch's model and processor are kept, to be loaded by direct_caption.py or by
-transformers. `--base_model tiny` is a small BLIP with random weights, for which nothing is downloaded.
+After every epoch the model captions the validation images by itself and is scored with BLEU-4 and CIDEr
+against all their references; the best epoch's model and processor are kept, to be loaded by direct_caption.py
+or by transformers. `--base_model tiny` is a small BLIP with random weights, for which nothing is downloaded.
+A resumed training keeps the checkpoint's settings, but for those given on the command line.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import random
 import shutil
 import time
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from datetime import timedelta
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import torch
-import transformers
-from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from captioning import HUB_MODEL
 from captioning.annotations import Record, read_training_splits
-from captioning.blip import HUB_MODEL, BlipCaptioner, load_captioner, require_blip
-from captioning.tiny_blip import tiny_captioner
-from datasets import BlipDataset, encode_captions, pad_captions
-from metrics import CiderD, bleu4, tokenize
+from captioning.checkpoints import archive_previous_run, checkpoint_to_resume, read_checkpoint
+from captioning.engine import (
+    LearningRate,
+    Resumed,
+    Run,
+    caption_scores,
+    epochs_since_improvement,
+    report_best,
+    save_epoch,
+)
+from captioning.monitor import Monitor
 from utils import (
     UserError,
-    archive_previous_run,
-    atomic_write,
+    check_above_zero,
     check_at_least,
     check_output,
-    natural_order,
+    check_share,
     progress_bar,
     run_script,
-    write_table,
 )
+
+if TYPE_CHECKING:  # they import transformers, which takes seconds
+    from captioning.blip import BlipCaptioner
+    from datasets import BatchSampler, BlipDataset
 
 
 @dataclass
@@ -59,22 +63,30 @@ class Settings:
     base_model: str = HUB_MODEL  # hub id or folder to start from; tiny: a small one with random weights
     output_folder: str = "blip_finetuned_model"  # where the best epoch's model and the checkpoint go
     resume: bool = False  # go on after the last complete epoch in output_folder
-    epochs: int | None = None  # None: 3; 50 for tiny
-    batch_size: int | None = None  # images a device and pass; None: 8; 16 for tiny
+    checkpoint: str | None = None  # or go on from this checkpoint_epoch_N.pth
+    epochs: int | None = None  # in all, those before a resume counted; None: 3; 50 for tiny
+    batch_size: int | None = None  # images that go through the model at once; None: 8; 16 for tiny
     captions_per_image: int | None = None  # drawn anew every epoch; None: 1; 2 for tiny
-    grad_accumulation: int = 1  # passes a step: a step has batch_size * this * devices images
-    augment: bool | None = None  # vary place, size and light of the images a little; None: for tiny alone
+    grad_accumulation: int = 1  # batches per step: big steps on a small GPU
+    augment: bool | None = None  # crop, recolour and flip images at random; None: for tiny alone
     learning_rate: float | None = None  # highest; None: 1e-5; 2e-3 for tiny
-    warmup: float = 0.1  # share of the steps in which the rate rises; then it falls as a cosine
+    lr_schedule: Literal["plateau", "cosine"] = "cosine"  # how the rate falls
+    decay_after: int = 8  # plateau: epochs without a better score, after each of which the rate falls
+    decay: float = 0.8  # plateau: factor by which it falls
+    warmup: float = 0.1  # cosine: share of the steps in which the rate rises
+    patience: int | None = None  # epochs without a better score; 0: never stop; None: 5; 0 for tiny
     weight_decay: float = 0.05  # of AdamW, on matrices alone
     label_smoothing: float | None = None  # share of probability spread over all words; None: 0.1; 0 for tiny
-    grad_clip: float = 1.0  # largest norm of the gradient
+    grad_clip: float = 1.0  # bound of the gradients; inf: none
+    grad_clip_by: Literal["value", "norm"] = "norm"  # bounds each gradient, or the norm of all together
     max_length: int = 40  # tokens; longer captions are cut
     freeze_vision: bool = False  # train the text half alone
     cache_features: bool = True  # with freeze_vision: keep the images' features on disk
     gradient_checkpointing: bool = False  # less memory, a third more time
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # on CUDA
-    early_stopping: int | None = None  # epochs without a better CIDEr; 0: never; None: 5; 0 for tiny
+    select_by: Literal["bleu4", "cider"] = "cider"  # score by which the best epoch is chosen
+    log_with: Literal["none", "tensorboard", "wandb"] = "none"  # also report every epoch there
+    keep_checkpoints: int = 1  # epochs whose checkpoints stay, each three times the model's size; 0: all
     val_batch_size: int = 32  # images captioned at a time, greedily
     workers: int = 4  # threads that read images
     seed: int = 123  # of the validation split, order and draws, and tiny's weights
@@ -84,20 +96,27 @@ class Settings:
             if getattr(self, name) is None:
                 setattr(self, name, value)
         check_at_least(self, 1, "epochs", "batch_size", "captions_per_image", "grad_accumulation")
-        check_at_least(self, 1, "val_batch_size", "workers")
+        check_at_least(self, 1, "val_batch_size", "workers", "decay_after")
         check_at_least(self, 3, "max_length")
-        check_at_least(self, 0, "learning_rate", "weight_decay", "early_stopping")
-        if not self.grad_clip > 0:
-            raise UserError(f"--grad_clip is {self.grad_clip}: give more than 0 (inf for no clipping)")
-        for name in ("val_fraction", "warmup", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}: give 0 or more and less than 1")
+        check_at_least(self, 0, "learning_rate", "weight_decay", "patience", "keep_checkpoints", "seed")
+        check_above_zero(self, "grad_clip", "decay")
+        check_share(self, "val_fraction", "warmup", "label_smoothing")
+
+    @property
+    def score(self) -> str:
+        """The history's column by which the best epoch is chosen."""
+        return f"val_{self.select_by}"
 
 
 FOR_PRETRAINED = {"epochs": 3, "batch_size": 8, "captions_per_image": 1, "learning_rate": 1e-5}
-FOR_PRETRAINED |= {"augment": False, "early_stopping": 5, "label_smoothing": 0.1}
+FOR_PRETRAINED |= {"augment": False, "patience": 5, "label_smoothing": 0.1}
 FOR_TINY = {"epochs": 50, "batch_size": 16, "captions_per_image": 2, "learning_rate": 2e-3}
-FOR_TINY |= {"augment": True, "early_stopping": 0, "label_smoothing": 0.0}
+FOR_TINY |= {"augment": True, "patience": 0, "label_smoothing": 0.0}
+FIXED = ("base_model",)  # another value cannot be given to a training that goes on
+OUTPUT_FILES = (
+    "*.safetensors", "*config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.txt", "checkpoint_epoch_*.pth", "history.csv", "curves.png", "train.log",
+)  # fmt: skip
 
 
 def main(settings: Settings) -> None:
@@ -121,96 +140,99 @@ def train(settings: Settings) -> dict:
 
 
 def run_training(settings: Settings) -> dict:
-    check_output(settings.output_folder, folder=True)
+    import transformers
+
+    from datasets import BatchSampler, encode_captions
+
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    accelerator = start_accelerator(settings)
+    check_output(settings.output_folder, folder=True)
+    settings, resumed = resume(settings)
+    train_records, val_records = read_records(settings)
+    if resumed and resumed.checkpoint["data"] != data_digest(train_records, val_records):
+        raise UserError(f"{resumed.source}: trained on other images or captions; start without --resume")
+    run, output, score = Run.start(settings.mixed_precision), Path(settings.output_folder), settings.score
+    settings = replace(settings, mixed_precision=run.mixed_precision)
+    history = resumed.history if resumed else []
     torch.manual_seed(settings.seed)
-    train_images, val_images = read_images(settings)
-    resumed = load_checkpoint(settings, train_images, val_images) if settings.resume else None
-    captioner = build_captioner(settings, train_images)
-    train_set = BlipDataset(captioner, train_images, settings.workers)
-    val_set = BlipDataset(captioner, val_images, settings.workers)
-    if not train_set.records:
-        raise UserError(f"{settings.image_folder}: none of the training images can be used")
-    if settings.freeze_vision and settings.cache_features:
-        train_set.cache_features(Path(f"{Path(settings.output_folder)}_features.hdf5"))
+    captioner = build_captioner(settings, train_records)
+    train_set, val_set = build_datasets(captioner, train_records, val_records, settings)
     captions = encode_captions(captioner, train_set.records, settings.max_length)
-
-    loss_module = CaptionLoss(captioner.model)
-    per_step = settings.batch_size * settings.grad_accumulation * accelerator.num_processes
-    steps = math.ceil(len(train_set.records) / per_step)
-    optimizer, schedule = build_optimizer(captioner.model, steps * settings.epochs, settings)
-    if resumed:
-        captioner.model.load_state_dict(resumed["model"])
-    loss_module, optimizer = accelerator.prepare(loss_module, optimizer)
-    if resumed:
-        optimizer.load_state_dict(resumed["optimizer"])
-        schedule.load_state_dict(resumed["schedule"])
-        if accelerator.scaler and resumed["scaler"]:
-            accelerator.scaler.load_state_dict(resumed["scaler"])
-    history = resumed["history"] if resumed else []
-    trained = sum(p.numel() for p in captioner.model.parameters() if p.requires_grad)
-    accelerator.print(
-        f"{settings.base_model}, {trained:,} trained parameters, {len(train_set.records)} images to train "
-        f"on, {len(val_set.records)} to validate on, {accelerator.num_processes} x {accelerator.device.type}"
+    sampler = BatchSampler(
+        len(captions),
+        settings.batch_size,
+        settings.grad_accumulation,
+        run.state.process_index,
+        run.state.num_processes,
+        shuffle=True,
+        seed=settings.seed,
     )
+    if resumed:
+        captioner.model.load_state_dict(resumed.checkpoint["model"])
+    loss_module = CaptionLoss(captioner.model).to(run.device)
+    optimizer = build_optimizer(captioner.model, settings)
+    rates = LearningRate(optimizer, settings, len(sampler.steps) * settings.epochs)
+    trained = sum(p.numel() for p in captioner.model.parameters() if p.requires_grad)
+    run.log(
+        f"{settings.base_model}, {trained:,} trained parameters, {len(captions)} images to train on, "
+        f"{len(val_set.records)} to validate on, {run.describe()}"
+    )
+    if resumed:
+        run.log(resumed.restore(optimizer, rates, run, (), ("learning_rate", "learning_rate")))
+    if run.is_main and not (resumed and resumed.source.resolve().parent == output.resolve()):
+        archive_previous_run(output, *OUTPUT_FILES)
+    run.log_file = output / "train.log"
+    monitor = Monitor(run, output, settings, [record.image_id for record in val_set.records])
 
     for epoch in range(len(history) + 1, settings.epochs + 1):
-        waited = len(history) - 1 - best_epoch(history) if history else 0
-        if settings.early_stopping and waited >= settings.early_stopping:
-            accelerator.print(f"stopped: no better CIDEr for {waited} epochs")
+        waited = epochs_since_improvement(history, score)
+        if settings.patience and waited >= settings.patience:
+            run.log(f"stopped: no better {settings.select_by} for {waited} epochs")
             break
+        rates.before_epoch(waited)
         torch.manual_seed(settings.seed + epoch)  # an epoch does not depend on what ran before a resume
+        sampler.start_epoch(epoch)
         began = time.monotonic()
-        line = {"epoch": epoch, "learning_rate": schedule.get_last_lr()[0]}
+        line = {"epoch": epoch, "learning_rate": optimizer.param_groups[0]["lr"]}
         line["train_loss"] = train_one_epoch(
-            loss_module, train_set, captions, optimizer, schedule, settings, accelerator, epoch
+            loss_module, train_set, captions, sampler, optimizer, rates, settings, run
         )
-        line |= validate(captioner, val_set, settings, accelerator)
+        scores, texts = validate(captioner, val_set, settings, run)
+        line |= scores
         line["seconds"] = time.monotonic() - began
         history.append(line)
-        if accelerator.is_main_process:
-            checkpoint = {
-                "settings": asdict(settings),
-                "data": data_digest(train_images, val_images),
-                "history": history,
-                "model": captioner.model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-            }
-            save_epoch(Path(settings.output_folder), captioner, checkpoint)
-        accelerator.wait_for_everyone()
-        accelerator.print(
-            f"epoch {epoch}: loss {line['train_loss']:.3f}; "
-            f"validation CIDEr {line['val_cider']:.4f}, BLEU-4 {line['val_bleu4']:.4f}"
-        )
-    best = history[best_epoch(history)]
-    accelerator.print(
-        f"best: epoch {best['epoch']} with validation CIDEr {best['val_cider']:.4f}; "
-        f"written to {settings.output_folder}/"
-    )
-    return best
+        if run.is_main:
+            about = {"settings": asdict(settings), "data": data_digest(train_records, val_records)}
+            states = {"model": captioner.model.state_dict(), **run.states(optimizer, rates)}
+            checkpoint = about | {"history": history} | states
+            save_epoch(
+                output, checkpoint, score, lambda _: save_model(output, captioner), settings.keep_checkpoints
+            )
+        text = f"loss {line['train_loss']:.3f}; "
+        text += f"validation BLEU-4 {line['val_bleu4']:.4f}, CIDEr {line['val_cider']:.4f}"
+        monitor.epoch(history, texts, text)
+    return report_best(run, history, score, output)
 
 
-def start_accelerator(settings: Settings) -> Accelerator:
-    on_cuda = torch.cuda.is_available()
-    accelerator = Accelerator(
-        cpu=not on_cuda,  # several processes on the CPU are found only so
-        mixed_precision=settings.mixed_precision if on_cuda else "no",
-        # the others wait while the main process computes features or writes
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
-    )
-    if not on_cuda and settings.mixed_precision != "no":
-        accelerator.print("mixed precision is for CUDA; training in float32")
-    return accelerator
+# --- what is trained, and on what ---------------------------------------------------------------------------
 
 
-# --- what is trained on -------------------------------------------------------------------------------------
+def resume(settings: Settings) -> tuple[Settings, Resumed | None]:
+    """The checkpoint to go on from, if there is one, and the settings that then hold."""
+    source = checkpoint_to_resume(settings.output_folder, settings.resume, settings.checkpoint)
+    if source is None:
+        return settings, None
+    try:
+        checkpoint = read_checkpoint(source)
+        complete = {"settings", "data", "history", "model"} <= checkpoint.keys()
+    except (ValueError, AttributeError):
+        complete = False
+    if not complete:
+        raise UserError(f"{source}: not a checkpoint of train_model.py; start without it")
+    return Resumed.merge(settings, checkpoint, source, FIXED)
 
 
-def read_images(settings: Settings) -> tuple[list[Record], list[Record]]:
+def read_records(settings: Settings) -> tuple[list[Record], list[Record]]:
     """The captioned images to train and to validate on: the file's own splits, else `val_fraction`."""
     splits = read_training_splits(
         settings.annotations, settings.image_folder, settings.val_fraction, settings.seed
@@ -219,11 +241,20 @@ def read_images(settings: Settings) -> tuple[list[Record], list[Record]]:
     return train, val
 
 
-def build_captioner(settings: Settings, images: list[Record]) -> BlipCaptioner:
+def data_digest(*splits: list[Record]) -> str:
+    """A fingerprint of images and captions."""
+    content = [[(record.image_id, record.captions) for record in records] for records in splits]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def build_captioner(settings: Settings, records: list[Record]) -> BlipCaptioner:
     """The model to start from, with the settings that its own forward pass looks at."""
+    from captioning.blip import load_captioner, require_blip
+    from captioning.tiny_blip import tiny_captioner
+
     if settings.base_model == "tiny":
-        texts = [" ".join(words) for image in images for words in image.tokens]
-        captioner = tiny_captioner(texts, [image.path for image in images if image.path][:300])
+        texts = [" ".join(tokens) for record in records for tokens in record.tokens]
+        captioner = tiny_captioner(texts, [record.path for record in records if record.path][:300])
     else:
         captioner = load_captioner(settings.base_model)
         require_blip(captioner, settings.base_model, "fine-tuning")
@@ -236,21 +267,44 @@ def build_captioner(settings: Settings, images: list[Record]) -> BlipCaptioner:
     return captioner
 
 
+def build_datasets(
+    captioner: BlipCaptioner, train_records: list[Record], val_records: list[Record], settings: Settings
+) -> tuple[BlipDataset, BlipDataset]:
+    from datasets import BlipDataset
+
+    train_set, val_set = (
+        BlipDataset(captioner, records, settings.workers) for records in (train_records, val_records)
+    )
+    if not train_set.records:
+        raise UserError(f"{settings.image_folder}: none of the training images can be used")
+    if settings.freeze_vision and settings.cache_features:
+        train_set.cache_features(f"{Path(settings.output_folder)}_features.hdf5")
+    return train_set, val_set
+
+
+def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
+    """AdamW, with weight decay on matrices; what is frozen has no gradients, and does not change."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},  # biases and norms
+    ]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
+
+
 # --- an epoch -----------------------------------------------------------------------------------------------
 
 
 class CaptionLoss(nn.Module):
-    """BLIP's own training loss, with one encoding of an image for all its captions.
+    """BLIP's own training loss, with one encoding of an image for all its captions."""
 
-    A module of its own, as it is what Accelerate wraps for several devices.
-    """
-
-    def __init__(self, blip: transformers.BlipForConditionalGeneration):
+    def __init__(self, blip: nn.Module):
+        """blip: a transformers.BlipForConditionalGeneration."""
         super().__init__()
         self.blip = blip
 
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy () over the words of the captions.
+        """Mean cross-entropy () over the tokens of the captions.
 
         Args:
             images: pixels (N, 3, S, S) or the vision model's output (N, tokens, D).
@@ -265,210 +319,80 @@ class CaptionLoss(nn.Module):
         ).loss
 
 
-@dataclass
-class Pass:
-    """What one device sees at once: images by index, their captions, the share of the step's words."""
+def train_one_epoch(
+    loss_module: CaptionLoss,
+    train_set: BlipDataset,
+    captions: list[list[list[int]]],
+    sampler: BatchSampler,
+    optimizer: torch.optim.AdamW,
+    rates: LearningRate,
+    settings: Settings,
+    run: Run,
+) -> float:
+    """One pass over the training images; return the mean loss of its steps."""
+    from datasets import pad_captions
 
-    images: list[int]
-    captions: list[list[int]]
-    weight: float
+    loss_module.train()
+    epoch, pad = sampler.epoch, train_set.captioner.tokenizer.pad_token_id
+    drawn = draw_captions(captions, settings.captions_per_image, f"{settings.seed} {epoch}")
+    batches = [request.indices.tolist() for request in sampler]  # of this process
+    augment_seed = f"{settings.seed} {epoch}" if settings.augment and train_set.features is None else None
+    loaded = zip(batches, train_set.batches(batches, augment_seed))
+    total = torch.zeros((), device=run.device)
+    progress = progress_bar(sampler.steps, desc=f"epoch {epoch}", unit="step", disable=not run.is_main)
+    for step, indices in enumerate(progress, start=1):
+        # of all processes and micro-batches: every token counts alike, wherever it is
+        tokens = sum(len(caption) - 1 for index in indices for caption in drawn[index])
+        for _ in range(settings.grad_accumulation):
+            batch, images = next(loaded)
+            images = images.to(run.device, torch.float32, non_blocking=True)
+            texts = [caption for index in batch for caption in drawn[index]]
+            inputs = {name: values.to(run.device) for name, values in pad_captions(texts, pad).items()}
+            with run.autocast():
+                share = sum(len(caption) - 1 for caption in texts) / tokens
+                loss = loss_module(images, **inputs) * share
+            run.backward(loss)
+            total += loss.detach()
+        run.step(optimizer, settings.grad_clip, settings.grad_clip_by)
+        rates.after_step()
+        if step % 10 == 0 or step == len(sampler.steps):  # seldom: reading the loss waits for the device
+            mean = run.mean_loss(total, step, epoch, "lower --learning_rate")
+            progress.set_postfix_str(f"loss {mean:.3f}")
+    return mean
 
 
-def plan_epoch(
-    captions: list[list[list[int]]], settings: Settings, processes: int, rank: int, epoch: int
-) -> list[list[Pass]]:
-    """The passes of each step for one process. All processes draw the same order and captions.
-
-    The weights make a step the mean over all its words, however they are spread over passes and devices.
-    """
-    rng = random.Random(f"{settings.seed} {epoch}")
-    order = rng.sample(range(len(captions)), len(captions))
-    count, passes = settings.captions_per_image, settings.grad_accumulation
-    drawn = [
+def draw_captions(captions: list[list[list[int]]], count: int, seed: str) -> list[list[list[int]]]:
+    """`count` captions of each image, no one twice where it has enough; the same in all processes."""
+    rng = random.Random(seed)
+    return [
         rng.sample(own, count) if len(own) >= count else own + rng.choices(own, k=count - len(own))
         for own in captions
     ]
-    per_step = settings.batch_size * passes * processes
-    plan = []
-    for start in range(0, len(order), per_step):
-        step = order[start : start + per_step]
-        words = sum(len(caption) - 1 for index in step for caption in drawn[index])
-        parts = [part.tolist() for part in np.array_split(step, passes * processes)]
-        mine = []
-        for part in parts[rank * passes : (rank + 1) * passes]:
-            own = part or step[:1]  # an epoch's last step may have too few: that pass counts for nothing
-            texts = [caption for index in own for caption in drawn[index]]
-            share = sum(len(caption) - 1 for caption in texts) / words if part else 0.0
-            mine.append(Pass(own, texts, share))
-        plan.append(mine)
-    return plan
-
-
-def train_one_epoch(
-    loss_module: nn.Module,
-    train_set: BlipDataset,
-    captions: list[list[list[int]]],
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    settings: Settings,
-    accelerator: Accelerator,
-    epoch: int,
-) -> float:
-    """One pass over the training images; return the mean loss of its steps."""
-    loss_module.train()
-    processes, rank = accelerator.num_processes, accelerator.process_index
-    plan = plan_epoch(captions, settings, processes, rank, epoch)
-    augment_seed = f"{settings.seed} {epoch}" if settings.augment else None
-    loaded = train_set.batches([one.images for step in plan for one in step], augment_seed)
-    pad = train_set.captioner.tokenizer.pad_token_id
-    total = torch.zeros((), device=accelerator.device)
-    quiet = not accelerator.is_main_process
-    with progress_bar(plan, desc=f"epoch {epoch}", unit="step", disable=quiet) as progress:
-        for number, step in enumerate(progress, start=1):
-            for one in step:
-                images = next(loaded).to(accelerator.device, torch.float32, non_blocking=True)
-                words = {
-                    name: t.to(accelerator.device) for name, t in pad_captions(one.captions, pad).items()
-                }
-                last = one is step[-1]  # gradients are exchanged once a step
-                with accelerator.autocast(), nullcontext() if last else accelerator.no_sync(loss_module):
-                    loss = loss_module(images, **words) * one.weight
-                    accelerator.backward(loss * processes)  # gradients are averaged over the processes
-                total += loss.detach()
-            accelerator.clip_grad_norm_(loss_module.parameters(), settings.grad_clip)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-            if number % 10 == 0 or number == len(plan):  # seldom: reading the loss waits for the device
-                mean = float(accelerator.reduce(total.clone(), "sum")) / number
-                if not math.isfinite(mean):
-                    raise UserError(f"the loss is no longer a number in epoch {epoch}: lower --learning_rate")
-                progress.set_postfix_str(f"loss {mean:.3f}")
-    return mean
 
 
 @torch.no_grad()
 def validate(
-    captioner: BlipCaptioner, val_set: BlipDataset, settings: Settings, accelerator: Accelerator
-) -> dict[str, float]:
-    """Scores of the model's own greedy captions, each image's counted once: {"val_cider", "val_bleu4"}; 0
-    where there is nothing to validate on."""
+    captioner: BlipCaptioner, val_set: BlipDataset, settings: Settings, run: Run
+) -> tuple[dict[str, float], dict[int, str]]:
+    """Scores of the model's own greedy captions, each image's counted once: {"val_bleu4", "val_cider"}, 0
+    where there is nothing to validate on; the captions by index."""
     if not val_set.records:
-        return {"val_cider": 0.0, "val_bleu4": 0.0}
+        return {"val_bleu4": 0.0, "val_cider": 0.0}, {}
     captioner.model.eval()
-    own = range(accelerator.process_index, len(val_set.records), accelerator.num_processes)
+    own = range(run.state.process_index, len(val_set.records), run.state.num_processes)
     size = settings.val_batch_size
     batches = [list(own[start : start + size]) for start in range(0, len(own), size)]
-    found: list[tuple[int, str]] = []
-    quiet = not accelerator.is_main_process
-    progress = progress_bar(batches, desc="validation", unit="batch", leave=False, disable=quiet)
+    captions: dict[int, str] = {}
+    progress = progress_bar(batches, desc="validation", unit="batch", leave=False, disable=not run.is_main)
     for batch, pixels in zip(progress, val_set.batches(batches)):
-        with accelerator.autocast():
+        with run.autocast():
             texts = captioner.caption_prepared(pixels, num_beams=1, max_new_tokens=settings.max_length)
-        found += zip(batch, texts)
-    hypotheses = dict(gather_object(found)) if accelerator.num_processes > 1 else dict(found)
-    references = [image.tokens for image in val_set.records]
-    words = [tokenize(hypotheses[index]) for index in range(len(references))]
-    scores = CiderD.from_references(references).score(references, words)
-    return {"val_cider": math.fsum(scores) / len(scores), "val_bleu4": bleu4(references, words)}
-
-
-def build_optimizer(
-    model: nn.Module, steps: int, settings: Settings
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW, and a rate that rises for `warmup` of the steps and falls to 0 as a cosine."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},  # biases and norms
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
-    warmup = round(settings.warmup * steps)
-    return optimizer, transformers.get_cosine_schedule_with_warmup(optimizer, warmup, steps)
+        captions.update(zip(batch, texts))
+    captions = run.gather(captions)
+    return caption_scores([record.tokens for record in val_set.records], captions), captions
 
 
 # --- what is kept -------------------------------------------------------------------------------------------
-
-
-OUTPUT_FILES = (
-    "*.safetensors", "*config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.txt", "checkpoint_epoch_*.pth", "history.csv",
-)  # fmt: skip
-
-
-def best_epoch(history: list[dict]) -> int:
-    """Index of the epoch with the highest CIDEr; of equal ones the first, or without validation the last."""
-    if not any(line["val_cider"] for line in history):
-        return len(history) - 1
-    return max(range(len(history)), key=lambda index: history[index]["val_cider"])
-
-
-def data_digest(*splits: list[Record]) -> str:
-    """A fingerprint of images and captions."""
-    content = [[(image.image_id, image.captions) for image in images] for images in splits]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def last_checkpoint(settings: Settings) -> Path | None:
-    files = Path(settings.output_folder).glob("checkpoint_epoch_*.pth")
-    return max(files, key=lambda file: natural_order(file.name), default=None)
-
-
-def same_run(settings: Settings) -> list[dict] | None:
-    """The history of what was trained in the output folder, if with these settings and on these data."""
-    file = last_checkpoint(settings)
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        same = checkpoint["settings"] | {"resume": False} == asdict(settings) | {"resume": False}
-        same = same and checkpoint["data"] == data_digest(*read_images(settings))
-    except UserError:
-        raise
-    except Exception:  # no file, or none of ours
-        return None
-    return checkpoint["history"] if same else None
-
-
-def load_checkpoint(settings: Settings, train_images: list[Record], val_images: list[Record]) -> dict:
-    """The checkpoint of the last complete epoch in the output folder.
-
-    Raises:
-        UserError: there is none, it is damaged, it has all its epochs, or is of other data or another model.
-    """
-    file = last_checkpoint(settings)
-    if file is None:
-        raise UserError(f"{settings.output_folder}: no checkpoint_epoch_N.pth in it; start without --resume")
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        earlier, history = checkpoint["settings"], checkpoint["history"]
-    except Exception:  # a file that is no checkpoint fails in any of pickle's, zipfile's or torch's ways
-        raise UserError(f"{file}: not a checkpoint of train_model.py; start without --resume") from None
-    for name in ("base_model", "freeze_vision"):
-        if earlier[name] != getattr(settings, name):
-            raise UserError(
-                f"{file}: trained with --{name} {earlier[name]}; give that, or start without --resume"
-            )
-    if checkpoint["data"] != data_digest(train_images, val_images):
-        raise UserError(f"{file}: trained on other images or captions; start without --resume")
-    if len(history) >= settings.epochs:
-        raise UserError(f"{file} has its {len(history)} epochs: raise --epochs to go on")
-    return checkpoint
-
-
-def save_epoch(output: Path, captioner: BlipCaptioner, checkpoint: dict) -> None:
-    """Write the epoch's checkpoint in place of the one before, history.csv, and the model where it is the
-    best."""
-    history = checkpoint["history"]
-    if len(history) == 1:
-        archive_previous_run(output, *OUTPUT_FILES)
-    if best_epoch(history) == len(history) - 1:
-        save_model(output, captioner)
-    file = output / f"checkpoint_epoch_{len(history)}.pth"
-    with atomic_write(file) as tmp_path:
-        torch.save(checkpoint, tmp_path)
-    for older in output.glob("checkpoint_epoch_*.pth"):
-        if older != file:
-            older.unlink()
-    write_table(output / "history.csv", history)
 
 
 def save_model(output: Path, captioner: BlipCaptioner) -> None:

@@ -12,13 +12,16 @@ import inspect
 import json
 import os
 import re
+import signal
 import sys
+import time
 import types
 import typing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,22 +39,25 @@ class UserError(Exception):
 # --- settings -----------------------------------------------------------------------------------------------
 
 
+BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
 def run_script(main: Callable, settings_class: type) -> typing.NoReturn:
     """Run `main(settings)` as a command: the settings come from the command line.
 
-    Exit status: what `main` returns (None is 0); 2 with one line on stderr for wrong input; 130 after Ctrl-C.
+    Exit status: what `main` returns (None is 0); 2 with one line on stderr for wrong input; 130 after Ctrl-C,
+    143 after SIGTERM, which are treated alike.
     """
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         status = main(parse_settings(settings_class, description=sys.modules[main.__module__].__doc__))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _report(f"error: {error}")
         status = 2
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; torch may not have been imported
             raise
-        print(
-            "error: the GPU's memory is full: lower --batch_size, or use a smaller encoder", file=sys.stderr
-        )
+        _report("error: the GPU's memory is full: lower --batch_size, or use a smaller encoder")
         status = 2
     except OSError as error:
         if error.errno not in (
@@ -64,12 +70,49 @@ def run_script(main: Callable, settings_class: type) -> typing.NoReturn:
             errno.EEXIST,
         ):
             raise  # not the user's doing: show where it comes from
-        print(f"error: {error.strerror}: {error.filename or 'while writing'}", file=sys.stderr)
+        _report(f"error: {error.strerror}: {error.filename or 'while writing'}")
         status = 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: finished files are kept, unfinished ones are removed", file=sys.stderr)
-        status = 130
+    except KeyboardInterrupt as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if is_main_process():
+            kept = str(error) or "finished files are kept, unfinished ones are removed"
+            print(f"\ninterrupted: {kept}", file=sys.stderr)
+        status = 143 if isinstance(error, Terminated) else 130
+    _leave_processes(failed=status in (2, 130, 143))
     sys.exit(status or 0)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: the same as Ctrl-C, but for the exit status."""
+
+
+def _interrupt(*_) -> typing.NoReturn:
+    raise Terminated
+
+
+def _leave_processes(failed: bool) -> None:
+    """End the connections to the other processes: left open, they may abort this one when it exits.
+
+    NCCL's are left when this process has failed, as they might wait for the other processes.
+    """
+    if "torch" in sys.modules:
+        from torch import distributed
+
+        started = distributed.is_available() and distributed.is_initialized()
+        if started and not (failed and distributed.get_backend() == "nccl"):
+            distributed.destroy_process_group()
+
+
+def _report(message: str) -> None:
+    """Print on stderr, once where several processes fail alike.
+
+    The main process prints at once. The others wait first: the launcher ends them when the main process has
+    failed. When it has not, the message is theirs alone and they print it.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if not is_main_process():
+        time.sleep(10)
+    print(message, file=sys.stderr, flush=True)
 
 
 def parse_settings(settings_class: type, argv: list[str] | None = None, description: str | None = None):
@@ -78,35 +121,103 @@ def parse_settings(settings_class: type, argv: list[str] | None = None, descript
     Every field is an option `--name value`; its type comes from the annotation (str, int, float, bool,
     Literal, each also `| None`; a tuple takes several values, numbers also with commas), its help text from
     the comment at the end of the field's line. A bool may stand alone (`--flag`) or with a value (`--flag
-    False`).
+    False`). A tuple whose metadata has `positional` takes the plain arguments.
+
+    A class may have `steps`, a list of `Step`: then their settings are options too, and those that were given
+    are in the instance's `step_values`, by their options' names.
 
     Raises:
         UserError: for an unknown option, a value of the wrong type or a setting that the class refuses.
     """
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.allow_abbrev = False
-    hints = typing.get_type_hints(settings_class)
-    comments = _field_comments(settings_class)
+    flags = _add_options(parser, settings_class)
+    for step in getattr(settings_class, "steps", ()):
+        group = parser.add_argument_group(step.title)
+        _add_options(
+            group, step.settings_class, step.prefix, {*settings_class.__dataclass_fields__, *step.decided}
+        )
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if any(field.metadata.get("positional") for field in settings_class.__dataclass_fields__.values()):
+        argv = _separate_flags(argv, flags)
+    values = vars(parser.parse_intermixed_args(argv))  # plain arguments may stand between the options
+    for name, value in values.items():
+        if isinstance(value, list):  # a list for each argument
+            values[name] = tuple(item for items in value for item in items)
+    own = {name: value for name, value in values.items() if name in settings_class.__dataclass_fields__}
+    settings = make_settings(settings_class, own)
+    if hasattr(settings_class, "steps"):
+        settings.step_values = {name: value for name, value in values.items() if name not in own}
+    return settings
+
+
+class Step(typing.NamedTuple):
+    """A script whose settings another script takes as its own options."""
+
+    title: str
+    settings_class: type
+    prefix: str  # of the options' names
+    decided: frozenset[str]  # settings that the other script decides: no options
+
+
+def _add_options(
+    parser, settings_class: type, prefix: str = "", left_out: set[str] = frozenset()
+) -> list[str]:
+    """Add an option for each field; those that several steps share are added once. Returns the flags of
+    bools."""
+    hints, comments, flags = typing.get_type_hints(settings_class), _field_comments(settings_class), []
     for name, field in settings_class.__dataclass_fields__.items():
-        kind, optional, choices = _resolve_type(hints[name])
+        option, (kind, optional, choices) = f"--{prefix}{name}", _resolve_type(hints[name])
+        if name in left_out or option in parser._option_string_actions:
+            continue
         options = {
-            "default": field.default,
+            "default": argparse.SUPPRESS,  # so that only what is given comes back
             "type": _converter(kind, optional),
             "metavar": kind.__name__.upper(),
+            "help": comments.get(name, "").replace("%", "%%"),
         }
         if choices:
             options |= {"choices": choices, "metavar": "|".join(choices)}
         if kind is bool:
             options |= {"nargs": "?", "const": True}
+            flags.append(option)
         if typing.get_origin(hints[name]) is tuple:
             options |= {"nargs": "+", "type": _list_converter(kind)}
-        help_text = comments.get(name, "").replace("%", "%%")
-        parser.add_argument(f"--{name}", help=f"{help_text} (default: {field.default})", **options)
-    values = vars(parser.parse_args(argv))
-    for name, value in values.items():
-        if isinstance(value, list):  # a list for each argument
-            values[name] = tuple(item for items in value for item in items)
-    return settings_class(**values)
+        if field.metadata.get("positional"):
+            parser.add_argument(name, **options | {"nargs": "*", "metavar": name})
+            continue
+        options["help"] += f" (default: {field.default})"
+        parser.add_argument(option, **options)
+    return flags
+
+
+def make_settings(settings_class: type, given: dict[str, object]):
+    """Settings with the `given` values and defaults for the rest; `given_names` knows which are which."""
+    settings = settings_class(**given)
+    settings.__dict__["_given"] = frozenset(given)
+    return settings
+
+
+def given_names(settings) -> frozenset[str]:
+    """The settings that were given on the command line; of settings made in Python, those that differ from
+    the defaults."""
+    defaults = {name: field.default for name, field in settings.__dataclass_fields__.items()}
+    differ = (name for name, default in defaults.items() if getattr(settings, name) != default)
+    return settings.__dict__.get("_given", frozenset(differ))
+
+
+def describe_settings(values: dict[str, object]) -> str:
+    """`batch_size 8, decoder_lr 1e-05`"""
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def _separate_flags(argv: list[str], flags: list[str]) -> list[str]:
+    """`--flag photo.jpg` -> `--flag=True photo.jpg`: the plain argument is no value of the flag."""
+    following = [*argv[1:], "True"]
+    return [
+        f"{argument}=True" if argument in flags and after.lower() not in BOOLS else argument
+        for argument, after in zip(argv, following)
+    ]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -134,9 +245,7 @@ def _converter(kind: type, optional: bool) -> Callable[[str], object]:
             return None
         if kind is bool:
             try:
-                return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
-                    text.lower()
-                ]
+                return BOOLS[text.lower()]
             except KeyError:
                 raise ValueError from None
         return kind(text)
@@ -167,6 +276,19 @@ def check_at_least(settings, smallest: float, *names: str) -> None:
     for name in names:
         if not getattr(settings, name) >= smallest:  # written so that nan is refused
             raise UserError(f"--{name} is {getattr(settings, name)}: give {smallest} or more")
+
+
+def check_above_zero(settings, *names: str) -> None:
+    for name in names:
+        if not getattr(settings, name) > 0:
+            raise UserError(f"--{name} is {getattr(settings, name)}: give more than 0")
+
+
+def check_share(settings, *names: str) -> None:
+    """Raise UserError unless each named setting is 0 or more and less than 1."""
+    for name in names:
+        if not 0 <= getattr(settings, name) < 1:
+            raise UserError(f"--{name} is {getattr(settings, name)}: give 0 or more and less than 1")
 
 
 # --- files --------------------------------------------------------------------------------------------------
@@ -209,18 +331,6 @@ def write_table(path: str | Path, rows: list[dict]) -> None:
         writer = csv.DictWriter(stream, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-
-
-def archive_previous_run(folder: Path, *patterns: str) -> None:
-    """Move the files of an earlier run in the folder to its subfolder earlier_N, so that runs do not mix."""
-    files = {file for pattern in patterns for file in folder.glob(pattern)}
-    if not any(file.suffix in (".pth", ".safetensors") for file in files):
-        return
-    earlier = folder / f"earlier_{1 + sum(1 for _ in folder.glob('earlier_*'))}"
-    earlier.mkdir()
-    for file in files:
-        file.rename(earlier / file.name)
-    print(f"the earlier run in {folder}/ is now in {earlier}/")
 
 
 def read_json(path: str | Path):
@@ -277,7 +387,36 @@ def processes() -> PartialState:
     import torch
     from accelerate import PartialState
 
-    return PartialState(cpu=not torch.cuda.is_available())
+    # the others may wait for long while the main process writes or the slowest one finishes its share
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=12))
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that prints; known before the processes have found each other."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def on_main_process(work: Callable[[], typing.Any]) -> typing.Any:
+    """What `work()` gives in the main process, in every process; an error of the user is raised in all."""
+    state = processes()
+    result = [None]
+    if state.is_main_process:
+        try:
+            result = [work()]
+        except (UserError, OSError) as error:
+            if state.num_processes == 1:
+                raise
+            result = [error]
+    if state.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        try:
+            broadcast_object_list(result)
+        except RuntimeError:
+            raise UserError("the main process ended before its work was done") from None
+    if isinstance(result[0], Exception):
+        raise result[0]
+    return result[0]
 
 
 Device = typing.Literal["auto", "cpu", "cuda", "mps"]  # of a setting `device`, for `pick_device`

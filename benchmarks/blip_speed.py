@@ -24,8 +24,9 @@ import transformers
 from PIL import Image
 from tokenizers import BertWordPieceTokenizer
 
-import direct_caption
-from captioning.blip import BlipCaptioner
+from captioning.blip import BlipCaptioner, load_captioner
+from captioning.folder_plan import FolderOptions
+from captioning.folders import caption_folder
 from captioning.submissions import read_submission
 from utils import UserError, check_at_least, pick_device, run_script
 
@@ -61,7 +62,7 @@ def main(settings: Settings) -> None:
             f"{settings.images} images, {settings.num_beams} beams, {settings.max_new_tokens} tokens, "
             f"batches of {settings.batch_size}, {dtype} on {device.type}, {torch.get_num_threads()} threads"
         )
-        captioner = direct_caption.load_captioner(folder / "model")
+        captioner = load_captioner(folder / "model")
         captioner.model.to(device, dtype)
         processor = transformers.AutoProcessor.from_pretrained(folder / "model")
         for work in (lambda: plain_loop(paths[:1], captioner, processor, settings),) * (
@@ -110,15 +111,14 @@ def plain_loop(paths: list[Path], captioner: BlipCaptioner, processor, settings:
 
 
 def our_path(folder: Path, captioner: BlipCaptioner, settings: Settings) -> None:
-    direct_caption.caption_loaded(
-        captioner,
+    options = FolderOptions(
         folder / "images",
-        folder / "captions.csv",
+        output_csv=folder / "captions.csv",
         batch_size=settings.batch_size,
-        num_beams=settings.num_beams,
-        max_new_tokens=settings.max_new_tokens,
         workers=settings.workers,
     )
+    search = {"num_beams": settings.num_beams, "max_new_tokens": settings.max_new_tokens}
+    caption_folder(options, lambda: captioner, "random weights", search)
 
 
 if __name__ == "__main__":

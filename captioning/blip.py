@@ -13,9 +13,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
@@ -32,7 +33,9 @@ from transformers import (
 )
 from transformers.models.blip import modeling_blip_text
 
+from captioning import HUB_MODEL
 from captioning.images import read_image
+from captioning.interface import BaseCaptioner, Caption, stack_maps
 from utils import UserError
 
 try:
@@ -40,12 +43,11 @@ try:
 except ImportError:  # before transformers 4.46
     from transformers import AutoModelForVision2Seq as AutoModelForImageTextToText
 
-HUB_MODEL = "Salesforce/blip-image-captioning-base"
 MISSING_SHARE = 0.1  # of a model's tensors; where more are not in its file, it is another model's file
 
 
 @dataclass
-class BlipCaptioner:
+class BlipCaptioner(BaseCaptioner):
     """A captioning model with what prepares its images and reads its words."""
 
     model: PreTrainedModel
@@ -58,7 +60,11 @@ class BlipCaptioner:
         Raises:
             UserError: the file is missing or holds no readable image.
         """
-        image = Image.fromarray(read_image(path).transpose(1, 2, 0))
+        return self.prepare_array(read_image(path))
+
+    def prepare_array(self, array: np.ndarray) -> Tensor:
+        """uint8 RGB (3, height, width) -> float32 (3, S, S), as `prepare` does with a file."""
+        image = Image.fromarray(array.transpose(1, 2, 0))
         return self.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
 
     @torch.no_grad()
@@ -96,6 +102,81 @@ class BlipCaptioner:
         if prompt and not keep_prompt:
             captions = [caption.removeprefix(start.strip()).strip() for caption in captions]
         return captions
+
+    @torch.no_grad()
+    def describe_prepared(
+        self, pixels: Tensor, beam_size: int = 3, max_new_tokens: int = 30
+    ) -> list[Caption]:
+        """Prepared images -> their captions with log-probabilities, cross-attention and the n best.
+
+        Attention is the cross-attention of the decoder (N, heads, tokens, 1 + patches) at the step that
+        chose a word: the mean over heads and over the last half of the layers, without the class token,
+        made to sum to 1. Of a word of several pieces it is the pieces' mean, and the log-probability their
+        sum.
+
+        Raises:
+            UserError: the model is not BLIP.
+        """
+        require_blip(self, self.model.config._name_or_path or "this captioner", "where it looked")
+        pixels = pixels.to(self.model.device, self.model.dtype)
+        with shared_by_beams(self.model, beam_size) as cache:
+            found = self.model.generate(
+                pixel_values=pixels,
+                num_beams=beam_size,
+                num_return_sequences=beam_size,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                **cache,
+            )
+        start, end = self.model.config.text_config.bos_token_id, self.model.config.text_config.sep_token_id
+        # each a start token, the caption's, and where it is complete the end token; padding behind it
+        sequences = [[start, *self._after_start(ids, start, end)] for ids in found.tolist()]
+        states = self.model.vision_model(pixel_values=pixels).last_hidden_state
+        captions = []
+        for i in range(len(pixels)):
+            own = [self._details(ids, states[i : i + 1]) for ids in sequences[i * beam_size :][:beam_size]]
+            texts = [caption.text for caption in own]
+            n_best = [caption for k, caption in enumerate(own) if caption.text not in texts[:k]]
+            captions.append(replace(n_best[0], n_best=n_best))
+        return captions
+
+    @staticmethod
+    def _after_start(ids: list[int], start: int, end: int) -> list[int]:
+        """The tokens that were generated, up to the end token."""
+        ids = ids[1:] if ids[0] == start else ids
+        return ids[: ids.index(end) + 1] if end in ids else ids
+
+    def _details(self, ids: list[int], states: Tensor) -> Caption:
+        """ids: `[DEC]`, tokens, `[SEP]`. states: (1, 1 + patches, D) of the image."""
+        output = self.model.text_decoder(
+            input_ids=torch.tensor([ids[:-1]], device=states.device),
+            encoder_hidden_states=states,
+            output_attentions=True,
+            return_dict=True,
+        )
+        log_probs = output.logits[0].float().log_softmax(dim=1)
+        log_probs = log_probs[torch.arange(len(ids) - 1), ids[1:]].tolist()  # of ids[1:]
+        layers = output.cross_attentions[len(output.cross_attentions) // 2 :]
+        maps = torch.stack([layer[0].float() for layer in layers]).mean(dim=(0, 1))[:, 1:].cpu()  # (L, P)
+        maps = maps / maps.sum(dim=1, keepdim=True)
+        side = round(maps.shape[1] ** 0.5)
+        special = set(self.tokenizer.all_special_ids)
+        words, word_log_probs, word_maps = [], [], []
+        for token, log_prob, weights in zip(ids[1:], log_probs, maps):
+            piece = self.tokenizer.convert_ids_to_tokens(token)
+            if token in special:
+                continue
+            if piece.startswith("##") and words:
+                words[-1] += piece[2:]
+                word_log_probs[-1] += log_prob
+                word_maps[-1].append(weights)
+            else:
+                words.append(piece)
+                word_log_probs.append(log_prob)
+                word_maps.append([weights])
+        attention = stack_maps([torch.stack(pieces).mean(dim=0) for pieces in word_maps], side, side)
+        text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return Caption(text, words, sum(log_probs), word_log_probs, attention)
 
     def save(self, folder: str | Path) -> None:
         """Write the files by which `load_captioner`, or transformers' own classes, read a BLIP again."""

@@ -15,7 +15,7 @@ from torch import nn
 from captioning.pretrained import build_encoder
 from captioning.tutorial_checkpoint import read_tutorial_checkpoint
 from models import DecoderWithAttention, Encoder
-from utils import UserError, atomic_write, pick_device, read_json
+from utils import UserError, atomic_write, natural_order, pick_device, read_json
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
@@ -25,8 +25,23 @@ def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
         torch.save(checkpoint, tmp_path)
 
 
+def read_checkpoint(path: str | Path) -> object:
+    """What `torch.save` wrote, on the CPU, without running anything that the file says.
+
+    Raises:
+        UserError: no such file. ValueError: no file of torch's, or one that names more than tensors and
+            plain values.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such checkpoint; train.py writes them to output_models/")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zipfile and torch each fail in their own ways
+        raise ValueError(f"{path}: not a checkpoint") from error
+
+
 def load_checkpoint(path: str | Path, *needed: str, word_map_path: str | Path | None = None) -> dict:
-    """Read a checkpoint onto the CPU without running anything that the file says.
+    """Read a checkpoint of the attention model.
 
     Args:
         path: a file of train.py, or the published checkpoint of the 2018 PyTorch tutorial.
@@ -37,12 +52,10 @@ def load_checkpoint(path: str | Path, *needed: str, word_map_path: str | Path | 
     Raises:
         UserError: no such file, no checkpoint, or one without the `needed` parts; another word map.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such checkpoint; train.py writes them to output_models/")
     word_map = None if word_map_path is None else read_json(word_map_path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # a file that is none of ours fails in any of pickle's, zipfile's or torch's ways
+        checkpoint = read_checkpoint(path)
+    except ValueError:
         checkpoint = read_tutorial_checkpoint(path, word_map)
     keys = ("settings", "word_map", *needed)
     missing = [
@@ -58,6 +71,40 @@ def load_checkpoint(path: str | Path, *needed: str, word_map_path: str | Path | 
             f"({len(checkpoint['word_map'])} words); give the --word_map or data that belong to it"
         )
     return checkpoint
+
+
+def epoch_checkpoints(folder: str | Path) -> list[Path]:
+    """The files checkpoint_epoch_N.pth of a folder, by their epochs."""
+    return sorted(Path(folder).glob("checkpoint_epoch_*.pth"), key=lambda file: natural_order(file.name))
+
+
+def checkpoint_to_resume(output_folder: str | Path, resume: bool, checkpoint: str | None) -> Path | None:
+    """The file that --resume (the last of the output folder) or --checkpoint names; None to start anew.
+
+    Raises:
+        UserError: both are given, or there is nothing to resume.
+    """
+    if resume and checkpoint:
+        raise UserError("--resume and --checkpoint are two ways to say where to go on: give one")
+    if not resume:
+        return Path(checkpoint) if checkpoint else None
+    files = epoch_checkpoints(output_folder)
+    if not files:
+        raise UserError(f"{output_folder}: no checkpoint_epoch_N.pth in it; start without --resume")
+    return files[-1]
+
+
+def archive_previous_run(folder: Path, *patterns: str) -> None:
+    """Move the files of an earlier run in the folder to its subfolder earlier_N, so that runs do not mix."""
+    files = {file for pattern in patterns for file in folder.glob(pattern)}
+    if not any(file.suffix in (".pth", ".safetensors") for file in files):
+        return
+    numbers = [int(name) for path in folder.glob("earlier_*") if (name := path.name[8:]).isdecimal()]
+    archive = folder / f"earlier_{max(numbers, default=0) + 1}"
+    archive.mkdir()
+    for file in files:
+        file.rename(archive / file.name)
+    print(f"the earlier run in {folder}/ is now in {archive}/")
 
 
 def load_models(
@@ -112,6 +159,7 @@ def decoder_from(checkpoint: dict, source: str | Path) -> DecoderWithAttention:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{source}: a damaged checkpoint: {error} is missing or misused") from None
+    decoder.fused = settings.get("fused", True)  # the form to run it in; see train.py
     _load_state(decoder, weights, source)
     return decoder.eval()
 

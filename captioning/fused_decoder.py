@@ -33,6 +33,7 @@ from captioning.fused_recurrence import (
     pack_captions,
 )
 from models import ENCODED_SIZE, Attention, DecoderWithAttention, Encoder
+from utils import UserError
 
 # --- an image as attention needs it ------------------------------------------------------------------------
 
@@ -178,6 +179,30 @@ def caption_logits(
     (targets,) = copy_to_device([captions[:, 1:].cpu()[packing.cpu_tokens]], grid.device)
     coverage = alphas.new_zeros(len(captions), alphas.shape[1]).index_add(0, packing.token_captions, alphas)
     return decoder.fc(decoder.dropout(hidden)), targets, coverage
+
+
+@torch.no_grad()
+def require_same_as_plain(decoder: DecoderWithAttention) -> None:
+    """Raise UserError unless this file computes what the decoder's own `forward` does, as it no longer may
+    where models.py was changed."""
+    mode, device = decoder.training, decoder.fc.weight.device
+    decoder.eval()
+    encoder_dim, vocab_size = decoder.f_beta.out_features, decoder.fc.out_features
+    captions = torch.arange(6, device=device).view(2, 3) % vocab_size
+    grid = torch.linspace(0, 1, 2 * ENCODED_SIZE**2 * encoder_dim, device=device)
+    grid = grid.view(2, ENCODED_SIZE, ENCODED_SIZE, encoder_dim).cos()
+    try:
+        ours, _, _ = caption_logits(decoder, grid, captions, torch.tensor([3, 3]))
+        theirs, *_ = decoder(grid, captions, torch.tensor([[3], [3]], device=device))
+        same = torch.allclose(ours, theirs.transpose(0, 1).flatten(0, 1), rtol=1e-3, atol=1e-3)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        same = False
+    decoder.train(mode)
+    if not same:
+        raise UserError(
+            "the decoder of models.py was changed, and captioning/fused_decoder.py computes the original: "
+            "give --fused False"
+        )
 
 
 # --- batch norms --------------------------------------------------------------------------------------------

@@ -5,17 +5,17 @@
     corpus_score, scores = meteor.compute_score(references, hypotheses)  # dictionaries with the same keys
 
 METEOR aligns the words of a hypothesis with those of a reference in four stages (same word, same stem, shared
-WordNet synset, listed paraphrase), chooses the alignment that covers most words in fewest chunks, and scores
-it by a weighted harmonic mean of precision and recall, lowered as the matched words break into chunks.
+WordNet synset, listed paraphrase), chooses the alignment that covers most words in the fewest chunks, and
+scores it by a weighted harmonic mean of precision and recall, with a penalty for fragmentation into chunks.
 
 Papers: Banerjee and Lavie 2005, "METEOR: An Automatic Metric for MT Evaluation with Improved Correlation with
 Human Judgments"; Denkowski and Lavie 2014, "Meteor Universal: Language Specific Translation Evaluation for
 Any Target Language". Published numbers come from the latter's Java program, run as `-stdio -l en -norm`. Some
-of its habits are in neither paper and change scores; they are kept, and marked "as the original" where they
-look like mistakes.
+of its behaviour is described in neither paper, but changes scores; it is reproduced, and marked "as in the
+original" where it looks like a mistake.
 
-What it knows about words is in `meteor_data.py`: stems, and the synonyms and paraphrases of an installed
-`pycocoevalcap`. The first Meteor takes a few seconds to prepare these in the user's cache directory.
+Stems, synonyms and paraphrases come from `meteor_data.py`, which reads them from an installed
+`pycocoevalcap`. The first Meteor takes a few seconds to prepare them in the user's cache directory.
 """
 
 import json
@@ -42,10 +42,10 @@ STAGE_WEIGHTS = (1.0, 0.6, 0.8, 0.6)  # of a matched word in the score; the alig
 BEAM = 40  # partial alignments kept at each reference word
 LONGEST_PHRASE = 7  # words, on either side of the paraphrase table
 
-# What one Meteor remembers, so that references scored again and again are read once. A caption takes about
-# 8 kB; 2^15 hold the 5,000 images of COCO's usual validation split, hypotheses and references.
+# Sizes of a Meteor's caches: references that are scored repeatedly are analysed once. A caption takes about
+# 8 kB; 2^15 captions are the hypotheses and references of COCO's usual 5,000 validation images.
 KEPT_TEXTS, KEPT_WORDS = 2**15, 2**16
-TEXTS_PER_WORKER = 2**13  # at least: it takes a worker some 0.3 s to start, and it remembers nothing
+TEXTS_PER_WORKER = 2**13  # at least: a worker takes some 0.3 s to start, and starts with empty caches
 
 WORKER = "import sys; sys.path.insert(0, sys.argv[1]); from metrics.meteor import work; work()"
 
@@ -53,11 +53,11 @@ WORKER = "import sys; sys.path.insert(0, sys.argv[1]); from metrics.meteor impor
 # ---------------------------------------------------------------------------------------------- normalization
 
 _LETTER = "A-Za-z\xc0-\xd6\xd8-\xf6\xf8-\u017e\u0178\u0400-\u0527\ua640-\ua66e\ua67e-\ua697\u1d00-\u1d7f"
-_ELLIPSIS_DOT = "\ud800"  # a dot the rules must not see; half a surrogate pair stands in no valid text
+_ELLIPSIS_DOT = "\ud800"  # a dot hidden from the rules: half a surrogate pair, which no valid text contains
 _JAVA_TRIM = "".join(map(chr, range(0x21)))
 _LINE_ENDS = str.maketrans("\r\n", "  ")
 
-# One pass each, from left to right, and a match uses up its characters: `a-b-c` loses only its first hyphen.
+# Each rule is applied once, from left to right, without overlaps: `a-b-c` loses only its first hyphen.
 _RULES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
@@ -84,7 +84,7 @@ def normalize(text: str, abbreviations: Mapping[str, str]) -> list[str]:
     """Split a line into lower-case words as the program's `-norm` does; punctuation stays.
 
     Tokenized captions change too: `the boy 's t-shirt` becomes `the boy ' s t shirt`.
-    `abbreviations` keep their dot: those of value "always" anywhere, the others only in front of a number.
+    `abbreviations` keep their dot: those with the value "always" anywhere, the others only before a number.
     """
     if re.fullmatch("[A-Za-z0-9 ]*", text):  # most captions: no rule applies
         return text.lower().split()
@@ -109,7 +109,7 @@ def normalize(text: str, abbreviations: Mapping[str, str]) -> list[str]:
 
 
 def _split(text: str) -> list[str]:
-    # str.split() would also split at the blanks of other scripts.
+    # str.split() would also split at Unicode's other spaces.
     return [word for word in re.split("[ \t\n\f\r]+", text) if word]
 
 
@@ -126,7 +126,7 @@ def java_hash(word: str) -> int:
 
 
 class Word(NamedTuple):
-    """What the stages and the score ask of a word."""
+    """What the stages and the score need to know of a word."""
 
     hash: int
     stem_hash: int
@@ -139,12 +139,12 @@ class Text(NamedTuple):
 
     tokens: list[str]
     words: list[Word]
-    phrases: frozenset[str]  # all runs of 1 to 7 tokens
-    paraphrases: list[tuple[int, int, dict[str, None]]]  # start, length, targets of the runs in the table
+    phrases: frozenset[str]  # all sequences of 1 to 7 consecutive tokens
+    paraphrases: list[tuple[int, int, dict[str, None]]]  # start, length, targets of the phrases in the table
 
 
 class Match(NamedTuple):
-    """Words `start`, `start + 1`, ... of the reference stand for `hyp_start`, ... of the hypothesis."""
+    """Reference words start, ..., start + length - 1 match hypothesis words hyp_start, ... likewise."""
 
     start: int
     length: int
@@ -154,9 +154,9 @@ class Match(NamedTuple):
 
 
 def find_matches(reference: Text, hypothesis: Text) -> list[list[Match]]:
-    """The matches of all stages, by first reference word, in the order that decides ties.
+    """The matches of all stages, listed by their first reference word, in the order that decides ties.
 
-    As the original, a pair found twice (by stem and synonym, or from both sides) is listed twice.
+    As in the original, a pair found twice (by stem and by synonym, or in both directions) is listed twice.
     """
     by_hash: dict[int, list[int]] = {}
     by_stem: dict[int, list[int]] = {}
@@ -187,7 +187,7 @@ def find_matches(reference: Text, hypothesis: Text) -> list[list[Match]]:
 
 
 def _paraphrases(source: Text, target: Text) -> Iterator[tuple[int, int, int, int]]:
-    """Start and length in either text of the pairs in the table, in its order."""
+    """Pairs of phrases that the table lists: (start, length) in the source, (start, length) in the target."""
     for start, length, phrases in source.paraphrases:
         if phrases.keys().isdisjoint(target.phrases):
             continue
@@ -199,64 +199,75 @@ def _paraphrases(source: Text, target: Text) -> Iterator[tuple[int, int, int, in
                         yield start, length, i, len(tokens)
 
 
+COVERED, CHUNK = 1 << 80, 1 << 60  # units of an alignment's cost: words covered, then chunks, then distance
+
+
 def choose_alignment(matches: list[list[Match]]) -> list[Match]:
-    """Matches that share no word, covering most words in fewest chunks, by beam search along the reference.
+    """Matches without common words that cover most words in the fewest chunks.
 
-    (2005, section 2.1; 2014, section 2.) As the original, the distance that a match bridges is counted
-    against the other extensions of a partial alignment, not against the one with that match.
+    They are found by a beam search along the reference (2005, section 2.1; 2014, section 2). As in the
+    original, the distance between the two sides of a match is added to the cost of the other extensions of a
+    partial alignment, not to the one with that match.
     """
-    covered, chunk = 1 << 80, 1 << 60  # units of a cost that ranks by words covered, chunks, distance
-    options = []
-    in_one = in_several = 0  # words, as bits: the reference's, above them the hypothesis's
-    for at_word in matches:
-        options.append([])
-        for match in at_word:
-            start, length, hyp_start, hyp_length, stage = match
-            words = ((1 << length) - 1) << start | ((1 << hyp_length) - 1) << hyp_start + len(matches)
-            in_several |= in_one & words
-            in_one |= words
-            # As the original, halves are cut off: a word matched by stem or synonym counts nothing.
-            weight = length + hyp_length if stage == EXACT else length // 2 + hyp_length // 2
-            gain, distance = weight * covered, abs(start - hyp_start)
-            options[-1].append((words, gain, hyp_start, hyp_start + hyp_length, distance, match))
-
-    # A match whose words are in no other is in every alignment.
+    options, in_several = _weigh(matches)
+    # A match whose words are in no other match is part of every alignment.
     fixed = [at_word[0] for at_word in options if len(at_word) == 1 and not at_word[0][0] & in_several]
     if len(fixed) == sum(map(len, options)):
         return [option[-1] for option in fixed]
     fixed_words = sum(option[0] for option in fixed)
 
-    # A partial alignment: its cost, where its open chunk ends in the hypothesis (-1 for none open), the
-    # reference word to go on with, the words used, and its matches as a linked list.
+    # A partial alignment: its cost, the end of its current chunk in the hypothesis (-1 for none), the next
+    # reference word, the words used, and its matches as a linked list.
     paths = [(0, -1, 0, fixed_words, None)]
     cost_of = itemgetter(0)
     for current, at_word in enumerate(options):
-        paths.sort(key=cost_of)  # stable: of equals, the first found
+        paths.sort(key=cost_of)  # stable: of equal ones the first found
         extended = []
         for path in paths[:BEAM]:
             cost, end, following, used, chosen = path
             if used >> current & 1:
                 if current == following:
                     _, gain, hyp_start, hyp_end, distance, match = at_word[0]
-                    cost += distance - gain + (chunk if end not in (-1, hyp_start) else 0)
+                    cost += distance - gain + (CHUNK if end not in (-1, hyp_start) else 0)
                     path = (cost, hyp_end, current + match.length, used, (match, chosen))
                 extended.append(path)
                 continue
             for words, gain, hyp_start, hyp_end, distance, match in at_word:
                 if not used & words:
-                    new_cost = cost - gain + (chunk if end != -1 and end != hyp_start else 0)
+                    new_cost = cost - gain + (CHUNK if end != -1 and end != hyp_start else 0)
                     longer = (match, chosen)
                     extended.append((new_cost, hyp_end, current + match.length, used | words, longer))
                     cost += distance
-            extended.append((cost if end == -1 else cost + chunk, -1, current + 1, used, chosen))
+            extended.append((cost if end == -1 else cost + CHUNK, -1, current + 1, used, chosen))
         paths = extended
     paths.sort(key=cost_of)
-    chosen = min(paths[:BEAM], key=lambda path: path[0] if path[1] == -1 else path[0] + chunk)[-1]
+    chosen = min(paths[:BEAM], key=lambda path: path[0] if path[1] == -1 else path[0] + CHUNK)[-1]
     alignment = []
     while chosen:
         match, chosen = chosen
         alignment.append(match)
     return alignment[::-1]
+
+
+def _weigh(matches: list[list[Match]]) -> tuple[list[list[tuple]], int]:
+    """Each match with its words, gain, start and end in the hypothesis, and distance; the words in several.
+
+    Sets of words are integers, with a bit per reference word and above those a bit per hypothesis word.
+    """
+    options, in_any, in_several = [], 0, 0
+    for at_word in matches:
+        options.append([])
+        for match in at_word:
+            start, length, hyp_start, hyp_length, stage = match
+            words = ((1 << length) - 1) << start | ((1 << hyp_length) - 1) << hyp_start + len(matches)
+            in_several |= in_any & words
+            in_any |= words
+            # As in the original, halves are rounded down: one word matched by stem or synonym weighs nothing.
+            weight = length + hyp_length if stage == EXACT else length // 2 + hyp_length // 2
+            distance = abs(start - hyp_start)
+            option = (words, weight * COVERED, hyp_start, hyp_start + hyp_length, distance, match)
+            options[-1].append(option)
+    return options, in_several
 
 
 # ------------------------------------------------------------------------------------------------------ score
@@ -265,8 +276,8 @@ def choose_alignment(matches: list[list[Match]]) -> list[Match]:
 def count(reference: Text, hypothesis: Text) -> list[int]:
     """The statistics of the best alignment: 23 counts, in the order of the Java program.
 
-    Words of the hypothesis and of the reference; function words of both; for each of the four stages the
-    matched content words of both, then the matched function words of both; chunks; matched words of both.
+    They are the words of hypothesis and reference (2), their function words (2), for each of the four stages
+    their matched content words and their matched function words (16), chunks (1), and matched words (2).
     """
     counts = [len(hypothesis.words), len(reference.words)] + [0] * 21
     counts[2] = sum(word.is_function for word in hypothesis.words)
@@ -285,10 +296,10 @@ def count(reference: Text, hypothesis: Text) -> list[int]:
 
 
 def score_counts(counts: Sequence[int]) -> float:
-    """METEOR in [0, 1] of the counts of an alignment, or of the sums of many (2014, section 2).
+    """METEOR in [0, 1] from the counts of an alignment, or from the sums over many (2014, section 2).
 
-    F-mean = 1 / ((1 - alpha) / P + alpha / R), times 1 - gamma (chunks / matched words)^beta. In P and R a
-    matched word has its stage's weight, and every word delta as content word, 1 - delta as function word.
+    F-mean = 1 / ((1 - alpha) / P + alpha / R), times 1 - gamma (chunks / matched words)^beta. In precision P
+    and recall R content words weigh delta, function words 1 - delta, and matches also their stage's weight.
     """
     chunks, matched_hypothesis, matched_reference = counts[20:]
     if not (matched_hypothesis and matched_reference):
@@ -307,14 +318,14 @@ def _matched_share(counts: Sequence[int], side: int) -> float:
 
 
 def score_corpus(all_counts: Sequence[Sequence[int]]) -> float:
-    """METEOR of a corpus in [0, 1]: of the sums of its images' counts, not the mean of their scores."""
-    # As the original, a caption matched whole in one chunk adds no chunk.
+    """METEOR of a corpus in [0, 1], computed from the sums of its images' counts; not a mean of scores."""
+    # As in the original, a caption matched completely in one chunk adds no chunk.
     rows = [[*counts[:20], 0, *counts[21:]] if _is_complete(counts) else counts for counts in all_counts]
     return score_counts([sum(column) for column in zip(*rows)]) if rows else 0.0
 
 
 def _is_complete(counts: Sequence[int]) -> bool:
-    """Whether all words of both sides are matched in one chunk, at whatever stages."""
+    """Whether all words of both sides are matched, at any stages, in one chunk."""
     return counts[20] == 1 and counts[21] == counts[0] and counts[22] == counts[1]
 
 
@@ -324,19 +335,19 @@ class Meteor:
     Args:
         data_dir: where `meteor-1.5.jar` and `data/paraphrase-en.gz` are; by default in `pycocoevalcap`.
         cache_dir: where the paraphrase table is kept; by default `meteor-1.5` in the user's cache directory.
-        workers: processes that share a corpus; scores do not depend on it. By default one, and up to one a
-            processor where a corpus has more texts than a Meteor remembers.
+        workers: processes among which a corpus is divided; scores do not depend on it. By default one, or up
+            to one per processor for a corpus with more texts than a Meteor caches.
 
     Raises:
         MeteorDataError: the data are not installed or damaged.
 
-    Any string has a score, and it is the one that the Java program gives, with one exception: a line end in a
-    text breaks that program's protocol, and counts as a blank here. `|||` is dropped from a hypothesis and
-    makes two references of one, as in `pycocoevalcap`. A hypothesis without words (empty, blank, `|||`)
-    scores 0, and its reference's words still count in the corpus score.
+    Any string has a score, the one that the Java program gives, with one exception: a line end, which breaks
+    that program's protocol, is read as a space. As in `pycocoevalcap`, `|||` is removed from a hypothesis and
+    divides a reference into two. A hypothesis without words (empty, spaces, `|||`) scores 0, and the words of
+    its reference still count in the corpus score.
 
-    Texts, words and phrases are remembered, within limits, so one Meteor scores further hypotheses of the
-    same references faster than a new one would.
+    Texts, words and phrases are cached: a Meteor scores further hypotheses of references that it has seen
+    faster than a new one would.
     """
 
     def __init__(
@@ -354,15 +365,20 @@ class Meteor:
         self._word = lru_cache(KEPT_WORDS)(self._read_word)
 
     def score(self, references: Sequence[str], hypothesis: str) -> float:
-        """METEOR of a caption, in [0, 1]: the highest of its references. Without one raises ValueError."""
+        """METEOR of a caption, in [0, 1]: the highest over its references.
+
+        Raises:
+            ValueError: there are no references.
+        """
         return score_counts(self.statistics(references, hypothesis))
 
     def compute_score(
         self, references: Mapping[Hashable, Sequence[str]], hypotheses: Mapping[Hashable, str]
     ) -> tuple[float, list[float]]:
-        """METEOR of a corpus and of each of its images, in [0, 1], in the order of `references`.
+        """METEOR of a corpus, and of each of its images in the order of `references`, in [0, 1].
 
-        Raises ValueError where the keys of the two differ or an image has no reference.
+        Raises:
+            ValueError: the keys of the two differ, or an image has no reference.
         """
         if references.keys() != hypotheses.keys():
             raise ValueError("references and hypotheses are not of the same images")
@@ -370,11 +386,12 @@ class Meteor:
         return score_corpus(all_counts), [score_counts(counts) for counts in all_counts]
 
     def statistics(self, references: Sequence[str], hypothesis: str) -> list[int]:
-        """The 23 counts (see `count`) against the first of the references with the highest score.
+        """The 23 counts (see `count`) against the reference with the highest score, the first of equal ones.
 
-        Raises ValueError without a reference.
+        Raises:
+            ValueError: there are no references.
         """
-        # pycocoevalcap sends the texts as one line, ||| between them, and prepares the hypothesis like this.
+        # pycocoevalcap sends the texts as one line, separated by |||, and cleans the hypothesis like this.
         prepared = hypothesis.translate(_LINE_ENDS).replace("|||", "").replace("  ", " ").strip(_JAVA_TRIM)
         parts = (part for reference in references for part in reference.translate(_LINE_ENDS).split("|||"))
         candidates = [count(self._text(part.strip(_JAVA_TRIM)), self._text(prepared)) for part in parts]
@@ -386,8 +403,8 @@ class Meteor:
         tokens = normalize(line, self._lexicon.abbreviations)
         phrases, paraphrases = [], []
         for start in range(len(tokens)):
-            runs = accumulate(tokens[start : start + LONGEST_PHRASE], "{} {}".format)
-            for length, phrase in enumerate(runs, 1):
+            sequences = accumulate(tokens[start : start + LONGEST_PHRASE], "{} {}".format)
+            for length, phrase in enumerate(sequences, 1):
                 phrases.append(phrase)
                 if targets := self._table.targets(phrase):
                     paraphrases.append((start, length, targets))
@@ -415,8 +432,8 @@ class Meteor:
         return [self.statistics(*image) for image in images]
 
     def _in_other_process(self, images: list[tuple[list[str], str]]) -> list[list[int]]:
-        # A new interpreter, not multiprocessing: spawned workers would run the caller's main script anew,
-        # with all it imports, and forked ones are not safe beside threads.
+        # A new interpreter, not multiprocessing: spawned workers would run the caller's main script again,
+        # with everything that it imports, and forking is not safe in a process with threads.
         task = json.dumps([str(self._data_dir), str(self._cache_dir), images]).encode()
         try:
             command = [sys.executable, "-c", WORKER, str(Path(__file__).resolve().parent.parent)]
@@ -426,7 +443,7 @@ class Meteor:
 
 
 def work() -> None:
-    """Be a worker of another process's Meteor: images in, their statistics out."""
+    """Work for a Meteor in another process: read images from stdin, write their statistics to stdout."""
     data_dir, cache_dir, images = json.load(sys.stdin.buffer)
     meteor = Meteor(data_dir, cache_dir)
     json.dump(meteor._all_statistics(images), sys.stdout)

@@ -1,9 +1,9 @@
-"""What METEOR knows about English words: their stems, the synonyms and paraphrases, where the data are.
+"""METEOR's knowledge of English words: a stemmer, synonyms and paraphrases, and where their files are.
 
-The stemmer is written out here. Word lists and paraphrases are those of an installed `pycocoevalcap`. Its
-paraphrase table (62 MB compressed, 5.3 million pairs) is rewritten once, in a few seconds, as a 100 MB file
-in the user's cache directory, and mapped into memory from then on. Where no file can be written, each Meteor
-holds those 100 MB in its own memory instead.
+The stemmer is implemented here. Word lists and paraphrases are read from an installed `pycocoevalcap`. Its
+paraphrase table (62 MB compressed, 5.3 million pairs) is converted once, in a few seconds, into a 100 MB file
+in the user's cache directory, and from then on mapped into memory. Where no file can be written, each Meteor
+holds those 100 MB in its own memory.
 """
 
 import gzip
@@ -26,16 +26,16 @@ from operator import itemgetter
 from pathlib import Path
 from typing import BinaryIO
 
-KEPT_PHRASES = 2**14  # whose paraphrases are remembered
+KEPT_PHRASES = 2**14  # whose paraphrases are cached
 
 
 class MeteorDataError(RuntimeError):
-    """METEOR's data files are missing or damaged; the message is one line, fit to be printed."""
+    """METEOR's data files are missing or damaged; the message is one line, to be shown to the user."""
 
 
 # ------------------------------------------------------------------------------------------------------ stems
 
-# Porter2 as Snowball had it in 2010: later versions stem some words differently, which changes scores.
+# Porter2 in Snowball's version of 2010; later ones stem some words differently, which changes scores.
 _WHOLE_WORDS = dict(
     skis="ski", skies="sky", dying="die", lying="lie", tying="tie", idly="idl", gently="gentl", ugly="ugli",
     early="earli", only="onli", singly="singl", sky="sky", news="news", howe="howe", atlas="atlas",
@@ -70,7 +70,7 @@ def stem(word: str) -> str:
             letters[i] = "Y"  # a consonant
     word = "".join(letters)
 
-    # The regions R1 and R2 start where they start now, however the word changes below.
+    # The regions R1 and R2 are fixed here; later changes to the word do not move them.
     head = re.match("gener|commun|arsen", word) or _CLOSED_SYLLABLE.search(word)
     r1 = head.end() if head else len(word)
     head = _CLOSED_SYLLABLE.search(word, r1)
@@ -89,7 +89,7 @@ def stem(word: str) -> str:
                 in_region = start >= (r2 if suffix == "ative" else region)
                 if in_region and (suffix not in _ONLY_AFTER or word[:start].endswith(_ONLY_AFTER[suffix])):
                     word = word[:start] + endings[suffix]
-                break  # shorter suffixes are not tried, even where this one failed
+                break  # shorter suffixes are not tried, even where this one is not replaced
     body = word[:-1]
     in_r1, in_r2 = len(body) >= r1, len(body) >= r2
     loses_e = word.endswith("e") and (in_r2 or (in_r1 and not _SHORT_SYLLABLE.search(body)))
@@ -127,10 +127,11 @@ def _step_1b(word: str, r1: int) -> str:
 class Lexicon:
     """The word lists in METEOR's jar: function words, abbreviations, WordNet's synsets and exceptions.
 
-    Raises MeteorDataError where the jar cannot be read.
+    Raises:
+        MeteorDataError: the jar cannot be read.
     """
 
-    # WordNet's rules of detachment for nouns, verbs and adjectives, in the original's order
+    # WordNet's rules of detachment for nouns, verbs and adjectives, in the order of the original
     _ENDINGS = (
         ("s", ""), ("ses", "s"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"), ("men", "man"),
         ("ies", "y"), ("s", ""), ("ies", "y"), ("es", "e"), ("es", ""), ("ed", "e"), ("ed", ""), ("ing", "e"),
@@ -175,16 +176,17 @@ class Lexicon:
 
 
 class ParaphraseTable:
-    """Target phrases of a source phrase, in a mapped file (or a block of memory) laid out for random access.
+    """The target phrases of each source phrase, in a mapped file or a block of memory with random access.
 
-    The layout: four 32-bit numbers (see `_write`); for each source a paragraph, its targets each on a line of
-    their own below it; a hash table of 32-bit offsets of paragraphs by CRC-32 of the source and its line end,
-    with linear probing, 0 where empty.
+    The layout: four 32-bit numbers (see `_write`); a paragraph per source phrase, with the source on its
+    first line and a target on each further one; a hash table with the 32-bit offsets of the paragraphs, by
+    the CRC-32 of the source and its line end, with linear probing and 0 in empty slots.
 
-    Raises ValueError where the data are not a complete table.
+    Raises:
+        ValueError: the data are not a complete table.
     """
 
-    _LAYOUT = int.from_bytes(b"MTR1", "big")  # reads as another number on a machine of other byte order
+    _LAYOUT = int.from_bytes(b"MTR1", "big")  # another number on a machine with the other byte order
 
     def __init__(self, data: mmap.mmap | bytes) -> None:
         layout, hash_start, slots, size = array("I", data[:16])
@@ -197,7 +199,7 @@ class ParaphraseTable:
         self._targets_at = lru_cache(KEPT_PHRASES)(self._read_targets)
 
     def targets(self, source: str) -> dict[str, None]:
-        """The target phrases, in the order of METEOR's file, as keys of a dictionary; it may be empty."""
+        """The target phrases in the order of METEOR's file, as the keys of a dictionary (maybe empty)."""
         key = source.encode("utf-8", "surrogatepass") + b"\n"
         slot = zlib.crc32(key) & self._mask
         while offset := self._slots[slot]:
@@ -211,21 +213,22 @@ class ParaphraseTable:
 
     @classmethod
     def open(cls, packed: Path, cache_dir: Path) -> "ParaphraseTable":
-        """The table of METEOR's gzip file, mapped from the cache directory and first built there if need be.
+        """The table of METEOR's gzip file, mapped from the cache directory, and built there if it is missing.
 
-        Raises MeteorDataError where the gzip file cannot be read.
+        Raises:
+            MeteorDataError: the gzip file cannot be read.
         """
         try:
             with packed.open("rb") as file:
                 size = file.seek(-8, os.SEEK_END) + 8
-                identity = file.read().hex()  # a gzip file ends in checksum and length of its content
+                identity = file.read().hex()  # a gzip file ends with the checksum and length of its content
         except OSError as error:
             raise _unreadable(packed, error) from error
         cached = cache_dir / f"paraphrases-{size}-{identity}.bin"
         try:
             return cls._map(cached)
         except (OSError, ValueError):
-            pass  # not built yet, or of another layout
+            pass  # not built yet, or damaged
         try:
             cls._build(packed, cached)
             return cls._map(cached)
@@ -242,11 +245,11 @@ class ParaphraseTable:
 
     @classmethod
     def _build(cls, packed: Path, path: Path) -> None:
-        # Written tmp_path, then renamed: a process that is killed, or builds at the same time, does no harm.
+        # Written under a temporary name, then renamed: killed or concurrent processes do no harm.
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left_over in path.parent.glob("*.partial"):
-            if time.time() - left_over.stat().st_mtime > 60:  # since its last block was written
-                left_over.unlink(missing_ok=True)
+        for abandoned in path.parent.glob("*.partial"):
+            if time.time() - abandoned.stat().st_mtime > 60:  # since its last block was written
+                abandoned.unlink(missing_ok=True)
         handle, partial = tempfile.mkstemp(".partial", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
@@ -280,7 +283,7 @@ class ParaphraseTable:
 
     @staticmethod
     def _read(packed: Path) -> Iterator[tuple[bytes, list[bytes]]]:
-        """Sources with their targets; a pair is three lines: probability (not used), source, target."""
+        """Source phrases with their targets; three lines of the file are probability, source and target."""
 
         def blocks_of_lines() -> Iterator[list[bytes]]:
             with gzip.open(packed) as file:
@@ -297,7 +300,7 @@ class ParaphraseTable:
             raise _unreadable(packed, error) from error
 
 
-# -------------------------------------------------------------------------------------------- where they are
+# -------------------------------------------------------------------------------------------------- locations
 
 
 def _unreadable(path: Path, error: Exception) -> MeteorDataError:
@@ -306,9 +309,10 @@ def _unreadable(path: Path, error: Exception) -> MeteorDataError:
 
 
 def find_data() -> Path:
-    """Directory of METEOR's files in the installed `pycocoevalcap`, none of whose code is run.
+    """The directory of METEOR's files in the installed `pycocoevalcap`; none of its code is run.
 
-    Raises MeteorDataError where the package is not installed.
+    Raises:
+        MeteorDataError: the package is not installed.
     """
     try:
         return Path(importlib.util.find_spec("pycocoevalcap.meteor.meteor").origin).parent
@@ -317,11 +321,11 @@ def find_data() -> Path:
 
 
 def user_cache() -> Path:
-    """The user's cache directory on this platform; XDG_CACHE_HOME stands above it. It need not exist."""
+    """The user's cache directory on this platform, or XDG_CACHE_HOME where that is set; it may not exist."""
     try:
         home = Path.home()
     except RuntimeError:
-        home = Path(os.devnull)  # nothing can be written there, and the table stays in memory
+        home = Path(os.devnull)  # nothing can be written there, so the table stays in memory
     windows = os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local"
     places = {"darwin": home / "Library" / "Caches", "win32": windows}
     return Path(os.environ.get("XDG_CACHE_HOME") or places.get(sys.platform, home / ".cache"))

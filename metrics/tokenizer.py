@@ -1,10 +1,10 @@
-"""Tokens of the official caption evaluation: the Penn Treebank's, without Java."""
+"""What counts as a word: Penn Treebank tokens as the official caption evaluation makes them, without Java."""
 
 import html
 import re
 from functools import lru_cache
 
-KEPT_CHUNKS = 2**16  # pieces of text between blanks whose tokens are remembered, about 0.3 kB each
+KEPT_CHUNKS = 2**16  # pieces of text between spaces whose tokens are cached, about 0.3 kB each
 
 _NUMBER_SIGNS = "\xb2\xb3\xb9\xbc-\xbe\u2070-\u209f\u2150-\u215f"  # Python counts these as word characters
 _LETTER = rf"[^\W\d_{_NUMBER_SIGNS}]"
@@ -30,8 +30,8 @@ _KEEP_DOT = (
 _KEEP_DOT_AS_NAME = "ark|az|del|ill|la|mass|miss|ore|pa|tex|wash"  # with a capital letter
 _KEEP_DOT_BEFORE_NUMBER = "no|nos|art|figs?|ca|op|pp|prop"
 
-# The original takes the longest match of some hundred rules. Here the first match counts, so these stand in
-# the order that gives the same: what may be longer comes first.
+# The original takes the longest match of some hundred rules. Here the first match is taken, so the rules are
+# in an order that gives the same tokens: those with longer matches come first.
 _TOKENS = [
     r"</?[a-z!?][^>]*>",  # markup
     r"-[lr][rcs]b-|(?:pro|anti)-(?!\w)",
@@ -71,7 +71,7 @@ _TOKENS = [
     r"[$%&+<=>\\^|~/(){}\[\]\xa1-\xa9\xac\xae-\xba\xbc-\xbf\xd7\xf7\u201a\u201e-\u2022\u2030-\u2038\u203b"
     r"\u2070-\u208e\u20a0\u20a4\u20ac\u2100-\u2bff]",
 ]
-# What stands in no group, or matches nothing, is dropped: single marks, dashes, quotes, ellipses, emoji.
+# Text that matches no rule, or a rule outside the group, is dropped: single marks, dashes, quotes, emoji.
 _LEXER = re.compile(rf"\.{{3,5}}|''|-{{2,4}}(?!-)|({'|'.join(_TOKENS)})", re.IGNORECASE)
 _ENTITY = re.compile("&(?:amp|lt|gt|quot|apos|nbsp|[mn]dash);")
 
@@ -84,21 +84,24 @@ _REWRITTEN = {
 
 
 def tokenize(caption: str) -> list[str]:
-    """The words of a caption: lower case, split as the Penn Treebank splits, punctuation dropped.
+    """The words of a caption: in lower case, split as in the Penn Treebank, without punctuation.
 
     >>> tokenize("The man's dog isn't here.")
     ['the', 'man', "'s", 'dog', 'is', "n't", 'here']
 
     These are the tokens of the official evaluation (Stanford's PTBTokenizer of CoreNLP 3.4.1, `-preserveLines
-    -lowerCase`, less pycocoevalcap's list of punctuation), its oddities included: brackets stay, as `-lrb-`,
-    since that list has them in capitals; `dog?!` keeps `?!`, `dog.,` its dot, `red,blue-green` stays whole.
+    -lowerCase`, without the punctuation in pycocoevalcap's list), including its oddities: brackets stay, as
+    `-lrb-`, since that list has them in capitals; `dog?!` keeps `?!` and `dog.,` its dot; `red,blue-green`
+    stays whole.
 
-    Known differences, none of them seen in captions of Flickr8k or COCO: numbers that the original joins by
-    a blank that does not break (`1 1/2`, telephone numbers) are several tokens here, as its scorers but
-    ROUGE-L see them too; a letter with a dot (`plan b.`) keeps its dot, where the original drops it in front
-    of `A`, `The` and the like, and keeps that of `no.` in front of a number, both even where the next caption
-    begins so; emoticons such as `^_^`; curly quotes side by side; `>>`; `5.x`; character references by number
-    (`&#39;`); scripts with vowel signs (Hindi, Thai).
+    Known differences, none of them seen in captions of Flickr8k or COCO:
+
+    * numbers that the original joins with a non-breaking space (`1 1/2`, telephone numbers) are several
+      tokens here; its scorers other than ROUGE-L split them too;
+    * a letter with a dot (`plan b.`) keeps its dot, where the original drops it before `A`, `The` and the
+      like; `no.` keeps its dot before a number; both also where the next caption begins so;
+    * emoticons such as `^_^`, curly quotes side by side, `>>`, `5.x`, numeric character references
+      (`&#39;`), and scripts with vowel signs (Hindi, Thai).
     """
     words = []
     for chunk in caption.split():
@@ -111,7 +114,7 @@ def tokenize(caption: str) -> list[str]:
 
 @lru_cache(KEPT_CHUNKS)
 def _tokens_of_chunk(chunk: str) -> tuple[str, ...] | None:
-    """Tokens of what stands between blanks, None where they depend on what follows (`no.`, `<`)."""
+    """Tokens of a piece of text between spaces; None where they depend on what follows it (`no.`, `<`)."""
     tokens = _lex(chunk)
     return None if "<" in chunk or _lex(chunk + " 5") != [*tokens, "5"] else tuple(tokens)
 
@@ -123,5 +126,5 @@ def _lex(text: str) -> list[str]:
         if len(token) > 1 and token[0] in ":;=<>" and token[-1] in "()":
             words.append(token[:-1].lower() + _REWRITTEN[token[-1]])
         else:
-            words += _REWRITTEN.get(token.lower(), token.lower()).split()  # markup has blanks
+            words += _REWRITTEN.get(token.lower(), token.lower()).split()  # markup may contain spaces
     return words

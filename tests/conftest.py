@@ -1,6 +1,14 @@
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: test processes share the cores
+
+import csv
+import gzip
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -8,6 +16,10 @@ import torch
 import create_input_files
 import make_demo_data
 import train
+import utils
+from captioning.annotations import read_annotations
+from metrics import Meteor, MeteorDataError
+from metrics.meteor_data import find_data
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -24,6 +36,12 @@ def demo(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "demo"
     make_demo_data.make_demo_data(make_demo_data.Settings(str(folder), train_images=40, test_images=12))
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo_captions(demo) -> list[list[str]]:
+    """The five captions of each of the demonstration's training images."""
+    return [record.captions for record in read_annotations(demo / "train.csv")]
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +71,29 @@ def models(prepared, tmp_path_factory) -> Path:
     return output
 
 
+def small_settings(prepared: Path, output: Path, **options) -> train.Settings:
+    """Settings of train.py for a short training on the prepared demonstration set."""
+    sizes = {"emb_dim": 32, "attention_dim": 32, "decoder_dim": 64, "decoder_lr": 4e-3, "alpha_c": 0.1}
+    names = {"data_folder": str(prepared), "output_folder": str(output), "encoder_name": "efficientnet_lite0"}
+    return train.Settings(**names | sizes | {"workers": 0, "epochs": 2} | options)
+
+
+def blip_settings(demo: Path, output: Path, **options):
+    """Settings of train_model.py for a short training of the tiny BLIP on the demonstration set."""
+    import train_model
+
+    names = {"annotations": str(demo / "train.csv"), "image_folder": str(demo / "train" / "train")}
+    names |= {"base_model": "tiny", "output_folder": str(output)}
+    few = {"epochs": 2, "patience": 0, "workers": 2, "batch_size": 8, "captions_per_image": 1}
+    return train_model.Settings(**names | few | options)
+
+
+def read_history(output: Path) -> list[dict[str, float]]:
+    """The lines of a training's history.csv."""
+    with (output / "history.csv").open() as stream:
+        return [{name: float(value) for name, value in line.items()} for line in csv.DictReader(stream)]
+
+
 def assert_one_line(result: subprocess.CompletedProcess, *parts) -> None:
     """The script ended with exit status 2 and one line of error that has the `parts` in it."""
     assert result.returncode == 2, result.stderr
@@ -72,3 +113,59 @@ def run_script():
         return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
     return run
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+    """As `run_script`, but in this process and without its imports: run_main(train, "--epochs", 1)."""
+
+    def run(script: ModuleType, *arguments) -> subprocess.CompletedProcess:
+        command = [f"{script.__name__}.py", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", command)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            utils.run_script(script.main, script.Settings)
+        return subprocess.CompletedProcess(command, ended.value.code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def meteor_cache(tmp_path_factory) -> Path:
+    """A cache directory in which METEOR's paraphrase table is built once for all tests."""
+    folder = tmp_path_factory.mktemp("meteor")
+    try:
+        Meteor(cache_dir=folder)
+    except MeteorDataError as error:
+        pytest.skip(str(error))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scorer(meteor_cache) -> Meteor:
+    return Meteor(cache_dir=meteor_cache)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Where METEOR's word lists and paraphrases are."""
+    try:
+        return find_data()
+    except MeteorDataError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def small_data(data_dir, tmp_path) -> Path:
+    """A data directory with three paraphrases, so that its table is built at once."""
+    pairs = [("next to", "near"), ("next to", "beside the"), ("man", "people")]
+    return make_meteor_data(tmp_path / "data_dir", data_dir, pairs)
+
+
+def make_meteor_data(folder: Path, data_dir: Path, pairs: list[tuple[str, str]]) -> Path:
+    """A data directory with the real word lists and a paraphrase table of these pairs."""
+    (folder / "data").mkdir(parents=True)
+    shutil.copy(data_dir / "meteor-1.5.jar", folder)
+    lines = "".join(f"0.5\n{source}\n{target}\n" for source, target in pairs)
+    (folder / "data" / "paraphrase-en.gz").write_bytes(gzip.compress(lines.encode(), 1))
+    return folder

@@ -1,26 +1,21 @@
-"""METEOR beside the official program: its recorded scores, its worked examples, and the program itself."""
+"""METEOR compared with the official program: its recorded scores, worked examples, and the program itself."""
 
 import csv
-import gzip
 import json
 import math
-import os
 import random
 import shutil
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, SHARED, make_meteor_data
 
-from metrics import Meteor, MeteorDataError, meteor
+from metrics import Meteor, meteor
 from metrics.meteor import java_hash, normalize
-from metrics.meteor_data import Lexicon, ParaphraseTable, stem
 
-ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"
 GOLDEN = SHARED / "golden" / "captions_a.json"
 FLICKR8K = SHARED / "flickr8k_small" / "captions.txt"
 COCO = SHARED / "coco_small" / "captions_train2017.json"
@@ -33,104 +28,41 @@ WORKED_EXAMPLES = [
     ("a dog", ["", "a dog runs"], "2 3, 1 1; 1/1/1/1; 0/0/0/0; 0/0/0/0; 0/0/0/0; 1, 2, 2", "0.291706664"),
     ("dog the big", ["the big dog"], "3 3, 1 1; 2/2/1/1; 0/0/0/0; 0/0/0/0; 0/0/0/0; 2, 3, 3", "0.446735253"),
     ("the of", ["the in"], "2 2, 2 2; 0/0/1/1; 0/0/0/0; 0/0/0/0; 0/0/0/0; 1, 1, 1", "0.200000000"),
-    (
-        "dogs playfully run",
-        ["dogs playing run"],
-        "3 3, 0 0; 2/2/0/0; 1/1/0/0; 0/0/0/0; 0/0/0/0; 1, 3, 3",
-        "0.866666667",
-    ),
+    ("dogs playfully run", ["dogs playing run"],
+     "3 3, 0 0; 2/2/0/0; 1/1/0/0; 0/0/0/0; 0/0/0/0; 1, 3, 3", "0.866666667"),
     ("biker", ["bikers"], "1 1, 0 0; 0/0/0/0; 1/1/0/0; 0/0/0/0; 0/0/0/0; 1, 1, 1", "0.600000000"),
     ("plays", ["runs"], "1 1, 0 0; 0/0/0/0; 0/0/0/0; 1/1/0/0; 0/0/0/0; 1, 1, 1", "0.800000000"),
     ("a kid runs", ["a child runs"], "3 3, 1 1; 1/1/1/1; 0/0/0/0; 1/1/0/0; 0/0/0/0; 1, 3, 3", "0.914285714"),
     ("man", ["people"], "1 1, 0 1; 0/0/0/0; 0/0/0/0; 0/0/0/0; 1/0/0/1; 1, 1, 1", "0.600000000"),
-    (
-        "people next to car",
-        ["people near car"],
-        "4 3, 2 1; 1/1/1/1; 0/0/0/0; 0/0/0/0; 1/1/1/0; 1, 4, 3",
-        "0.824156306",
-    ),
-    (
-        "a man in front of a house",
-        ["a man before a house"],
-        "7 5, 4 2; 2/2/1/1; 0/0/0/0; 0/0/0/0; 1/1/3/1; 1, 7, 5",
-        "0.848433243",
-    ),
-    (
-        "to a narrow circle of",
-        ["limited"],
-        "5 1, 3 0; 0/0/0/0; 0/0/0/0; 0/0/0/0; 2/1/2/0; 1, 4, 1",
-        "0.294754204",
-    ),
+    ("people next to car", ["people near car"],
+     "4 3, 2 1; 1/1/1/1; 0/0/0/0; 0/0/0/0; 1/1/1/0; 1, 4, 3", "0.824156306"),
+    ("a man in front of a house", ["a man before a house"],
+     "7 5, 4 2; 2/2/1/1; 0/0/0/0; 0/0/0/0; 1/1/3/1; 1, 7, 5", "0.848433243"),
+    ("to a narrow circle of", ["limited"],
+     "5 1, 3 0; 0/0/0/0; 0/0/0/0; 0/0/0/0; 2/1/2/0; 1, 4, 1", "0.294754204"),
     ("children", ["child"], "1 1, 0 0; 0/0/0/0; 0/0/0/0; 0/0/0/0; 0/0/0/0; 0, 0, 0", "0.000000000"),
-    (
-        "a dog runs fast",
-        ["a dog run fast"],
-        "4 4, 1 1; 2/2/1/1; 1/1/0/0; 0/0/0/0; 0/0/0/0; 1, 4, 4",
-        "0.880000000",
-    ),
+    ("a dog runs fast", ["a dog run fast"],
+     "4 4, 1 1; 2/2/1/1; 1/1/0/0; 0/0/0/0; 0/0/0/0; 1, 4, 4", "0.880000000"),
     ("kid next", ["near"], "2 1, 0 0; 0/0/0/0; 0/0/0/0; 0/0/0/0; 0/0/0/0; 0, 0, 0", "0.000000000"),
     ("man child", ["men girl"], "2 2, 0 0; 0/0/0/0; 0/0/0/0; 1/1/0/0; 1/1/0/0; 1, 2, 2", "0.700000000"),
-    (
-        "run field big",
-        ["field large"],
-        "3 2, 0 0; 1/1/0/0; 0/0/0/0; 1/1/0/0; 0/0/0/0; 1, 2, 2",
-        "0.399909484",
-    ),
+    ("run field big", ["field large"],
+     "3 2, 0 0; 1/1/0/0; 0/0/0/0; 1/1/0/0; 0/0/0/0; 1, 2, 2", "0.399909484"),
     ("a young", ["young person big"], "2 3, 1 0; 1/1/0/0; 0/0/0/0; 0/0/0/0; 0/0/0/0; 1, 1, 1", "0.145454545"),
-    (
-        "run a run dog dog",
-        ["a dogs dogs runs a the"],
-        "5 6, 1 3; 0/0/1/1; 0/0/0/0; 0/0/0/0; 0/0/0/0; 1, 1, 1",
-        "0.032921811",
-    ),
+    ("run a run dog dog", ["a dogs dogs runs a the"],
+     "5 6, 1 3; 0/0/1/1; 0/0/0/0; 0/0/0/0; 0/0/0/0; 1, 1, 1", "0.032921811"),
     ("k2", ["ip"], "1 1, 0 0; 1/1/0/0; 0/0/0/0; 0/0/0/0; 0/0/0/0; 1, 1, 1", "1.000000000"),
     ("a c5 flies", ["a as flies"], "3 3, 1 2; 2/1/1/2; 0/0/0/0; 0/0/0/0; 0/0/0/0; 1, 3, 3", "1.000000000"),
-    (
-        "the boy 's t-shirt is n't from the u.s.",
-        ["the boy's t shirt isn't from the us"],
-        "12 10, 7 5; 4/4/4/4; 0/0/0/0; 0/0/0/0; 0/1/1/0; 3, 9, 9",
-        "0.449239027",
-    ),
-    (
-        "st. john 5 ... 1,000",
-        ["st john 5 . . . 1000"],
-        "5 7, 0 3; 2/2/0/0; 0/0/0/0; 0/0/0/0; 0/0/0/0; 1, 2, 2",
-        "0.191067865",
-    ),
-    (
-        "cat",
-        ["airplane", "a big airplane in the sky"],
-        "1 1, 0 0; 0/0/0/0; 0/0/0/0; 0/0/0/0; 0/0/0/0; 0, 0, 0",
-        "0.000000000",
-    ),
-    (
-        "a brown dog",
-        ["a dog", "brown dog", "a big brown dog"],
-        "3 2, 1 0; 2/2/0/0; 0/0/0/0; 0/0/0/0; 0/0/0/0; 1, 2, 2",
-        "0.466019182",
-    ),
-    (
-        "two dogs run in snow",
-        ["two dogs are running through the snow", "dogs run in the snow"],
-        "5 5, 2 2; 3/3/1/1; 0/0/0/0; 0/0/0/0; 0/0/0/0; 2, 4, 4",
-        "0.434245147",
-    ),
-]
-
-# As in the stemmer of 2010; later Snowball versions give added -> ad and others
-STEMS = {
-    "skies": "sky", "dying": "die", "news": "news", "a": "a", "is": "is", "'tis": "tis", "boy's": "boy",
-    "caresses": "caress", "ties": "tie", "cries": "cri", "gas": "gas", "gaps": "gap", "kiwis": "kiwi",
-    "bus": "bus", "outing": "outing", "proceeded": "proceed", "feed": "feed", "agreed": "agre",
-    "hopping": "hop", "hoping": "hope", "luxuriated": "luxuri", "troubled": "troubl", "sized": "size",
-    "added": "ad", "sing": "sing", "playfully": "play", "yellow": "yellow", "saying": "say", "enjoy": "enjoy",
-    "cry": "cri", "by": "by", "say": "say", "generously": "generous", "communism": "communism",
-    "arsenal": "arsenal", "realization": "realiz", "nationally": "nation", "conditional": "condit",
-    "biologist": "biologist", "geology": "geolog", "quickly": "quick", "hopefully": "hope",
-    "electrical": "electr", "formative": "format", "decorative": "decor", "adoption": "adopt",
-    "replacement": "replac", "controlling": "control", "rolled": "roll", "rate": "rate", "cease": "ceas",
-    "parable": "parabl", "probate": "probat", "bikers": "biker", "running": "run", "children": "children",
-}  # fmt: skip
+    ("the boy 's t-shirt is n't from the u.s.", ["the boy's t shirt isn't from the us"],
+     "12 10, 7 5; 4/4/4/4; 0/0/0/0; 0/0/0/0; 0/1/1/0; 3, 9, 9", "0.449239027"),
+    ("st. john 5 ... 1,000", ["st john 5 . . . 1000"],
+     "5 7, 0 3; 2/2/0/0; 0/0/0/0; 0/0/0/0; 0/0/0/0; 1, 2, 2", "0.191067865"),
+    ("cat", ["airplane", "a big airplane in the sky"],
+     "1 1, 0 0; 0/0/0/0; 0/0/0/0; 0/0/0/0; 0/0/0/0; 0, 0, 0", "0.000000000"),
+    ("a brown dog", ["a dog", "brown dog", "a big brown dog"],
+     "3 2, 1 0; 2/2/0/0; 0/0/0/0; 0/0/0/0; 0/0/0/0; 1, 2, 2", "0.466019182"),
+    ("two dogs run in snow", ["two dogs are running through the snow", "dogs run in the snow"],
+     "5 5, 2 2; 3/3/1/1; 0/0/0/0; 0/0/0/0; 0/0/0/0; 2, 4, 4", "0.434245147"),
+]  # fmt: skip
 
 NORMALIZED = {
     "the boy 's hat": "the boy ' s hat", "boy's": "boy 's", "is n't": "is n 't", "t-shirt": "t shirt",
@@ -142,39 +74,6 @@ NORMALIZED = {
     "\u201chi\u201d": '" hi "', "``hi''": '" hi "', "red,blue": "red , blue", "": "", "caf\xe9": "caf\xe9",
     "日本": "日 本", "the boy 's t-shirt is n't from the u.s.": "the boy ' s t shirt is n 't from the us",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def data_dir() -> Path:
-    try:
-        return meteor.find_data()
-    except MeteorDataError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="session")
-def cache_dir(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="session")
-def scorer(data_dir, cache_dir) -> Meteor:
-    return Meteor(cache_dir=cache_dir)
-
-
-def make_data(folder: Path, data_dir: Path, pairs: list[tuple[str, str]]) -> Path:
-    """A data directory with the real word lists and a paraphrase table of these pairs."""
-    (folder / "data").mkdir(parents=True)
-    shutil.copy(data_dir / "meteor-1.5.jar", folder)
-    lines = "".join(f"0.5\n{source}\n{target}\n" for source, target in pairs)
-    (folder / "data" / "paraphrase-en.gz").write_bytes(gzip.compress(lines.encode(), 1))
-    return folder
-
-
-@pytest.fixture
-def small_data(data_dir, tmp_path) -> Path:
-    pairs = [("next to", "near"), ("next to", "beside the"), ("man", "people")]
-    return make_data(tmp_path / "data_dir", data_dir, pairs)
 
 
 def golden() -> dict:
@@ -254,7 +153,7 @@ def test_beside_the_java_program(scorer, data_dir, tmp_path):
     captions = real_captions()
     generator = random.Random(0)
     images = []
-    for number in range(2000):
+    for number in range(1000):
         hypothesis, *references = generator.sample(generator.choice(captions), 2)
         if number % 2:
             references = [generator.choice(generator.choice(captions))]
@@ -265,7 +164,7 @@ def test_beside_the_java_program(scorer, data_dir, tmp_path):
     texts = (scorer._text(text) for references, hypothesis in images for text in [*references, hypothesis])
     phrases = sorted({phrase for text in texts for phrase in text.phrases})
     pairs = [(phrase, target) for phrase in phrases for target in scorer._table.targets(phrase)]
-    folder = make_data(tmp_path / "data_dir", data_dir, pairs)
+    folder = make_meteor_data(tmp_path / "data_dir", data_dir, pairs)
     expected_corpus, expected_scores, expected_statistics = run_java(folder, images)
     corpus, scores = scorer.compute_score(
         dict(enumerate(references for references, _ in images)),
@@ -274,7 +173,7 @@ def test_beside_the_java_program(scorer, data_dir, tmp_path):
     assert scores == pytest.approx(expected_scores, abs=1e-12)
     assert corpus == pytest.approx(expected_corpus, abs=1e-12)
     assert [scorer.statistics(*image) for image in images] == expected_statistics
-    assert len({round(score, 6) for score in scores}) > 300  # not all zeros
+    assert len({round(score, 6) for score in scores}) > 150  # not all zeros
 
 
 # ---------------------------------------------------------------------------------------------- strange texts
@@ -315,11 +214,6 @@ def test_mistakes_of_the_caller(scorer):
 # ------------------------------------------------------------------------------------------------------ words
 
 
-@pytest.mark.parametrize("word, expected", STEMS.items())
-def test_stem(word, expected):
-    assert stem(word) == expected
-
-
 @pytest.mark.parametrize("text, expected", NORMALIZED.items())
 def test_normalize(scorer, text, expected):
     assert normalize(text, scorer._lexicon.abbreviations) == expected.split()
@@ -331,159 +225,19 @@ def test_java_hash():
     assert java_hash("\U0001f415") == 31 * 0xD83D + 0xDC15  # two UTF-16 units
 
 
-def test_synsets(data_dir):
-    lexicon = Lexicon(data_dir / "meteor-1.5.jar")
-    assert lexicon.synsets("children") >= lexicon.synsets("child") > frozenset()
-    assert lexicon.synsets("plays") & lexicon.synsets("runs")
-    assert lexicon.synsets("zzzz") == lexicon.synsets("ss") - lexicon.synsets("ss") == frozenset()
-
-
-# ------------------------------------------------------------------------------- the paraphrase table's cache
-
-
-def test_table_has_all_pairs_in_order(data_dir, scorer):
-    sources = {}
-    with gzip.open(data_dir / "data" / "paraphrase-en.gz", "rt", encoding="utf-8") as file:
-        for _, (_, source, target) in zip(range(50_000), zip(file, file, file)):
-            sources.setdefault(source[:-1], []).append(target[:-1])
-    sources.popitem()  # it may go on
-    assert len(sources) > 1000
-    assert all(list(scorer._table.targets(source)) == targets for source, targets in sources.items())
-    assert not scorer._table.targets("no such phrase at all")
-
-
-def small_score(small_data: Path, cache_dir: Path) -> float:
-    return Meteor(small_data, cache_dir).score(["people near car"], "people next to car")
-
-
-def test_cache_is_made_again_when_damaged(small_data, tmp_path):
-    cache_dir = tmp_path / "cache"
-    expected = small_score(small_data, cache_dir)
-    (cached,) = cache_dir.iterdir()
-    whole = cached.read_bytes()
-    for damaged in (b"", b"12345", bytes(100), whole[:-1], whole[:40], b"x" + whole[1:]):
-        cached.unlink()
-        cached.write_bytes(damaged)
-        assert small_score(small_data, cache_dir) == expected
-        assert cached.read_bytes() == whole
-
-
-def test_interrupted_build_leaves_nothing(small_data, tmp_path, monkeypatch):
-    def interrupted(packed):
-        yield b"next to", [b"near"]
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(ParaphraseTable, "_read", staticmethod(interrupted))
-        with pytest.raises(KeyboardInterrupt):
-            small_score(small_data, tmp_path / "cache")
-    assert not list((tmp_path / "cache").iterdir())
-
-    killed = tmp_path / "cache" / "killed.partial"
-    killed.write_bytes(b"half a table")
-    os.utime(killed, (0, 0))
-    assert small_score(small_data, tmp_path / "cache") > 0.8
-    assert len(list((tmp_path / "cache").iterdir())) == 1
-
-
-def test_another_data_file_has_another_cache(small_data, tmp_path):
-    assert small_score(small_data, tmp_path / "cache") > 0.8
-    table = gzip.compress(b"0.5\nman\npeople\n")
-    (small_data / "data" / "paraphrase-en.gz").write_bytes(table)
-    assert small_score(small_data, tmp_path / "cache") < 0.8
-    assert len(list((tmp_path / "cache").iterdir())) == 2
-
-
-def test_processes_that_build_at_once(small_data, tmp_path):
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from metrics import Meteor; "
-    code += "print(Meteor(sys.argv[2], sys.argv[3]).score(['people near car'], 'people next to car'))"
-    command = [sys.executable, "-c", code, str(ROOT), str(small_data), str(tmp_path / "cache")]
-    with ThreadPoolExecutor(6) as pool:
-        runs = list(pool.map(lambda _: subprocess.run(command, capture_output=True, text=True), range(6)))
-    assert {(run.returncode, run.stderr) for run in runs} == {(0, "")}
-    assert {float(run.stdout) for run in runs} == {small_score(small_data, tmp_path / "cache")}
-    assert len(list((tmp_path / "cache").iterdir())) == 1
-
-
-def test_without_a_cache_directory(small_data, tmp_path):
-    (tmp_path / "file").write_text("not a directory")
-    expected = small_score(small_data, tmp_path / "cache")
-    with pytest.warns(UserWarning, match="in memory"):
-        scorer = Meteor(small_data, tmp_path / "file" / "cache", workers=2)
-    assert scorer.score(["people near car"], "people next to car") == expected
-    assert scorer.compute_score({1: ["people near car"]}, {1: "people next to car"})[1] == [expected]
-
-
-def test_cache_directory_of_the_platform(monkeypatch, tmp_path):
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    for platform, place in {"linux": ".cache", "darwin": "Library/Caches"}.items():
-        monkeypatch.setattr(sys, "platform", platform)
-        assert meteor.user_cache() == tmp_path / place
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "mine"))
-    assert meteor.user_cache() == tmp_path / "mine"
-
-
-# ------------------------------------------------------------------------------------ missing or damaged data
-
-
-def test_missing_package():
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from metrics import meteor\n"
-    code += "try: meteor.Meteor()\nexcept meteor.MeteorDataError as error: print(error)"
-    # -S: without the installed packages
-    run = subprocess.run([sys.executable, "-I", "-S", "-c", code, str(ROOT)], capture_output=True, text=True)
-    assert run.stdout == "METEOR needs the data of pycocoevalcap: pip install pycocoevalcap\n", run.stderr
-
-
-def damage(data: bytes, how: str) -> bytes:
-    middle = len(data) // 2
-    return {
-        "empty": b"",
-        "other": b"this is no archive",
-        "cut": data[:middle],
-        "flipped": data[:middle] + bytes([data[middle] ^ 0xFF]) + data[middle + 1 :],
-        "checksum": data[:-8] + bytes(4) + data[-4:],
-    }[how]
-
-
-@pytest.mark.parametrize("how", ["empty", "other", "cut", "flipped", "checksum", "missing", "no pairs"])
-@pytest.mark.parametrize("name", ["meteor-1.5.jar", "data/paraphrase-en.gz"])
-def test_damaged_data(small_data, tmp_path, name, how):
-    path = small_data / name
-    if how == "missing":
-        path.unlink()
-    elif how == "no pairs":
-        path.write_bytes(gzip.compress(b"") if name.endswith("gz") else b"PK\5\6" + bytes(18))
-    elif how in ("flipped", "checksum") and name.endswith("jar"):
-        # What matters in a jar lies elsewhere: a packed word list, and its name in the directory at the end.
-        jar = bytearray(path.read_bytes())
-        name_in_jar = b"synonym/english.synsets"
-        at = jar.find(name_in_jar) + 1000 if how == "flipped" else jar.rfind(name_in_jar)
-        jar[at : at + 8] = bytes(8)
-        path.write_bytes(jar)
-    else:
-        path.write_bytes(damage(path.read_bytes(), how))
-    with pytest.raises(MeteorDataError) as raised:
-        Meteor(small_data, tmp_path / "cache")
-    message = str(raised.value)
-    assert "\n" not in message and str(path) in message and "pip install" in message
-    assert not list((tmp_path / "cache").glob("*"))
-
-
 # -------------------------------------------------------------------------------------------------- processes
 
 
-def test_any_number_of_workers_gives_the_same(scorer, cache_dir):
-    expected = golden()["tokenized"]
-    references = dict(list(expected["references"].items())[:101])
-    hypotheses = {key: expected["hypotheses"][key] for key in references}
+def test_any_number_of_workers_gives_the_same(scorer, meteor_cache, demo_captions):
+    references = dict(enumerate(captions[1:] for captions in demo_captions))
+    hypotheses = dict(enumerate(captions[0] for captions in demo_captions))
     alone = scorer.compute_score(references, hypotheses)
     for workers in (2, 3):
-        assert Meteor(cache_dir=cache_dir, workers=workers).compute_score(references, hypotheses) == alone
+        assert Meteor(cache_dir=meteor_cache, workers=workers).compute_score(references, hypotheses) == alone
     strange = dict(enumerate([*STRANGE, "\ud800"]))
     references = {number: [text, "a dog"] for number, text in strange.items()}
     alone = scorer.compute_score(references, strange)
-    assert Meteor(cache_dir=cache_dir, workers=2).compute_score(references, strange) == alone
+    assert Meteor(cache_dir=meteor_cache, workers=2).compute_score(references, strange) == alone
 
 
 def test_large_corpus_is_shared_by_default(scorer, monkeypatch):
@@ -514,20 +268,16 @@ def test_workers_in_a_script_without_a_guard(small_data, tmp_path):
     assert (run.stdout, run.stderr) == ("started\n1.0\n", "")
 
 
-def test_failed_worker_is_stood_in_for(scorer, cache_dir, monkeypatch):
+def test_failed_worker_is_stood_in_for(scorer, meteor_cache, monkeypatch):
     references, hypotheses = {1: ["a dog"], 2: ["two dogs run"]}, {1: "a dog", 2: "dogs run"}
     expected = scorer.compute_score(references, hypotheses)
     monkeypatch.setattr(sys, "executable", "/no/such/program")
-    assert Meteor(cache_dir=cache_dir, workers=2).compute_score(references, hypotheses) == expected
+    assert Meteor(cache_dir=meteor_cache, workers=2).compute_score(references, hypotheses) == expected
 
 
-def test_threads_share_one_meteor(scorer):
-    expected = golden()["tokenized"]
-    images = [(expected["references"][key], expected["hypotheses"][key]) for key in expected["references"]][
-        :60
-    ]
+def test_threads_share_one_meteor(scorer, demo_captions):
+    images = [(captions[1:], captions[0]) for captions in demo_captions]
     alone = [scorer.statistics(*image) for image in images]
     fresh = Meteor(cache_dir=scorer._cache_dir)
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda image: fresh.statistics(*image), images)) == alone
-    assert threading.active_count() >= 1

@@ -1,4 +1,4 @@
-"""Scores beside the official evaluation: its recorded tokens and scores, and its own program where it is."""
+"""Scores compared with the official evaluation: its recorded tokens and scores, and the program itself."""
 
 import csv
 import importlib.util
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import metrics
-from metrics import CiderD, Meteor, MeteorDataError, bleu4, rouge_l, score_captions, tokenize
+from metrics import CiderD, MeteorDataError, bleu4, rouge_l, score_captions, tokenize
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -22,7 +22,7 @@ GOLDEN = SHARED / "golden" / "captions_a.json"
 FLICKR8K = SHARED / "flickr8k_small" / "captions.txt"
 COCO = SHARED / "coco_small" / "captions_train2017.json"
 
-# The words that the official tokenizer gives; checked against it below where it is installed
+# What the official tokenizer returns; compared with it below where it is installed
 HARD_CAPTIONS = {
     "The man's dog isn't here.": "the man 's dog is n't here",
     "Mr. Smith and mrs. Jones on Main St. in the U.S.": "mr. smith and mrs. jones on main st. in the u.s.",
@@ -60,14 +60,6 @@ REFERENCES = {
 HYPOTHESES = {1: "A dog is running in the snow.", 2: "two kids play on the sand", 3: "A man on a bicycle"}
 
 
-@pytest.fixture(scope="session")
-def meteor(tmp_path_factory) -> Meteor:
-    try:
-        return Meteor(cache_dir=tmp_path_factory.mktemp("cache"))
-    except MeteorDataError as error:
-        pytest.skip(str(error))
-
-
 @pytest.fixture
 def no_meteor(monkeypatch):
     """Scoring as where pycocoevalcap is not installed: quicker, where METEOR does not matter."""
@@ -95,6 +87,12 @@ def real_captions() -> list[list[str]]:
     for annotation in json.loads(COCO.read_text())["annotations"]:
         images.setdefault(annotation["image_id"], []).append(annotation["caption"])
     return list(images.values())
+
+
+@pytest.fixture(params=["photographs", "demonstration"])
+def groups(request, demo_captions) -> list[list[str]]:
+    """The captions of many images: those of real photographs, and everywhere those of the demonstration."""
+    return real_captions() if request.param == "photographs" else demo_captions
 
 
 def official(module: str, name: str):
@@ -155,9 +153,9 @@ def test_long_captions_take_no_time():
 # ---------------------------------------------------------------------------------------- the official scores
 
 
-def test_recorded_scores(meteor):
+def test_recorded_scores(scorer):
     expected = golden()
-    result = score_captions(expected["references"], expected["hypotheses"], meteor)
+    result = score_captions(expected["references"], expected["hypotheses"], scorer)
     assert result.overall.keys() == expected["scores"].keys()
     for name, score in expected["scores"].items():
         assert result.overall[name] == pytest.approx(score, abs=1e-9)
@@ -166,12 +164,13 @@ def test_recorded_scores(meteor):
             assert result.per_image[key][name] == pytest.approx(score, abs=1e-9)
 
 
-@pytest.mark.parametrize("source", ["real", "recorded", "small"])
-def test_beside_the_official_scorers(source, no_meteor):
+@pytest.mark.parametrize("source", ["photographs", "demonstration", "recorded", "small"])
+def test_beside_the_official_scorers(source, no_meteor, demo_captions):
     if source == "recorded":
         references, hypotheses = golden()["references"], golden()["hypotheses"]
-    elif source == "real":
-        groups = [group for group in real_captions() if len(group) == 5]
+    elif source != "small":
+        groups = real_captions() if source == "photographs" else demo_captions
+        groups = [group for group in groups if len(group) == 5]
         hypotheses = {i: group[i % 5] for i, group in enumerate(groups)}
         references = {i: group[: i % 5] + group[i % 5 + 1 :] for i, group in enumerate(groups)}
     else:
@@ -191,17 +190,17 @@ def test_beside_the_official_scorers(source, no_meteor):
         assert own == pytest.approx(list(column), abs=1e-9)
 
 
-def test_bleu4_is_nltks():
+def test_bleu4_is_nltks(groups):
     from nltk.translate.bleu_score import corpus_bleu
 
-    groups = [[tokenize(caption) for caption in group] for group in real_captions()]
+    groups = [[tokenize(caption) for caption in group] for group in groups]
     references, hypotheses = [group[1:] for group in groups], [group[0] for group in groups]
     assert bleu4(references, hypotheses) == corpus_bleu(references, hypotheses) > 0.1
 
 
-def test_bleu4_is_the_official_one_where_all_is_regular(no_meteor):
-    references = {i: group[1:] for i, group in enumerate(real_captions())}
-    hypotheses = {i: group[0] for i, group in enumerate(real_captions())}
+def test_bleu4_is_the_official_one_where_all_is_regular(no_meteor, groups):
+    references = {i: group[1:] for i, group in enumerate(groups)}
+    hypotheses = {i: group[0] for i, group in enumerate(groups)}
     hypotheses = {i: caption for i, caption in hypotheses.items() if len(tokenize(caption)) >= 4}
     references = {i: references[i] for i in hypotheses}
     overall = score_captions(references, hypotheses).overall
@@ -222,16 +221,16 @@ def test_bleu4_without_a_match(no_meteor):
 # ------------------------------------------------------------------------------------------------- properties
 
 
-def test_same_caption_scores_one(meteor):
+def test_same_caption_scores_one(scorer):
     captions = {i: caption for i, (caption, *_) in enumerate(REFERENCES.values())}
-    result = score_captions({i: [caption] for i, caption in captions.items()}, captions, meteor)
+    result = score_captions({i: [caption] for i, caption in captions.items()}, captions, scorer)
     for scores in (result.overall, *result.per_image.values()):
         assert scores.pop("CIDEr") == pytest.approx(10)
         assert list(scores.values()) == pytest.approx([1.0] * 6)
 
 
-def test_scores_are_in_their_ranges(meteor):
-    result = score_captions(REFERENCES, HYPOTHESES, meteor)
+def test_scores_are_in_their_ranges(scorer):
+    result = score_captions(REFERENCES, HYPOTHESES, scorer)
     assert list(result.per_image) == list(REFERENCES)
     for scores in (result.overall, *result.per_image.values()):
         assert all(0 <= score <= (10 if name == "CIDEr" else 1) for name, score in scores.items())
@@ -248,6 +247,14 @@ def test_order_does_not_matter(no_meteor):
     assert result.overall == pytest.approx(forward.overall, abs=1e-12)
     for key, scores in forward.per_image.items():
         assert result.per_image[key] == pytest.approx(scores, abs=1e-12)
+
+
+def test_lists_score_as_dictionaries_do(no_meteor):
+    by_key = score_captions(REFERENCES, HYPOTHESES)
+    by_position = score_captions(list(REFERENCES.values()), tuple(HYPOTHESES.values()))
+    assert by_position.overall == by_key.overall
+    assert list(by_position.per_image) == [0, 1, 2]
+    assert list(by_position.per_image.values()) == list(by_key.per_image.values())
 
 
 def test_case_and_full_stop_do_not_matter(no_meteor):
@@ -281,6 +288,15 @@ def test_images_that_do_not_fit(no_meteor):
         score_captions({1: "a dog"}, {1: "a dog"})
     with pytest.raises(TypeError, match="not list"):
         score_captions({1: ["a dog"]}, {1: ["a dog"]})
+    with pytest.raises(ValueError, match="2 images have references, but 1 have a hypothesis"):
+        score_captions([["a dog"], ["a cat"]], ["a dog"])
+    for references, hypotheses in (({1: ["a dog"]}, ["a dog"]), ([["a dog"]], "a dog"), ("a dog", "a dog")):
+        with pytest.raises(TypeError, match="two dictionaries or two lists"):
+            score_captions(references, hypotheses)
+    with pytest.raises(TypeError, match="list of captions"):
+        score_captions(["a dog"], ["a dog"])
+    with pytest.raises(ValueError, match="no captions"):
+        score_captions([], [])
 
 
 def test_without_meteor(no_meteor, capsys):
@@ -306,8 +322,8 @@ def words_of(captions_of_images) -> list[list[list[str]]]:
     return [[tokenize(caption) for caption in captions] for captions in captions_of_images]
 
 
-def test_cider_reward_is_the_official_score(no_meteor):
-    groups = real_captions()[:500]
+def test_cider_reward_is_the_official_score(no_meteor, groups):
+    groups = groups[:500]
     words = words_of(groups)
     cider = CiderD.from_references([captions[1:] for captions in words])
     expected = score_captions(

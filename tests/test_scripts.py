@@ -181,27 +181,66 @@ def test_places_that_cannot_be_written_are_refused_first(run_script, prepared, m
     check_output(tmp_path, folder=True)
 
 
-def test_the_pipeline_knows_what_captions_were_made_of(demo, models, tmp_path):
+def test_the_pipeline_knows_what_captions_depend_on(demo, models, tmp_path):
+    import caption
     import run_pipeline
 
-    captions, files, said = tmp_path / "captions.csv", [tmp_path / "model.pth"], []
+    captions, files = tmp_path / "captions.csv", [tmp_path / "model.pth"]
     files[0].write_bytes((models / "decoder.pth").read_bytes())
     shutil.copytree(demo / "test" / "test", tmp_path / "images")
-    settings = run_pipeline.Settings(test_folder=str(tmp_path / "images"))
-
-    def up_to_date(settings=settings):
-        return run_pipeline.nothing_to_caption("captions", settings, captions, files, said.append)
-
-    assert not up_to_date()
+    wanted = caption.Settings(test_folder=str(tmp_path / "images"), output_csv=str(captions))
+    assert not run_pipeline.is_up_to_date(wanted, files)
     captions.write_text("image_id,caption\n")
-    assert not up_to_date(), "somebody else's"
-    made = run_pipeline.made_of(settings, captions, files)
-    write_json(run_pipeline.record_file(captions, files), made)
-    assert up_to_date() and "up to date" in said[0]
-    assert not up_to_date(replace(settings, beam_size=1))
+    assert not run_pipeline.is_up_to_date(wanted, files), "somebody else's"
+    made = run_pipeline.fingerprint(wanted, files)
+    write_json(run_pipeline.record_file(wanted, files), made)
+    assert run_pipeline.is_up_to_date(wanted, files)
+    assert not run_pipeline.is_up_to_date(replace(wanted, beam_size=1), files)
     image = next((tmp_path / "images").glob("*.jpg"))
     image.write_bytes(image.read_bytes() + b" ")
-    assert not up_to_date()
+    assert not run_pipeline.is_up_to_date(wanted, files)
+
+
+def test_the_pipeline_takes_every_setting_and_edits_hold(monkeypatch):
+    """An edit at the top of a script is a changed default of its Settings; a flag beats it."""
+    import caption
+    import create_input_files
+    import run_pipeline
+    import train
+    import train_model
+
+    def step(settings_class, *argv, **options):
+        return run_pipeline.step_settings(
+            parse_settings(run_pipeline.Settings, argv), settings_class, **options
+        )
+
+    flags = [
+        "--batch_size",
+        "4",
+        "--min_word_freq",
+        "2",
+        "--blip_epochs",
+        "7",
+        "--seed",
+        "9",
+        "--beam_size",
+        "2",
+    ]
+    assert step(train.Settings, *flags).batch_size == 4 and step(train.Settings, *flags).epochs == 3
+    assert step(create_input_files.Settings, *flags).min_word_freq == 2
+    assert step(caption.Settings, *flags).beam_size == 2
+    blip = step(train_model.Settings, *flags, prefix="blip_")
+    assert (blip.epochs, blip.seed, blip.batch_size) == (7, 9, 8)
+    with monkeypatch.context() as edits:
+        defaults = list(train.Settings.__init__.__defaults__)
+        names = list(train.Settings.__dataclass_fields__)
+        for name, value in {"batch_size": 5, "decoder_lr": 1e-3, "epochs": 11}.items():
+            defaults[names.index(name)] = value
+        edits.setattr(train.Settings.__init__, "__defaults__", tuple(defaults))
+        edited = step(train.Settings, "--epochs", "2")
+        assert (edited.batch_size, edited.decoder_lr, edited.epochs) == (5, 1e-3, 2)
+    with pytest.raises(UserError, match="unrecognized"):
+        parse_settings(run_pipeline.Settings, ["--encoder_path", "x"])
 
 
 def test_wrong_input_of_training(run_script, prepared, tmp_path):

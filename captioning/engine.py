@@ -1,0 +1,424 @@
+"""What both trainings share: processes and precision, gradients, the learning rate, the best epoch, resuming.
+
+Nothing here knows a model. A training step reads in the script; here are its parts:
+
+    loss, shares of a step's batches  -> run.backward(loss)
+    gradients of all processes        -> run.step(optimizer, grad_clip, grad_clip_by)
+    learning rate                     -> LearningRate, by plateau or cosine
+    end of an epoch                   -> save_epoch
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, reduce
+from torch import Tensor, nn
+
+from captioning.checkpoints import epoch_checkpoints, read_checkpoint, save_checkpoint
+from metrics import CiderD, bleu4, tokenize
+from utils import UserError, describe_settings, given_names, pick_device, processes, write_table
+
+# --- processes and precision --------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """Where a training runs: its processes, this process's device, its precision."""
+
+    state: PartialState
+    device: torch.device
+    mixed_precision: str  # what is used, whatever was asked for
+    autocast_dtype: torch.dtype | None
+    scaler: torch.amp.GradScaler
+    log_file: Path | None = None  # what is logged is appended here too
+    waiting: list[str] = field(default_factory=list)  # logged before there was a file
+    busy: BusyWatch = field(default_factory=lambda: BusyWatch())
+
+    @classmethod
+    def start(cls, mixed_precision: str) -> Run:
+        """mixed_precision: "no", "bf16" or "fp16"; the latter two on CUDA alone."""
+        device = pick_device()
+        if device.type != "cuda" and mixed_precision != "no":
+            processes().print("mixed precision is for CUDA; training in float32")
+            mixed_precision = "no"
+        dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
+        scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision == "fp16")
+        return cls(processes(), device, mixed_precision, dtype, scaler)
+
+    @property
+    def is_main(self) -> bool:
+        return self.state.is_main_process
+
+    def log(self, text: str) -> None:
+        """Print, and append to `log_file`, once for all processes."""
+        if not self.is_main:
+            return
+        print(text, flush=True)
+        self.waiting.append(text)
+        if self.log_file:
+            self.log_file.parent.mkdir(parents=True, exist_ok=True)
+            with self.log_file.open("a", encoding="utf-8") as stream:
+                stream.writelines(f"{line}\n" for line in self.waiting)
+            self.waiting.clear()
+
+    def describe(self) -> str:
+        return f"{self.state.num_processes} x {self.device.type}"
+
+    def autocast(self) -> AbstractContextManager:
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.autocast_dtype)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a loss's gradients; the losses of a step, over all its batches and processes, add up."""
+        with self.busy:
+            self.scaler.scale(loss).backward()
+        if self.device.type == "cpu" and self.busy.is_new():
+            self.log(
+                f"the machine is busy: a step takes {self.busy.slowdown():.0f} times its CPU time; with "
+                f"OMP_NUM_THREADS=1 in front of the command, threads do not wait for each other"
+            )
+
+    def step(self, optimizer: torch.optim.Optimizer, grad_clip: float, grad_clip_by: str) -> None:
+        """Add up the processes' gradients, clip them, update the weights, forget the gradients.
+
+        grad_clip: largest value of a gradient, or largest norm of all together, as `grad_clip_by` says
+            ("value" or "norm").
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if self.state.num_processes > 1:
+            sum_gradients(parameters)
+        self.scaler.unscale_(optimizer)
+        if grad_clip_by == "norm":
+            torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
+        else:
+            torch.nn.utils.clip_grad_value_(parameters, grad_clip)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    def mean_loss(self, total: Tensor, steps: int, epoch: int, remedy: str) -> float:
+        """The mean of the steps' losses over all processes; `total` is this process's sum.
+
+        Raises:
+            UserError: it is not a number; `remedy` says what to do.
+        """
+        total = reduce(total.clone(), "sum") if self.state.num_processes > 1 else total
+        mean = float(total) / steps
+        if not math.isfinite(mean):
+            raise UserError(f"the loss is no longer a number in epoch {epoch}: {remedy}")
+        return mean
+
+    def states(self, optimizer: torch.optim.Optimizer, rates: LearningRate) -> dict[str, dict]:
+        """What `Resumed.restore` needs of a checkpoint."""
+        return {
+            "optimizer": optimizer.state_dict(),
+            "rates": rates.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def gather(self, items: dict[int, object]) -> dict[int, object]:
+        """The processes' dictionaries joined."""
+        if self.state.num_processes == 1:
+            return items
+        return {key: value for part in gather_object([items]) for key, value in part.items()}
+
+
+class BusyWatch:
+    """Notices that a thread of this process waits for the others, which other programs keep from running."""
+
+    def __init__(self):
+        self.wall = self.cpu = 0.0  # seconds inside the `with` blocks: passed, and worked by this thread
+        self.is_told = torch.get_num_threads() == 1
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter(), time.thread_time()
+
+    def __exit__(self, *_) -> None:
+        self.wall += time.perf_counter() - self.began[0]
+        self.cpu += time.thread_time() - self.began[1]
+
+    def slowdown(self) -> float:
+        return self.wall / max(self.cpu, 1e-9)
+
+    def is_new(self) -> bool:
+        """True once, when over five seconds or more the work took three times its CPU time."""
+        if self.is_told or self.wall < 5 or self.slowdown() < 3:
+            return False
+        self.is_told = True
+        return True
+
+
+BUCKET = 2**23  # gradients that are added up at once
+
+
+def sum_gradients(parameters: list[Tensor]) -> None:
+    """Add up the processes' gradients in place, a bucket of parameters at a time."""
+    bucket: list[Tensor] = []
+    for number, parameter in enumerate(parameters, start=1):
+        bucket.append(parameter.grad)
+        sizes = [gradient.numel() for gradient in bucket]
+        if sum(sizes) >= BUCKET or number == len(parameters):
+            summed = reduce(torch.cat([gradient.flatten() for gradient in bucket]), "sum")
+            for gradient, values in zip(bucket, summed.split(sizes)):
+                gradient.copy_(values.view_as(gradient))
+            bucket = []
+
+
+# --- learning rate ------------------------------------------------------------------------------------------
+
+
+class LearningRate:
+    """The factors by which an optimizer's rates change; its groups' rates at construction are the full ones.
+
+    plateau: times `decay` after every `decay_after` epochs without a better score.
+    cosine: rises over the first `warmup` share of the steps, then falls to 0 along a half cosine (Loshchilov
+    and Hutter, 2017, without restarts).
+
+    Args:
+        settings: of the training: `lr_schedule` ("plateau" or "cosine"), `warmup`, `decay_after`, `decay`.
+        total_steps: of the whole training.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, settings, total_steps: int):
+        self.optimizer, self.kind, self.total_steps = optimizer, settings.lr_schedule, total_steps
+        self.warmup_steps = round(settings.warmup * total_steps)
+        self.decay_after, self.decay = settings.decay_after, settings.decay
+        self.full = [group["lr"] for group in optimizer.param_groups]
+        self.steps, self.decays = 0, [0] * len(self.full)
+        self._apply()
+
+    def after_step(self) -> None:
+        self.steps += 1
+        if self.kind == "cosine":
+            self._apply()
+
+    def before_epoch(self, epochs_since_improvement: int) -> None:
+        waited = epochs_since_improvement
+        if self.kind == "plateau" and waited and waited % self.decay_after == 0:
+            self.decays = [count + 1 for count in self.decays]
+            self._apply()
+
+    def describe(self) -> str:
+        return " and ".join(f"{group['lr']:.2g}" for group in self.optimizer.param_groups)
+
+    def state_dict(self) -> dict:
+        return {"steps": self.steps, "decays": self.decays}
+
+    def load_state_dict(self, state: dict, restart: Iterable[int] = ()) -> None:
+        """Go on; the groups in `restart` got another full rate, so that they begin without decays."""
+        self.steps, self.decays = state["steps"], list(state["decays"])
+        for group in restart:
+            self.decays[group] = 0
+        self._apply()
+
+    def _apply(self) -> None:
+        factor = 1.0
+        if self.kind == "cosine":
+            after = self.steps - self.warmup_steps
+            if after < 0:
+                factor = self.steps / self.warmup_steps
+            else:
+                share = after / max(1, self.total_steps - self.warmup_steps)
+                factor = max(0.0, 0.5 * (1 + math.cos(math.pi * share)))
+        for group, full, decays in zip(self.optimizer.param_groups, self.full, self.decays):
+            group["lr"] = full * factor * self.decay**decays
+
+
+# --- history ------------------------------------------------------------------------------------------------
+
+
+def best_epoch(history: list[dict], score: str) -> int:
+    """Index of the first epoch with the highest `score` ("val_cider"); where all are 0, of the last."""
+    if not any(line[score] > 1e-6 for line in history):  # without a match, BLEU-4 is not quite 0
+        return len(history) - 1
+    return max(range(len(history)), key=lambda index: history[index][score])
+
+
+def epochs_since_improvement(history: list[dict], score: str) -> int:
+    return len(history) - 1 - best_epoch(history, score) if history else 0
+
+
+def caption_scores(references: list[list[list[str]]], captions: dict[int, str]) -> dict[str, float]:
+    """{"val_bleu4", "val_cider"} of captions by index; references are tokenized, several of each image."""
+    hypotheses = [tokenize(captions[index]) for index in range(len(references))]
+    cider = CiderD.from_references(references).score(references, hypotheses)
+    return {"val_bleu4": bleu4(references, hypotheses), "val_cider": math.fsum(cider) / len(cider)}
+
+
+def report_best(run: Run, history: list[dict], score: str, output: Path) -> dict:
+    """Log and return the history's line of the best epoch."""
+    best = history[best_epoch(history, score)]
+    run.log(
+        f"best: epoch {best['epoch']} with validation BLEU-4 {best['val_bleu4']:.4f}, "
+        f"CIDEr {best['val_cider']:.4f}; written to {output}/"
+    )
+    return best
+
+
+def save_epoch(
+    output: Path,
+    checkpoint: dict,
+    score: str,
+    write_best: Callable[[Path], None],
+    keep_checkpoints: int,
+) -> None:
+    """Write the epoch's checkpoint and history.csv; where it is the best so far, call `write_best(file)`.
+
+    keep_checkpoints: how many epochs' files stay; 0: all.
+    """
+    history = checkpoint["history"]
+    file = output / f"checkpoint_epoch_{len(history)}.pth"
+    save_checkpoint(file, checkpoint)
+    if epochs_since_improvement(history, score) == 0:
+        write_best(file)
+    write_table(output / "history.csv", history)
+    if keep_checkpoints:
+        for older in epoch_checkpoints(output)[:-keep_checkpoints]:
+            older.unlink()
+
+
+# --- resuming -----------------------------------------------------------------------------------------------
+
+# these are of each run, whatever the checkpoint says
+OF_THIS_RUN = {"data_folder", "annotations", "image_folder", "output_folder", "resume", "checkpoint"}
+OF_THIS_RUN |= {
+    "log_with",
+    "workers",
+    "cache_features",
+    "mixed_precision",
+    "keep_checkpoints",
+    "val_batch_size",
+}
+
+
+@dataclass
+class Resumed:
+    """A checkpoint that a training goes on from."""
+
+    checkpoint: dict
+    source: Path
+    given: frozenset[str]  # settings that were given to this run
+    differences: str  # what holds now and did not hold then, or the other way round
+
+    @property
+    def history(self) -> list[dict]:
+        return self.checkpoint["history"]
+
+    @classmethod
+    def merge(cls, settings, checkpoint: dict, source: Path, fixed: Iterable[str]) -> tuple[Any, Resumed]:
+        """The settings of the run that goes on, and what it goes on from.
+
+        What was given holds. What was not is the checkpoint's, but for paths and the like, which are this
+        run's, and for `epochs`: the larger number.
+
+        Args:
+            settings: of this run.
+            fixed: settings that cannot change, such as the sizes of the model.
+
+        Raises:
+            UserError: a fixed setting was given another value, or there is no epoch left.
+        """
+        given, values, changed, kept = given_names(settings), {}, {}, {}
+        for name in settings.__dataclass_fields__:
+            ours = getattr(settings, name)
+            theirs = checkpoint["settings"].get(name, ours)
+            if name in OF_THIS_RUN or ours == theirs:
+                continue
+            if name in given and name in fixed:
+                raise UserError(
+                    f"--{name} {ours}: {source} was trained with {theirs}; leave it out, or train anew"
+                )
+            if name in given or (name == "epochs" and ours > theirs):
+                changed[name] = f"{ours} (was {theirs})"
+            else:
+                values[name] = theirs
+                kept[name] = f"{theirs} (not {ours})"
+        settings, history = replace(settings, **values), checkpoint["history"]
+        if len(history) >= settings.epochs:
+            raise UserError(f"{source} has its {len(history)} epochs: raise --epochs to go on")
+        parts = ["changed: " + describe_settings(changed)] if changed else []
+        parts += ["from the checkpoint: " + describe_settings(kept)] if kept else []
+        differences = "; ".join(parts) or "the settings are the checkpoint's"
+        return settings, cls(checkpoint, source, given, differences)
+
+    def restore(
+        self,
+        optimizer: torch.optim.Optimizer,
+        rates: LearningRate,
+        run: Run,
+        modules: Sequence[nn.Module],
+        rate_names: Sequence[str],
+    ) -> str:
+        """Take optimizer, rates and scaler from the checkpoint; return a line on what is in force.
+
+        Args:
+            modules: whose parameters the optimizer's groups hold, one module per group.
+            rate_names: the setting of each group's rate; one that was given begins without decays.
+        """
+        states = self.checkpoint
+        if "optimizers" in states:
+            states = states | merge_optimizers(states["optimizers"], optimizer, modules)
+        kept = "optimizer" in states
+        if kept:
+            try:
+                optimizer.load_state_dict(states["optimizer"])
+            except ValueError:  # of the first release, which left out what was frozen
+                kept = False
+            restarted = [number for number, name in enumerate(rate_names) if name in self.given]
+            earlier = {"steps": states.get("schedule", {}).get("last_epoch", 0), "decays": rates.decays}
+            rates.load_state_dict(states.get("rates", earlier), restarted)
+            if states.get("scaler") and run.scaler.is_enabled():
+                run.scaler.load_state_dict(states["scaler"])
+        return (
+            f"going on after epoch {len(self.history)} of {self.source}; {self.differences}; Adam's state "
+            f"{'kept' if kept else 'starts anew'}; learning rates now {rates.describe()}"
+        )
+
+
+def merge_optimizers(
+    earlier: dict[str, dict], optimizer: torch.optim.Optimizer, modules: Sequence[nn.Module]
+) -> dict:
+    """The states of the first release's two optimizers, "decoder" and "encoder", which held what was
+    trainable then, as those of one optimizer with a group per module; {} where they do not fit."""
+    state, decays, offset = {}, [], 0
+    for name, module, group in zip(("decoder", "encoder"), modules, optimizer.param_groups):
+        trainable = [i for i, parameter in enumerate(module.parameters()) if parameter.requires_grad]
+        ours = earlier.get(name, {"param_groups": [{"params": [], "lr": group["lr"]}]})["param_groups"][0]
+        decays.append(round(math.log(ours["lr"] / group["lr"], 0.8)) if ours["params"] else 0)
+        if ours["params"] and len(ours["params"]) == len(trainable):
+            state |= {offset + trainable[i]: values for i, values in earlier[name]["state"].items()}
+        offset += len(list(module.parameters()))
+    if not state:
+        return {}
+    merged = {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    return {"optimizer": merged, "rates": {"steps": 0, "decays": decays}}
+
+
+def find_same_run(settings, data: object) -> tuple[Path, list[dict]] | None:
+    """The last checkpoint in the output folder and its history, where it was trained on these data with these
+    settings; their number of epochs, and what is of each run, may differ."""
+    files = epoch_checkpoints(settings.output_folder)
+    try:
+        checkpoint = read_checkpoint(files[-1])
+        earlier, history, same = checkpoint["settings"], checkpoint["history"], checkpoint["data"] == data
+    except (IndexError, KeyError, TypeError, ValueError):  # no file, or none of ours
+        return None
+    for name, value in asdict(settings).items():
+        if name not in {*OF_THIS_RUN, "epochs"}:
+            same = same and earlier.get(name, value) == value
+    return (files[-1], history) if same else None
+
+
+def is_complete(settings, history: list[dict]) -> bool:
+    waited = epochs_since_improvement(history, settings.score)
+    return len(history) >= settings.epochs or 0 < settings.patience <= waited

@@ -1,0 +1,273 @@
+"""Captions for a folder of images, by any captioner: what caption.py, caption_from_checkpoint.py and
+direct_caption.py do with one.
+
+The main process plans (folder_plan.py). Every process captions its share into a journal (journal.py). The
+main process makes the output of the journals.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from captioning.folder_plan import (
+    FolderOptions,
+    Plan,
+    Problem,
+    ReadRow,
+    Row,
+    plan_folder,
+    printable,
+    read_row,
+    report,
+    tell,
+)
+from captioning.journal import Entry, Journal
+from captioning.sidecars import Sidecars
+from captioning.submissions import write_submission
+from utils import UserError, is_main_process, on_main_process, parallel_map, processes, progress_bar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def caption_folder(
+    options: FolderOptions,
+    load: Callable[[], Any],
+    model: str | Sequence[str | Path],
+    search: dict[str, Any],
+    depends_on: dict[str, Any] | None = None,
+) -> list[str]:
+    """Caption the images that `find_images` finds; write the output file, or sidecars, or both.
+
+    Threads read images while the model works on the batch before. Under torchrun every process calls this,
+    and each captions a share. A run that is killed leaves its captions in a journal; the same call goes on
+    with it.
+
+    Args:
+        load: gives the captioner, with `prepare` and `caption_prepared`; not called where every image has
+            its caption already.
+        model: the captioner's files, or its name on the hub. By these and by
+        search, the arguments of `caption_prepared`, and
+        depends_on, anything else that captions depend on, a journal is known as one of the same run. The
+            batch size is not among them, as captions do not depend on it.
+
+    Returns:
+        What was wrong with the images that could not be captioned, one line each; they have an empty row
+        and no sidecar.
+
+    Raises:
+        UserError: wrong input, or not one readable image.
+    """
+    plan = None
+
+    def prepare() -> tuple[list[Row], list[Problem], dict, int]:
+        nonlocal plan
+        plan = plan_folder(options, model, search | (depends_on or {}))
+        return plan.pending, plan.problems, plan.depends_on, os.getpid()
+
+    pending, problems, key, main_process = on_main_process(prepare)
+    journal = options.journal()
+    if pending:
+        captioner = load()
+        on_main_process(lambda: journal.begin(key, plan.done.values()))
+        bar = None
+        if is_main_process():
+            total = len(plan.done) + len(pending)
+            bar = progress_bar(total=total, initial=len(plan.done), desc="captioning", unit="image")
+        try:
+            found = caption_share(captioner, search, pending, options, key, bar)
+        except KeyboardInterrupt as interrupt:
+            kept = f"{journal.count()} captions are kept in {journal}; the same command goes on from there"
+            interrupt.args = (kept,)
+            if is_main_process():
+                journal.end_early()
+            elif not _is_alive(main_process) and not journal.ended_early():  # it can no longer say so
+                print(f"interrupted: {kept}", file=sys.stderr)
+            raise
+        finally:
+            if bar is not None:
+                bar.close()
+        problems = problems + _gather(found, journal)
+    on_main_process(lambda: write_captions(options, plan, problems))
+    return [problem.text for problem in problems]
+
+
+# --- a process's share -------------------------------------------------------------------------------------
+
+
+def caption_share(
+    captioner: Any,
+    search: dict[str, Any],
+    pending: list[Row],
+    options: FolderOptions,
+    depends_on: dict,
+    bar: tqdm | None,
+) -> list[Problem]:
+    """Caption this process's share of the pending rows into its journal and, where asked for, sidecars.
+
+    bar: the progress of all processes, which is reckoned by that of this one.
+    """
+    state = processes()
+    share = pending[state.process_index :: state.num_processes]
+    journal, sidecars = options.journal(), options.as_sidecars
+    caption = HalvingCaptioner(
+        lambda images: captioner.caption_prepared(images, **search), options.batch_size
+    )
+    problems: list[Problem] = []
+
+    def finish(batch: list[ReadRow]) -> None:
+        captions = caption([item.image for item in batch])
+        entries = []
+        for item, text in zip(batch, captions, strict=True):
+            before = sidecars.read(item.row.path) if sidecars and sidecars.keeps() else ""
+            entries.append(Entry(item.row.image_id, text, item.file, before))
+        journal.append(state.process_index, depends_on, entries)
+        if sidecars:
+            for item, entry in zip(batch, entries):
+                problems.extend(_write_sidecar(sidecars, item.row.path, entry))
+
+    def readable() -> Iterator[ReadRow]:
+        read = parallel_map(
+            lambda row: read_row(row, options, captioner.prepare),
+            share,
+            options.workers,
+            ahead=2 * options.batch_size,
+        )
+        with closing(read):
+            for item in read:
+                if bar is not None:
+                    bar.update(min(state.num_processes, bar.total - bar.n))
+                if item.problem:
+                    problems.append(report(Problem(item.row.image_id, item.problem)))
+                else:
+                    yield item
+
+    batch: list[ReadRow] = []
+    with closing(readable()) as items:
+        for item in items:
+            batch.append(item)
+            if len(batch) == options.batch_size:
+                finish(batch)
+                batch = []
+        if batch:
+            finish(batch)
+    return problems
+
+
+class HalvingCaptioner:
+    """Captions batches in parts that the GPU's memory holds: when it is full, the parts are halved."""
+
+    def __init__(self, caption: Callable[[Tensor], list[str]], batch_size: int):
+        self.caption = caption
+        self.size = batch_size
+
+    def __call__(self, images: list[Tensor]) -> list[str]:
+        """Prepared images -> their captions. Raises torch.OutOfMemoryError where one image is too much."""
+        import torch
+
+        captions: list[str] = []
+        while len(captions) < len(images):
+            part = images[len(captions) : len(captions) + self.size]
+            try:
+                captions += self.caption(torch.stack(part))
+                continue
+            except torch.OutOfMemoryError:
+                if len(part) == 1:
+                    raise
+            # here, where the exception no longer holds on to what filled the memory
+            torch.cuda.empty_cache()
+            self.size = len(part) // 2
+            tell(f"the GPU's memory is full with {len(part)} images at a time; going on with {self.size}")
+        return captions
+
+
+def _write_sidecar(sidecars: Sidecars, image: str, entry: Entry) -> list[Problem]:
+    """Returns []; or what was wrong with the place."""
+    try:
+        sidecars.write(image, entry.caption, entry.before)
+    except (PermissionError, IsADirectoryError) as error:
+        text = f"{sidecars.path(image)}: cannot be written ({error.strerror})"
+        return [report(Problem(entry.image_id, text))]
+    return []
+
+
+def _gather(problems: list[Problem], journal: Journal) -> list[Problem]:
+    """The problems of all processes, in all of them."""
+    if processes().num_processes == 1:
+        return problems
+    from accelerate.utils import gather_object
+
+    try:
+        return gather_object(problems)
+    except RuntimeError:
+        raise UserError(
+            f"another process of this run has ended before its share was done; {journal.count()} captions "
+            f"are kept in {journal}, and the same command goes on from there"
+        ) from None
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+# --- the output --------------------------------------------------------------------------------------------
+
+
+def write_captions(options: FolderOptions, plan: Plan, problems: Sequence[Problem]) -> None:
+    """Write the output of the journals, remove these, and say where the captions are."""
+    sidecars, journal = options.as_sidecars, options.journal()
+    entries = journal.read(plan.depends_on)[0] if plan.depends_on else {}
+    failed = {problem.image_id for problem in problems}
+    missing = [row.image_id for row in plan.pending if row.image_id not in failed | entries.keys()]
+    if missing:
+        raise UserError(
+            f"{len(missing)} captions, such as that of {missing[0]}, are not in {journal} and its like: all "
+            f"machines must write to one shared folder; the same command goes on from there"
+        )
+    captions = []
+    for image_id, path in plan.rows:
+        entry = entries.get(image_id)
+        if sidecars and image_id in plan.done:  # an earlier run may have been killed before it wrote this
+            _write_sidecar(sidecars, path, entry)
+        kept = sidecars.read(path) if options.output_csv and path in plan.skipped and not entry else ""
+        captions.append((image_id, entry.caption if entry else kept))
+    places = []
+    if options.output_csv:
+        write_submission(options.output_csv, captions)
+        places.append(str(options.output_csv))
+    if sidecars:
+        places.append(str(Path(options.test_folder, *["**"] * options.recursive, f"*{sidecars.extension}")))
+    journal.remove()
+    made = [entries[row.image_id].caption for row in plan.rows if row.image_id in entries]
+    _warn_of_bad_captions(made)
+    counts = [f"{len(made)} images captioned"]
+    skipped = sum(row.path in plan.skipped and row.image_id not in entries for row in plan.rows)
+    if skipped:
+        counts.append(f"{skipped} had a sidecar before")
+    if problems:
+        counts.append(f"{len(problems)} without a caption")
+    print(printable(f"{', '.join(counts)}: captions in {' and '.join(places)}"))
+
+
+def _warn_of_bad_captions(captions: list[str]) -> None:
+    if len(set(captions)) < len(captions) / 20:
+        tell(
+            f"only {len(set(captions))} different captions for {len(captions)} images: the model has "
+            f"probably collapsed to a few sentences; train it longer, or take an earlier checkpoint"
+        )
+    empty = sum(not caption.strip() for caption in captions)
+    if empty > len(captions) / 100:
+        tell(f"{empty} of {len(captions)} captions are empty: the model gave no word for these images")

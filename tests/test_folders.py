@@ -1,0 +1,641 @@
+"""Captioning a folder: what survives a kill, sidecars, subfolders, unreadable files, several processes."""
+
+import itertools
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import caption
+import caption_from_checkpoint
+import direct_caption
+from captioning.folder_plan import FolderOptions, find_images, printable
+from captioning.folders import HalvingCaptioner, caption_folder
+from captioning.images import read_image, walk_images
+from captioning.journal import Entry, Journal
+from captioning.sidecars import Sidecars
+from captioning.submissions import read_submission, write_submission
+from captioning.tiny_blip import tiny_captioner
+from utils import UserError, parse_settings
+
+BATCH = 4
+
+
+class ColourCaptioner:
+    """Captions an image by its mean colour; counts the images that it has seen.
+
+    kill_at: the number of the batch during which the process "dies": it raises what nobody catches.
+    """
+
+    def __init__(self, kill_at: float = float("inf"), word: str = "colour"):
+        self.seen, self.batches, self.kill_at, self.word = 0, 0, kill_at, word
+
+    def prepare(self, path):
+        return torch.from_numpy(read_image(path, 8))
+
+    def caption_prepared(self, images, beam_size=1):
+        self.seen += len(images)
+        self.batches += 1
+        if self.batches == self.kill_at:
+            raise Killed
+        return [f"{self.word} {' '.join(map(str, image.flatten(1)[:, 0].tolist()))}" for image in images]
+
+
+class Killed(BaseException):
+    pass
+
+
+def make_images(folder, count: int, suffix: str = ".png"):
+    """Images of one colour each, all different."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        Image.new("RGB", (9, 7), (number % 256, number // 256, 200)).save(folder / f"img{number}{suffix}")
+    return folder
+
+
+def run(captioner, folder, output=None, model="model", beam_size=1, **options) -> list[str]:
+    options = FolderOptions(folder, output_csv=output, batch_size=BATCH, workers=2, **options)
+    return caption_folder(options, lambda: captioner, model, {"beam_size": beam_size})
+
+
+def no_captioner():
+    raise AssertionError("a captioner was loaded for nothing")
+
+
+# --- kills --------------------------------------------------------------------------------------------------
+
+
+def test_kills_cost_a_batch_each_and_change_nothing(tmp_path, capsys):
+    folder, kills = make_images(tmp_path / "in", 150), 10
+    run(ColourCaptioner(), folder, tmp_path / "whole.csv")
+    seen, random_batch = 0, random.Random(0)
+    for _ in range(kills):
+        captioner = ColourCaptioner(kill_at=random_batch.randint(1, 5))
+        with pytest.raises(Killed):
+            run(captioner, folder, tmp_path / "killed.csv")
+        seen += captioner.seen
+        assert not (tmp_path / "killed.csv").exists()
+    last = ColourCaptioner()
+    run(last, folder, tmp_path / "killed.csv")
+    assert 150 < seen + last.seen <= 150 + kills * BATCH and last.seen < 150
+    assert (tmp_path / "killed.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert "going on: " in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path)) == ["in", "killed.csv", "whole.csv"]
+
+
+def test_another_setting_or_model_starts_anew_and_says_so(tmp_path, capsys):
+    folder, output = make_images(tmp_path / "in", 12), tmp_path / "out.csv"
+
+    def killed(**options):
+        with pytest.raises(Killed):
+            run(ColourCaptioner(kill_at=3), folder, output, **options)
+
+    killed()
+    captioner = ColourCaptioner(word="other")
+    run(captioner, folder, output, beam_size=2)
+    assert captioner.seen == 12 and "another beam_size; not used, starting anew" in capsys.readouterr().out
+    assert all(caption.startswith("other") for _, caption in read_submission(output))
+    killed()
+    weights = tmp_path / "weights"
+    weights.write_text("1")
+    killed(model=[weights])
+    assert "another model" in capsys.readouterr().out
+    captioner = ColourCaptioner()
+    os.utime(weights, (1, 1))  # the same content is the same model, however old
+    run(captioner, folder, output, model=[weights])
+    assert captioner.seen == 4
+    killed(model=[weights])
+    weights.write_text("2")
+    captioner = ColourCaptioner()
+    run(captioner, folder, output, model=[weights])
+    assert captioner.seen == 12
+
+
+def test_an_image_that_changed_meanwhile_is_captioned_again(tmp_path):
+    folder, output = make_images(tmp_path / "in", 12), tmp_path / "out.csv"
+    with pytest.raises(Killed):
+        run(ColourCaptioner(kill_at=3), folder, output)
+    Image.new("RGB", (9, 7), (99, 98, 97)).save(folder / "img1.png")
+    (folder / "img2.png").unlink()
+    make_images(tmp_path / "more", 14)
+    shutil.copy(tmp_path / "more" / "img13.png", folder)
+    captioner = ColourCaptioner()
+    run(captioner, folder, output)
+    assert captioner.seen == 4 + 1 + 1  # the rest, the changed one, the new one
+    captions = dict(read_submission(output))
+    assert captions["img1"] == "colour 99 98 97" and "img2" not in captions and len(captions) == 12
+
+
+def test_a_journal_that_a_kill_cut_short_or_damaged(tmp_path):
+    journal = Journal(tmp_path / "out.csv")
+    key, entries = {"model": "m"}, [Entry(f"id{i}", "a \u2028 caption\n", ["p", 1, 2]) for i in range(3)]
+    journal.begin(key, entries[:1])
+    journal.append(0, key, entries[1:2])
+    journal.append(1, key, entries[2:])
+    assert journal.read(key) == ({entry.image_id: entry for entry in entries}, []) and journal.count() == 3
+    whole = journal.path(0).read_bytes()
+    for length in range(len(whole)):
+        journal.path(0).write_bytes(whole[:length])
+        found, _ = journal.read(key)
+        assert found["id2"] == entries[2] and all(found[name] == entries[int(name[2])] for name in found)
+    for damage in (b"", b"\xff\n", b"[]\n", b'{"model": "m"}\n[1]\n{"image_id": 1}\n"x"\n'):
+        journal.path(0).write_bytes(damage)
+        assert set(journal.read(key)[0]) == {"id2"}
+    journal.begin(key, entries)
+    assert journal.files() == [journal.path(0)]
+    journal.end_early()
+    assert journal.ended_early() and journal.count() == 3 and len(journal.read(key)[0]) == 3
+
+
+def test_the_file_is_written_even_where_all_was_done_before(tmp_path):
+    """A kill between the last batch and the output."""
+    folder, output = make_images(tmp_path / "in", 8), tmp_path / "out.csv"
+    captioner = ColourCaptioner()
+    run(captioner, folder, tmp_path / "whole.csv")
+    with pytest.raises(Killed):
+        run(ColourCaptioner(kill_at=2), folder, output)
+    (folder / "img7.png").write_text("")
+    for number in (4, 5, 6):
+        (folder / f"img{number}.png").unlink()
+    run(no_captioner, folder, output)
+    assert [bool(text) for _, text in read_submission(output)] == [True] * 4 + [False]
+
+
+class Script:
+    """A captioning script on the models of the tests, with an output beside the images."""
+
+    def __init__(self, name: str, models, folder, output):
+        model = {"caption.py": "--model", "caption_from_checkpoint.py": "--checkpoint"}.get(name)
+        given = ["--model_path", models] if model is None else [model, models / "best_checkpoint.pth"]
+        given += ["--test_folder", folder, "--output_csv", output, "--batch_size", "2", "--workers", "1"]
+        self.arguments = [str(ROOT / name), *map(str, given)]
+
+    def start(self, *launcher) -> subprocess.Popen:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            [sys.executable, *launcher, *self.arguments],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+
+LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+@pytest.fixture(scope="module")
+def blip_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("blip")
+    torch.manual_seed(0)
+    tiny_captioner(["a red circle on grass", "two blue squares on gravel"]).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(demo, tmp_path_factory):
+    """140 small images, so that a run lasts long enough to be killed."""
+    folder = tmp_path_factory.mktemp("photos") / "a" / "b" / "photos"
+    folder.mkdir(parents=True)
+    paths = walk_images(demo / "train" / "train").names
+    for number in range(140):
+        image = read_image(demo / "train" / "train" / paths[number % len(paths)], 48)
+        Image.fromarray(np.roll(image.transpose(1, 2, 0), number, axis=1)).save(folder / f"p{number}.png")
+    return folder
+
+
+def wait_for(condition, process) -> None:
+    while not condition() and process.poll() is None:
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["caption.py", "caption_from_checkpoint.py", "direct_caption.py"])
+def test_scripts_survive_kills(name, models, blip_model, photos, tmp_path):
+    model = blip_model if name == "direct_caption.py" else models
+    whole = Script(name, model, photos, tmp_path / "whole.csv").start()
+    assert whole.wait() == 0, whole.stderr.read()
+    output = tmp_path / "killed.csv"
+    journal = Journal(output)
+    ends = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
+    for end in ends:
+        before = journal.count()
+        process = Script(name, model, photos, output).start()
+        wait_for(lambda: journal.count() > before, process)  # noqa: B023
+        process.send_signal(end)
+        out, err = process.communicate()
+        assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[end], err
+        assert "Traceback" not in err and not output.exists() and journal.count() > before
+        assert (end == signal.SIGKILL) == ("the same command goes on" not in err)
+    process = Script(name, model, photos, output).start()
+    out, err = process.communicate()
+    assert process.returncode == 0 and f"going on: {journal.count()}" not in out and "going on: " in out, err
+    assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes() and not journal.files()
+
+
+# --- sidecars -----------------------------------------------------------------------------------------------
+
+
+def sidecars_of(folder) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.glob("*.txt")}
+
+
+def test_sidecars_are_written_and_then_nothing_is_done(tmp_path, capsys):
+    folder = make_images(tmp_path / "in", 6)
+    words = {"prefix": "{folder} style, {name},", "suffix": ", photo"}
+    run(ColourCaptioner(), folder, sidecars=True, **words)
+    assert sidecars_of(folder) == {
+        f"img{i}.txt": f"in style, img{i}, colour {i} 0 200, photo\n" for i in range(6)
+    }
+    assert capsys.readouterr().out.splitlines()[-1] == f"6 images captioned: captions in {folder}/*.txt"
+    assert sorted(os.listdir(tmp_path)) == ["in"] and len(os.listdir(folder)) == 12
+    run(no_captioner, folder, sidecars=True, **words)
+    assert "6 had a sidecar before" in capsys.readouterr().out
+    run(no_captioner, folder, tmp_path / "out.csv", sidecars=True)
+    assert dict(read_submission(tmp_path / "out.csv"))["img3"] == "in style, img3, colour 3 0 200, photo"
+    (folder / "img2.txt").unlink()
+    captioner = ColourCaptioner()
+    run(captioner, folder, sidecars=True)
+    assert captioner.seen == 1 and sidecars_of(folder)["img2.txt"] == "colour 2 0 200\n"
+
+
+@pytest.mark.parametrize(
+    "existing, expected",
+    [
+        ("skip", "mine\n"),
+        ("overwrite", "colour 0 0 200\n"),
+        ("append", "mine, colour 0 0 200\n"),
+        ("prepend", "colour 0 0 200, mine\n"),
+    ],
+)
+def test_existing_sidecars(existing, expected, tmp_path):
+    folder = make_images(tmp_path / "in", 5)
+    (folder / "img0.caption").write_text("mine\n")
+    run(ColourCaptioner(), folder, sidecars=True, sidecar_extension="caption", existing=existing)
+    assert (folder / "img0.caption").read_text() == expected
+    assert (folder / "img1.caption").read_text() == "colour 1 0 200\n"
+
+
+@pytest.mark.parametrize("existing", ["overwrite", "append", "prepend"])
+def test_kills_between_journal_and_sidecars_leave_none_out_and_none_twice(existing, tmp_path, monkeypatch):
+    folders = {name: make_images(tmp_path / name, 10) for name in ("whole", "killed")}
+    for folder in folders.values():
+        for number in range(10):
+            (folder / f"img{number}.txt").write_text("b\xe9\n", encoding="latin-1")
+    run(ColourCaptioner(), folders["whole"], sidecars=True, existing=existing)
+    plain, writes = Sidecars.write, itertools.count(1)
+
+    def killed_while_writing(self, *arguments):
+        if next(writes) in (3, 7, 12):
+            raise Killed
+        plain(self, *arguments)
+
+    monkeypatch.setattr(Sidecars, "write", killed_while_writing)
+    seen = 0
+    for _ in range(3):
+        captioner = ColourCaptioner()
+        with pytest.raises(Killed):
+            run(captioner, folders["killed"], sidecars=True, existing=existing)
+        seen += captioner.seen
+    captioner = ColourCaptioner()
+    run(captioner, folders["killed"], sidecars=True, existing=existing)
+    assert seen + captioner.seen == 10  # each was in the journal before its sidecar was written
+    for path in folders["whole"].glob("*.txt"):
+        assert path.read_bytes() == (folders["killed"] / path.name).read_bytes()
+
+
+def test_sidecars_that_cannot_be_are_refused(tmp_path):
+    folder = make_images(tmp_path / "in", 2)
+    for options, part in (
+        ({"sidecar_extension": ".JPG"}, "--sidecar_extension"),
+        ({"sidecar_extension": ""}, "--sidecar_extension"),
+        ({"sidecar_extension": "/../x"}, "--sidecar_extension"),
+    ):
+        with pytest.raises(UserError, match=part):
+            run(no_captioner, folder, sidecars=True, **options)
+    with pytest.raises(UserError, match="are for --sidecars"):
+        run(no_captioner, folder, tmp_path / "out.csv", prefix="a photo of")
+    Image.new("RGB", (5, 5)).save(folder / "img1.jpg")
+    with pytest.raises(UserError, match=re.escape(f"{folder}/img1.txt would be the sidecar of")):
+        run(no_captioner, folder, sidecars=True)
+    assert not list(folder.glob("*.txt")) and not list(folder.glob(".*"))
+    with pytest.raises(UserError, match=r"\.csv, \.json, \.jsonl"):
+        run(no_captioner, folder, tmp_path / "out.tsv")
+
+
+def test_a_place_where_no_sidecar_can_be_is_one_problem(tmp_path, capsys):
+    folder = make_images(tmp_path / "in", 5)
+    (folder / "img3.txt").mkdir()
+    problems = run(ColourCaptioner(), folder, sidecars=True, existing="overwrite")
+    assert len(problems) == 1 and "img3.txt" in problems[0] and len(list(folder.glob("*.txt"))) == 5
+    assert "no caption: " in capsys.readouterr().err
+
+
+# --- subfolders and formats ---------------------------------------------------------------------------------
+
+
+def test_subfolders(tmp_path, capsys):
+    folder = make_images(tmp_path / "in", 2)
+    make_images(folder / "b" / "c", 1)
+    make_images(folder / "a 10", 1, ".jpg")
+    make_images(folder / "a 9", 1)
+    make_images(folder / ".trash", 3)
+    (folder / ".hidden.png").write_bytes(b"")
+    (folder / "b" / "notes.md").write_text("no image")
+    (folder / "b" / "up").symlink_to(folder)
+    run(ColourCaptioner(), folder, tmp_path / "out.csv")
+    assert f"3 images in subfolders of {folder} are left out; --recursive" in capsys.readouterr().out
+    assert [row[0] for row in read_submission(tmp_path / "out.csv")] == ["img0", "img1"]
+    run(ColourCaptioner(), folder, tmp_path / "out.jsonl", recursive=True, sidecars=True, prefix="{folder}")
+    rows = read_submission(tmp_path / "out.jsonl")
+    assert [row[0] for row in rows] == [
+        "a 9/img0.png",
+        "a 10/img0.jpg",
+        "b/c/img0.png",
+        "img0.png",
+        "img1.png",
+    ]
+    assert (folder / "b" / "c" / "img0.txt").read_text() == "c colour 0 0 200\n"
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f"{tmp_path}/out.jsonl and {folder}/**/*.txt")
+
+
+def test_one_folder_of_100000_files(tmp_path):
+    """Only names: what is done for each file before it is read takes next to no time."""
+    for number in range(100_000):
+        os.mknod(tmp_path / f"{number}.jpg") if hasattr(os, "mknod") else (tmp_path / f"{number}.jpg").touch()
+    started = time.process_time()
+    rows = find_images(tmp_path)
+    Sidecars().check(path for _, path in rows)
+    assert time.process_time() - started < 10  # about two seconds
+    assert len(rows) == 100_000 and rows[99_999] == ("99999", str(tmp_path / "99999.jpg"))
+
+
+@pytest.mark.parametrize("extension", [".csv", ".json", ".jsonl"])
+def test_formats_come_back(extension, tmp_path):
+    rows = [("a/b.png", 'a "quoted", caption'), ("é", ""), ("c\nd", "二\u2028x"), ("391895", "a dog")]
+    write_submission(tmp_path / f"x{extension}", rows)
+    assert read_submission(tmp_path / f"x{extension}") == rows
+
+
+def test_damaged_json_lines(tmp_path):
+    file = tmp_path / "x.jsonl"
+    for line in ("[1]", "{", '{"image_id": 1}', '{"image_id": 1, "caption": 2}'):
+        file.write_text('{"image_id": "a", "caption": "b"}\n' + line)
+        with pytest.raises(UserError, match="line 2"):
+            read_submission(file)
+    file.write_bytes(b"\xff")
+    with pytest.raises(UserError, match="UTF-8"):
+        read_submission(file)
+
+
+# --- files that cannot be captioned -------------------------------------------------------------------------
+
+
+def add_unreadable_files(folder) -> int:
+    """Files with names of images that are none, each in another way; returns how many."""
+    before = len(os.listdir(folder))
+    good = next(folder.glob("*.png")).read_bytes()
+    contents = {
+        "empty.jpg": b"",
+        "text.jpg": b"no image",
+        "cut.png": good[:45],
+        "zeros.gif": bytes(4096),
+        "header.webp": b"RIFF\x24\0\0\0WEBPVP8 ",
+        "phone.heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99),
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    (folder / "broken_link.jpg").symlink_to("nowhere.jpg")
+    (folder / "loop.jpg").symlink_to("loop.jpg")
+    (folder / "device.jpg").symlink_to("/dev/zero")
+    os.mkfifo(folder / "pipe.jpg")
+    with open(os.fsencode(folder) + b"/caf\xe9.png", "wb") as stream:
+        stream.write(good)
+    (folder / "two\nlines.png").write_text("x")
+    return len(os.listdir(folder)) - before
+
+
+def test_bad_files_get_an_empty_row_and_a_line_each(tmp_path, capsys):
+    folder, output = make_images(tmp_path / "in", 30), tmp_path / "out.csv"
+    bad = add_unreadable_files(folder)
+    problems = run(ColourCaptioner(), folder, output, sidecars=True)
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if "no caption: " in line]
+    assert len(problems) == len(lines) == bad and f"30 images captioned, {bad} without" in printed.out
+    for part in (
+        "empty.jpg: an empty file",
+        "loop.jpg: a link",
+        "pipe.jpg: a pipe",
+        "device.jpg: a device",
+        "pip install pillow-heif",
+        "caf\\xe9: the file's name is not UTF-8",
+        "two\\nlines.png",
+    ):
+        assert any(part in line for line in lines), part
+    rows = dict(read_submission(output))
+    assert len(rows) == 30 + bad and sum(not caption for caption in rows.values()) == bad
+    assert rows["caf\\xe9"] == ""
+    assert len(list(folder.glob("*.txt"))) == 30 and all(
+        (folder / f"img{i}.txt").read_text() == rows[f"img{i}"] + "\n" for i in range(30)
+    )
+    again = run(no_captioner, folder, sidecars=True)  # the unreadable ones are tried again, without a model
+    assert sorted(again) == sorted(problems)
+
+
+def test_a_file_without_permission(tmp_path, monkeypatch):
+    folder = make_images(tmp_path / "in", 2)
+    plain = Image.open
+
+    def refuse(path, *arguments):
+        if "img1" in str(path):
+            raise PermissionError(13, "Permission denied", path)
+        return plain(path, *arguments)
+
+    monkeypatch.setattr(
+        Image, "open", refuse
+    )  # root may read any file, so taking its permission shows nothing
+    (problem,) = run(ColourCaptioner(), folder, tmp_path / "out.csv")
+    assert "img1.png: cannot be read (Permission denied)" in problem
+
+
+def test_nothing_readable_is_wrong_input(tmp_path):
+    folder = make_images(tmp_path / "in", 1)
+    (folder / "img0.png").write_text("x")
+    with pytest.raises(UserError, match="not one readable image among 1"):
+        run(no_captioner, folder, tmp_path / "out.csv")
+    (folder / "img0.png").unlink()
+    make_images(folder / "deeper", 3)
+    with pytest.raises(UserError, match="3 in its subfolders, which --recursive takes"):
+        run(no_captioner, folder, tmp_path / "out.csv")
+    assert sorted(os.listdir(tmp_path)) == ["in"]
+
+
+def test_printable():
+    assert printable("a\n\x1b[1mb\udce9 é") == "a\\n\\x1b[1mb\\udce9 é"
+
+
+# --- memory and sanity --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("room", [1, 3, 7])
+def test_a_full_gpu_halves_the_batch(room, tmp_path, capsys):
+    folder = make_images(tmp_path / "in", 21)
+
+    class Small(ColourCaptioner):
+        def caption_prepared(self, images, beam_size=1):
+            if len(images) > room:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().caption_prepared(images)
+
+    run(ColourCaptioner(), folder, tmp_path / "plain.csv")
+    small = Small()
+    options = FolderOptions(folder, output_csv=tmp_path / "halved.csv", batch_size=16)
+    caption_folder(options, lambda: small, "model", {})
+    assert (tmp_path / "halved.csv").read_bytes() == (tmp_path / "plain.csv").read_bytes()
+    assert small.seen == 21 and "memory is full with 16 images at a time" in capsys.readouterr().err
+
+
+def test_one_image_that_is_too_much_ends_the_run():
+    def full(images):
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        HalvingCaptioner(full, 4)([torch.zeros(1)] * 3)
+
+
+def test_collapsed_and_empty_captions_are_named(tmp_path, capsys):
+    folder = make_images(tmp_path / "in", 45)
+
+    class Collapsed(ColourCaptioner):
+        def caption_prepared(self, images, beam_size=1):
+            return ["a dog", "", *["a dog"] * len(images)][: len(images)]
+
+    run(Collapsed(), folder, tmp_path / "out.csv")
+    err = capsys.readouterr().err
+    assert "only 2 different captions for 45 images: the model has probably collapsed" in err
+    assert "11 of 45 captions are empty" in err
+    run(ColourCaptioner(), folder, tmp_path / "out.csv")
+    err = capsys.readouterr().err
+    assert "collapsed" not in err and "are empty" not in err
+
+
+# --- several processes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["caption.py", "caption_from_checkpoint.py", "direct_caption.py"])
+def test_two_processes_give_the_file_of_one(name, models, blip_model, photos, tmp_path):
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    add_unreadable_files(folder)
+    model = blip_model if name == "direct_caption.py" else models
+    results = []
+    for output, launcher in ((tmp_path / "one.csv", ()), (tmp_path / "two.csv", LAUNCHER)):
+        process = Script(name, model, folder, output).start(*launcher)
+        out, err = process.communicate()
+        assert process.returncode == 1 and err.count("no caption: ") == 12, err  # 1: there are bad files
+        assert out.count("images captioned") == 1
+        results.append(output.read_bytes())
+    assert results[0] == results[1]
+    assert not list(tmp_path.glob("*.journal-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_killed_process_ends_the_run_with_one_line(rank, models, photos, tmp_path):
+    script = Script("caption.py", models, photos, tmp_path / "out.csv")
+    journal = Journal(tmp_path / "out.csv")
+    launcher = script.start(*LAUNCHER)
+    wait_for(lambda: journal.path(1).exists() and journal.count(), launcher)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    for child in children:
+        if f"\0RANK={rank}\0".encode() in Path(f"/proc/{child}/environ").read_bytes():
+            os.kill(int(child), signal.SIGKILL)
+    _, err = launcher.communicate()
+    assert launcher.returncode == 1 and err.count("the same command goes on from there") == 1, err
+    process = script.start(*LAUNCHER)
+    out, err = process.communicate()
+    assert process.returncode == 0 and "going on: " in out, err
+    process = Script("caption.py", models, photos, tmp_path / "whole.csv").start()
+    assert process.wait() == 0
+    assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command, part",
+    [
+        ("caption.py --test_folder nowhere", "nowhere"),
+        ("caption.py --beam_size 0", "--beam_size"),
+        ("eval.py --submission a.csv --references nowhere.csv", "nowhere.csv"),
+        ("train.py --data_folder nowhere", "nowhere"),
+        ("train_model.py --annotations nowhere.csv", "nowhere.csv"),
+    ],
+)
+def test_wrong_input_is_printed_once(command, part, tmp_path):
+    script, *rest = command.split()
+    process = subprocess.run(
+        [sys.executable, *LAUNCHER, str(ROOT / script), *rest], capture_output=True, text=True, cwd=tmp_path
+    )
+    lines = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+    assert process.returncode == 1 and len(lines) == 1 and part in lines[0], process.stderr
+
+
+# --- the scripts --------------------------------------------------------------------------------------------
+
+
+def test_scripts_have_the_same_names_for_a_folder():
+    for script in (caption_from_checkpoint, direct_caption):
+        settings = script.Settings(sidecars=True, sidecar_extension="caption")
+        assert FolderOptions.of(settings, "x.csv").output_csv is None
+        assert FolderOptions.of(script.Settings(), "x.csv").output_csv == "x.csv"
+        with pytest.raises(UserError, match="--sidecars"):
+            script.Settings(prefix="x")
+
+
+def test_scripts_import_nothing_that_takes_seconds():
+    code = "import sys, caption, caption_from_checkpoint, direct_caption; print(*sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert not {"transformers", "torchvision", "matplotlib", "skimage", "nltk"} & set(result.stdout.split())
+
+
+# --- single images ------------------------------------------------------------------------------------------
+
+
+def test_a_figure_of_each_image(models, blip_model, demo, tmp_path, monkeypatch, capsys):
+    first, second = (demo / "test" / "test" / f"test_000{i}.jpg" for i in (1, 2))
+    (tmp_path / "b").mkdir()
+    same_name = shutil.copy(second, tmp_path / "b" / first.name)
+    monkeypatch.chdir(tmp_path)
+    images = (str(first), str(same_name))
+    assert caption.main(caption.Settings(images, model=str(models / "best_checkpoint.pth"))) == 0
+    attention = capsys.readouterr()
+    assert direct_caption.main(direct_caption.Settings(images, model_path=str(blip_model))) == 0
+    names = ["attention_test_0001.png", "attention_test_0001_2.png"]
+    for printed in (attention, capsys.readouterr()):
+        assert [line.split(": ")[0] for line in printed.out.splitlines()] == list(images)
+        assert [line.removeprefix("figure: ") for line in printed.err.splitlines()] == names
+    assert sorted(os.listdir(tmp_path)) == [*names, "b"] and np.ptp(read_image(names[1])) > 100
+    with pytest.raises(UserError, match="--figure names the figure of one image"):
+        caption.Settings(images, figure="x.png")
+    with pytest.raises(UserError, match=r"nowhere\.jpg: no such image"):
+        direct_caption.main(direct_caption.Settings(("nowhere.jpg",)))
+
+
+def test_plain_arguments_may_stand_anywhere():
+    for arguments in ("a.jpg b.jpg --show --beam_size 2", "a.jpg --beam_size 2 --show b.jpg"):
+        settings = parse_settings(caption.Settings, arguments.split())
+        assert settings.images == ("a.jpg", "b.jpg") and settings.show and settings.beam_size == 2
+    assert parse_settings(caption.Settings, []).images == ()
+    settings = parse_settings(caption.Settings, ["--show", "False", "a.jpg", "--img", "b.jpg"])
+    assert settings.images == ("a.jpg", "b.jpg") and not settings.show

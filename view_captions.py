@@ -1,0 +1,288 @@
+"""Look at captions: images, captions, scores and attention -> gallery/index.html, to be opened in a browser.
+
+    python view_captions.py                                     # best_checkpoint.pth on the test images
+    python view_captions.py --checkpoint a.pth b.pth                    # compare models
+    python view_captions.py --checkpoint a.pth --model_path blip_finetuned_model/
+    python view_captions.py --submission submission.csv blip_submission.csv --references test_captions.csv
+    python view_captions.py --img photo.jpg --beam_size 5               # one image: the n best captions
+
+A word's attention is laid over the image under the mouse, the finger or the keyboard. The page also compares
+the models (paired bootstrap over the images) and says what their captions are like; quality.json has the same
+numbers. With --figures each image's attention is drawn as a PNG too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from captioning.annotations import Record
+from captioning.comparison import compare_models, verdict
+from captioning.figures import draw_attention, draw_maps
+from captioning.folder_plan import find_images
+from captioning.gallery import ShownCaption, ShownModel, check_folder, write_gallery
+from captioning.images import read_image
+from captioning.quality import attention_summary, caption_quality
+from captioning.scoring import find_image_folder, match_submission, prepared_records, reference_records
+from metrics import score_captions, tokenize
+from utils import UserError, check_at_least, check_output, progress_bar, run_script, write_json
+
+
+@dataclass
+class Settings:
+    checkpoint: tuple[
+        str, ...
+    ] = ()  # models of train.py, each for itself; none: output_models/best_checkpoint.pth
+    model_path: tuple[str, ...] = ()  # BLIP: folders of train_model.py, or models of the hub
+    submission: tuple[str, ...] = ()  # files of captions, CSV or COCO results JSON
+    references: str | None = None  # annotations of the images; None: those of data_folder
+    image_folder: str | None = None  # the images of --references; None: test/test, if it is there
+    img: str | None = None  # one image, with the n best captions of one model
+    data_folder: str = (
+        "data_output"  # what create_input_files.py wrote: images, references, training captions
+    )
+    split: str = "test"  # train, val or test
+    limit: int = 0  # only the first so many images; 0: all
+    beam_size: int = 3  # hypotheses searched at a time; 1 is greedy
+    batch_size: int = 16  # images captioned at a time
+    word_map: str | None = None  # word_map.json, for checkpoints that have none
+    output_folder: str = "gallery"  # index.html and its data
+    figures: str | None = None  # a folder: draw each image's attention there as a PNG
+
+    def __post_init__(self):
+        check_at_least(self, 1, "beam_size", "batch_size")
+        check_at_least(self, 0, "limit")
+        if self.img and (self.submission or len(self.checkpoint) + len(self.model_path) > 1):
+            raise UserError("--img is for one model: give one --checkpoint or one --model_path")
+
+
+def main(settings: Settings) -> None:
+    check_folder(settings.output_folder)
+    if settings.figures:
+        check_output(settings.figures, folder=True)
+    if settings.img:
+        view_image(settings)
+        return
+    records = choose_records(settings)
+    models = caption_all(settings, records)
+    shown = {image_id for model in models for image_id in model.captions}
+    records = [record for record in records if record.image_id in shown]
+    score_models(models, records)
+    judge_captions(models, records, settings)
+    comparisons = compare_all(models, records)
+    index, problems = write_gallery(
+        settings.output_folder, records, models, comparisons, f"{len(records)} images of {source(settings)}"
+    )
+    for problem in problems[:10]:
+        print(f"shown without image: {problem}")
+    if len(problems) > 10:
+        print(f"shown without image: {len(problems) - 10} more; --image_folder tells where they are")
+    quality = Path(settings.output_folder) / "quality.json"
+    write_json(quality, {model.name: model.quality for model in models})
+    if settings.figures:
+        draw_figures(Path(settings.figures), models, records)
+    print(f"written: {quality}")
+    print(f"open in a browser: {index}")
+
+
+def view_image(settings: Settings) -> None:
+    """A gallery of one image, a row for each of the n best captions."""
+    read_image(settings.img)  # complain before the model is loaded
+    (name, captioner), *_ = load_captioners(settings)
+    found = captioner.caption(settings.img, settings.beam_size, details=True).n_best
+    key = Path(settings.img).name
+    models = [ShownModel(f"{rank}. best", {key: shown(own)}) for rank, own in enumerate(found, start=1)]
+    for own in found:
+        print(f"{own.log_prob:9.3f}  {own.text}")
+    records = [Record(key, settings.img)]
+    index, _ = write_gallery(settings.output_folder, records, models, title=f"{key}, {name}")
+    if settings.figures:
+        draw_figures(Path(settings.figures), models, records)
+    print(f"open in a browser: {index}")
+
+
+# --- images and captions ------------------------------------------------------------------------------------
+
+
+def choose_records(settings: Settings) -> list[Record]:
+    """The images to look at, with their references where there are any."""
+    prepared = (Path(settings.data_folder) / "prepared.json").is_file()
+    if settings.references or settings.submission or settings.image_folder or not prepared:
+        folder = find_image_folder(settings.references, settings.image_folder)
+        if settings.references:
+            records = reference_records(settings.references, settings.split, folder)
+        elif folder:
+            records = [Record(image_id, path) for image_id, path in find_images(folder)]
+        elif settings.submission and prepared:
+            records = prepared_records(settings.data_folder, settings.split)
+        else:
+            raise UserError(
+                f"{settings.data_folder}: no prepared data in it; give --references FILE and --image_folder "
+                f"FOLDER, or run create_input_files.py first"
+            )
+    else:
+        records = prepared_records(settings.data_folder, settings.split)
+    return records[: settings.limit] if settings.limit else records
+
+
+def source(settings: Settings) -> str:
+    if settings.references or settings.image_folder:
+        return Path(settings.references or settings.image_folder).name
+    return f"{settings.data_folder}, {settings.split}"
+
+
+def caption_all(settings: Settings, records: Sequence[Record]) -> list[ShownModel]:
+    """The captions of each file and of each model."""
+    models = []
+    ids = [record.image_id for record in records]
+    whose = settings.references or "the folder of images"
+    for file in settings.submission:
+        captions, missing, unknown = match_submission(file, ids, whose, partial=True)
+        if missing or (unknown and not settings.limit):
+            print(f"{file}: {len(missing)} images without a caption, {len(unknown)} unknown rows left out")
+        models.append(
+            ShownModel(file, {key: ShownCaption(text, text.split()) for key, text in captions.items()})
+        )
+    if settings.submission and not (settings.checkpoint or settings.model_path):
+        return unique_names(models)
+    from captioning.interface import describe_files
+
+    paths = {record.image_id: record.path for record in records if record.path}
+    if not paths:
+        raise UserError(f"{whose}: no image file of any id; give --image_folder, where the images are")
+    for name, captioner in load_captioners(settings):
+        found, problems = describe_files(captioner, paths, settings.beam_size, settings.batch_size)
+        for problem in problems:
+            print(f"left out: {problem}")
+        if not found:
+            raise UserError(f"not one readable image among {len(paths)}; the lines above name them")
+        models.append(ShownModel(name, {key: shown(caption) for key, caption in found.items()}))
+    return unique_names(models)
+
+
+def load_captioners(settings: Settings):
+    """(name, captioner) of each model, one in memory at a time."""
+    from captioning.captioner import Captioner
+
+    checkpoints = settings.checkpoint
+    if not (checkpoints or settings.model_path):
+        checkpoints = ("output_models/best_checkpoint.pth",)
+    for file in checkpoints:
+        yield file, Captioner.load(file, settings.word_map)
+    if settings.model_path:
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    for name in settings.model_path:
+        yield name, Captioner.load(name)
+
+
+def shown(caption) -> ShownCaption:
+    """A `Caption` as the gallery takes it."""
+    return ShownCaption(
+        caption.text, caption.words, caption.log_prob, caption.word_log_probs, caption.attention.numpy()
+    )
+
+
+def unique_names(models: list[ShownModel]) -> list[ShownModel]:
+    """Names without what all have in common, so that they are short, and different."""
+    names = [Path(model.name).name for model in models]
+    if len(set(names)) < len(names):
+        names = [model.name for model in models]
+    for i, model in enumerate(models):
+        model.name = names[i] if names.count(names[i]) == 1 else f"{names[i]} ({i + 1})"
+    return models
+
+
+# --- numbers ------------------------------------------------------------------------------------------------
+
+
+def score_models(models: Sequence[ShownModel], records: Sequence[Record]) -> None:
+    """Score each model on the images that have references and its caption."""
+    wanted = {record.image_id: record.captions for record in records if record.captions}
+    for model in models:
+        texts = {key: caption.text for key, caption in model.captions.items() if key in wanted}
+        if texts:
+            model.scores = score_captions({key: wanted[key] for key in texts}, texts)
+
+
+def judge_captions(models: Sequence[ShownModel], records: Sequence[Record], settings: Settings) -> None:
+    """Give each model its quality."""
+    references = {record.image_id: [tokenize(text) for text in record.captions] for record in records}
+    known, trained = training_texts(settings.data_folder)
+    for model in models:
+        words = {key: tokenize(caption.text) for key, caption in model.captions.items()}
+        own = {key: references[key] for key in words if references[key]}
+        model.quality = caption_quality(words, own, known, trained)
+        looked = [c for c in model.captions.values() if c.attention is not None and len(c.attention)]
+        model.quality["attention"] = attention_summary(
+            [caption.words for caption in looked], [caption.attention for caption in looked]
+        )
+
+
+def training_texts(data_folder: str) -> tuple[set[str] | None, set[tuple[str, ...]] | None]:
+    """The vocabulary and the training captions of prepared data; None where there are none."""
+    folder = Path(data_folder)
+    if not (folder / "prepared.json").is_file():
+        return None, None
+    records = prepared_records(folder, "train")
+    texts = {tuple(tokenize(text)) for record in records for text in record.captions}
+    return {word for words in texts for word in words}, texts
+
+
+def compare_all(models: Sequence[ShownModel], records: Sequence[Record]) -> list[dict]:
+    """Each two models on the images that both have captioned, where there are references."""
+    wanted = {record.image_id: record.captions for record in records if record.captions}
+    comparisons = []
+    for (i, first), (j, second) in combinations(enumerate(models), 2):
+        common = [key for key in wanted if key in first.captions and key in second.captions]
+        if len(common) < 2:
+            print(f"{first.name} and {second.name}: {len(common)} scored images in common, not compared")
+            continue
+        texts = [{key: model.captions[key].text for key in common} for model in (first, second)]
+        found = compare_models(
+            {key: wanted[key] for key in common}, texts, [model.scores for model in (first, second)]
+        )
+        words = verdict(found["intervals"]["CIDEr"], "CIDEr", first.name, second.name)
+        print(words)
+        comparisons.append(found | {"first": i, "second": j, "images": len(common), "verdict": words})
+    return comparisons
+
+
+# --- figures ------------------------------------------------------------------------------------------------
+
+
+def draw_figures(folder: Path, models: Sequence[ShownModel], records: Sequence[Record]) -> None:
+    """A PNG of each image's attention, numbered, and one of each model's mean attention."""
+    count = 0
+    for number, model in enumerate(models, start=1):
+        prefix = f"model{number}_" if len(models) > 1 else ""
+        for i, record in enumerate(progress_bar(records, desc=f"figures, {model.name}", unit="image")):
+            caption = model.captions.get(record.image_id)
+            if caption is None or caption.attention is None or not record.path:
+                continue
+            title = f"{caption.text}   ({caption.log_prob:.2f})"
+            file = folder / f"{prefix}{i:05d}_{file_name(record.image_id)}.png"
+            draw_attention(file, record.path, caption.words, caption.attention, title)
+            count += 1
+        maps = model.quality.get("attention", {}).get("mean_maps")
+        if maps:
+            draw_maps(
+                folder / f"{prefix}mean_attention.png", {name: np.array(own) for name, own in maps.items()}
+            )
+            count += 1
+    print(f"written: {count} figures in {folder}/" if count else "no figures: no caption has attention")
+
+
+def file_name(image_id: str) -> str:
+    """An image's id as part of a file's name."""
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in image_id)[:60]
+
+
+if __name__ == "__main__":
+    run_script(main, Settings)
