@@ -33,12 +33,10 @@ class Settings:
     recursive: bool = False  # caption the images in its subfolders too
     output_csv: str | None = None  # .csv, .json (COCO) or .jsonl; None: submission.csv, none with sidecars
     sidecars: bool = False  # write each caption beside its image: photo.txt for photo.jpg
-    sidecar_extension: str = ".txt"  # of the sidecars
-    existing: Literal["skip", "overwrite", "append", "prepend"] = (
-        "skip"  # what to do where a sidecar is there
-    )
+    sidecar_extension: str = ".txt"  # file extension of the sidecars
+    existing: Literal["skip", "overwrite", "append", "prepend"] = "skip"  # where a sidecar exists already
     prefix: str = ""  # words before each caption in a sidecar; {name}, {folder}: the image's
-    suffix: str = ""  # words behind it
+    suffix: str = ""  # words after each caption in a sidecar
     beam_size: int = 3  # hypotheses searched at a time; 1 is greedy
     length_penalty: float = 0.0  # compare captions by log-probability / length ** this
     batch_size: int = 32  # images searched at a time

@@ -38,16 +38,12 @@ class Settings:
     test_folder: str = "test/test"  # images to caption
     test_csv: str | None = None  # ids and their order; None: test.csv in or up to two folders above, if any
     recursive: bool = False  # caption the images in its subfolders too
-    output_csv: str | None = (
-        None  # .csv, .json (COCO) or .jsonl; None: blip_submission.csv, none with sidecars
-    )
+    output_csv: str | None = None  # .csv, .json or .jsonl; None: blip_submission.csv, none with sidecars
     sidecars: bool = False  # write each caption beside its image: photo.txt for photo.jpg
-    sidecar_extension: str = ".txt"  # of the sidecars
-    existing: Literal["skip", "overwrite", "append", "prepend"] = (
-        "skip"  # what to do where a sidecar is there
-    )
+    sidecar_extension: str = ".txt"  # file extension of the sidecars
+    existing: Literal["skip", "overwrite", "append", "prepend"] = "skip"  # where a sidecar exists already
     prefix: str = ""  # words before each caption in a sidecar; {name}, {folder}: the image's
-    suffix: str = ""  # words behind it
+    suffix: str = ""  # words after each caption in a sidecar
     batch_size: int = 16  # images captioned at a time
     num_beams: int = 3  # hypotheses searched at a time; 1 is greedy
     max_new_tokens: int = 30  # longest caption, in tokens

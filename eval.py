@@ -75,7 +75,7 @@ class Settings:
     output_captions: str | None = None  # write the captions here: .csv, or .json for COCO results
     per_image_csv: str | None = None  # write each image's file, caption, references and scores here
     worst: int = 0  # draw this many images with the lowest CIDEr
-    figure: str = "worst.png"  # where they are drawn
+    figure: str = "worst.png"  # file that --worst draws
     boxes: str | None = None  # boxes.json or COCO instances JSON: score where a model looks
     compare: tuple[str, ...] = ()  # two files of --per_image_csv: is the second better by more than chance?
 

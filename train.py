@@ -73,7 +73,7 @@ class Settings:
     emb_dim: int = 512  # width of word embeddings
     attention_dim: int = 512  # width of the attention's hidden layer
     decoder_dim: int = 512  # width of the LSTM
-    dropout: float = 0.5  # before the logits
+    dropout: float = 0.5  # share of the hidden units dropped before the logits
     fused: bool = True  # the fast form of the decoder; False: as models.py reads, for a decoder you changed
     epochs: int = 3  # in all, those before a resumed checkpoint counted; give 20 or more for real use
     batch_size: int = 16  # images that go through the models at once; each brings all its captions
@@ -94,7 +94,7 @@ class Settings:
     cache_features: bool = True  # encode each image once and keep the result, where the encoder is frozen
     embeddings: str | None = None  # start from these word vectors (GloVe text file); sets emb_dim
     fine_tune_embeddings: bool = True  # train the word embeddings
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # on CUDA
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # computing with half as many bits, on CUDA
     select_by: Literal["bleu4", "cider"] = "bleu4"  # score by which the best epoch is chosen
     resume: bool = False  # go on after the last epoch in output_folder
     checkpoint: str | None = None  # or go on from this file

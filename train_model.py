@@ -83,7 +83,7 @@ class Settings:
     freeze_vision: bool = False  # train the text half alone
     cache_features: bool = True  # with freeze_vision: keep the images' features on disk
     gradient_checkpointing: bool = False  # less memory, a third more time
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # on CUDA
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # computing with half as many bits, on CUDA
     select_by: Literal["bleu4", "cider"] = "cider"  # score by which the best epoch is chosen
     log_with: Literal["none", "tensorboard", "wandb"] = "none"  # also report every epoch there
     keep_checkpoints: int = 1  # epochs whose checkpoints stay, each three times the model's size; 0: all

@@ -34,17 +34,13 @@ from utils import UserError, check_at_least, check_output, progress_bar, run_scr
 
 @dataclass
 class Settings:
-    checkpoint: tuple[
-        str, ...
-    ] = ()  # models of train.py, each for itself; none: output_models/best_checkpoint.pth
+    checkpoint: tuple[str, ...] = ()  # models of train.py; none: output_models/best_checkpoint.pth
     model_path: tuple[str, ...] = ()  # BLIP: folders of train_model.py, or models of the hub
     submission: tuple[str, ...] = ()  # files of captions, CSV or COCO results JSON
     references: str | None = None  # annotations of the images; None: those of data_folder
     image_folder: str | None = None  # the images of --references; None: test/test, if it is there
     img: str | None = None  # one image, with the n best captions of one model
-    data_folder: str = (
-        "data_output"  # what create_input_files.py wrote: images, references, training captions
-    )
+    data_folder: str = "data_output"  # what create_input_files.py wrote
     split: str = "test"  # train, val or test
     limit: int = 0  # only the first so many images; 0: all
     beam_size: int = 3  # hypotheses searched at a time; 1 is greedy
