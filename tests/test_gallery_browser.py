@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import view_captions
 from captioning.annotations import Record
 from captioning.comparison import compare_models
 from captioning.gallery import ShownCaption, ShownModel, write_gallery
@@ -153,6 +154,28 @@ def test_the_brightest_place_is_the_attention_s_maximum(browser, tmp_path):
         "return [Math.floor(best / 96), best % 96]"
     )
     assert clearest == [pytest.approx(3.5 * 96 / 14, abs=2), pytest.approx(11.5 * 96 / 14, abs=2)]
+
+
+def test_both_kinds_of_model_on_the_demonstration(browser, prepared, models, blip_folder, tmp_path):
+    view_captions.main(
+        view_captions.Settings(
+            checkpoint=(str(models),), model_path=(str(blip_folder),), data_folder=str(prepared),
+            beam_size=1, output_folder=str(tmp_path / "g"),
+        )
+    )  # fmt: skip
+    browser.get((tmp_path / "g" / "index.html").as_uri())
+    wait(browser, "return document.querySelectorAll('.card[data-i=\"0\"] button.w').length > 2")
+    for model in (0, 1):
+        seen = set()
+        for word in find(browser, f".card[data-i='0'] .caption[data-model='{model}'] button.w")[:2]:
+            hover(browser, word)
+            time.sleep(0.4)
+            seen.add(browser.execute_script(OVERLAY))
+        assert seen and None not in seen
+    for tab in ("comparison", "quality"):
+        find(browser, f"#tab-{tab}")[0].click()
+        assert find(browser, f"#{tab} table")
+    assert not [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]
 
 
 def test_tabbing_and_arrows_move_from_word_to_word(page):

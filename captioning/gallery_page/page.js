@@ -95,7 +95,7 @@ const filler = new IntersectionObserver((entries) => {
     if (!isIntersecting) { target.replaceChildren(); target.dataset.filled = ""; }
     else fill(target);
   }
-}, { rootMargin: "1200px 0px" });
+}, { rootMargin: "900px 0px" });
 
 function fill(element) {
   const state = view.terms.join(" ") + view.sort;
@@ -105,7 +105,8 @@ function fill(element) {
   element.dataset.filled = `1${state}`;
 }
 
-const haystack = images.map(({ id, references, captions }) =>
+let haystack; // the text of each image that is searched, made when somebody searches
+const makeHaystack = () => images.map(({ id, references, captions }) =>
   ` ${[id, ...captions.map((caption) => caption?.words.join(" ") ?? ""), ...references].join(" ")}`.toLowerCase().replace(/\s+/g, " "));
 
 function sortValue(i) {
@@ -128,6 +129,7 @@ const DIRECTIONS = {
 
 function apply() {
   const wanted = view.terms.map((term) => ` ${term}`);
+  if (wanted.length) haystack ??= makeHaystack();
   const values = new Map(images.map((_, i) => [i, sortValue(i)]));
   view.order = images.map((_, i) => i).filter((i) => wanted.every((term) => haystack[i].includes(term)));
   const sign = view.backward ? -1 : 1;
