@@ -98,7 +98,7 @@ def test_an_altered_decoder_trains_and_searches(prepared, tmp_path, section):
     trained = run(copy, *command, "--fused", "False")
     assert trained.returncode == 0, trained.stderr
     losses = [line["train_loss"] for line in read_history(copy / "output_models")]
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < losses[0] - 0.2
 
     checked = run(copy, "-c", CHECK, "output_models/best_checkpoint.pth", prepared)
     assert checked.returncode == 0, checked.stderr
