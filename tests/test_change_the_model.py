@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, assert_one_line, read_history
 
 PAGE = ROOT / "docs" / "change_the_model.md"
-SIZES = ["--emb_dim", 32, "--attention_dim", 32, "--decoder_dim", 64, "--dropout", 0]
+SIZES = ["--emb_dim", 64, "--attention_dim", 32, "--decoder_dim", 128, "--dropout", 0]
 
 # runs in the copy, on its models.py: greedy captions and beams of the validation images against `forward`
 CHECK = """
@@ -90,7 +90,7 @@ def run(folder: Path, *arguments) -> subprocess.CompletedProcess:
 def test_an_altered_decoder_trains_and_searches(prepared, tmp_path, section):
     copy = altered_copy(section, tmp_path)
     command = ["train.py", "--data_folder", prepared, "--encoder_name", "efficientnet_lite0", "--workers", 0]
-    command += [*SIZES, "--epochs", 4, "--batch_size", 2, "--decoder_lr", 1e-2, "--alpha_c", 0.1]
+    command += [*SIZES, "--epochs", 4, "--batch_size", 2, "--decoder_lr", 5e-3, "--alpha_c", 0.1]
     refused = run(copy, *command)
     assert_one_line(refused, "the decoder of models.py was changed", "give --fused False")
     assert refused.stderr.strip() in PAGE.read_text("utf-8")
