@@ -144,6 +144,7 @@ def train(settings: Settings) -> dict:
     word_map, references = read_data(settings.data_folder)
     settings, resumed = resume(settings)
     run, output, score = Run.start(settings.mixed_precision), Path(settings.output_folder), settings.score
+    settings = replace(settings, mixed_precision=run.mixed_precision)
     history = resumed.history if resumed else []
     torch.manual_seed(settings.seed)
     settings, encoder, decoder = build_models(settings, word_map, resumed)

@@ -20,7 +20,7 @@ import os
 import random
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -152,6 +152,7 @@ def run_training(settings: Settings) -> dict:
     if resumed and resumed.checkpoint["data"] != data_digest(train_records, val_records):
         raise UserError(f"{resumed.source}: trained on other images or captions; start without --resume")
     run, output, score = Run.start(settings.mixed_precision), Path(settings.output_folder), settings.score
+    settings = replace(settings, mixed_precision=run.mixed_precision)
     history = resumed.history if resumed else []
     torch.manual_seed(settings.seed)
     captioner = build_captioner(settings, train_records)
