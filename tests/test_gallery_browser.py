@@ -309,8 +309,11 @@ def test_five_thousand_images(browser, tmp_path_factory):
     folder = index.parent
     size = sum(file.stat().st_size for file in [index, folder / "data.js", *folder.glob("attention/*")])
     assert size < 40e6
+    browser.get("about:blank")
+    before = busy_seconds(browser)
     browser.get(index.as_uri())
     wait(browser, "return document.querySelectorAll('.card img').length > 3")
+    loading = 1000 * (busy_seconds(browser) - before)
     first = browser.execute_async_script(LARGEST_PAINT)
     sorting = browser.execute_script(
         "const began = performance.now(); sortBy('CIDEr'); document.body.offsetHeight;"
@@ -319,10 +322,11 @@ def test_five_thousand_images(browser, tmp_path_factory):
     frames, before = 150, busy_seconds(browser)
     browser.execute_async_script(SCROLL, frames)
     frame = 1000 * (busy_seconds(browser) - before) / frames
-    print(f"data {size / 1e6:.1f} MB; first cards {first:.0f}, sorting {sorting:.0f}, frame {frame:.1f} ms")
+    print(f"data {size / 1e6:.1f} MB; first cards after {first:.0f} ms, {loading:.0f} of them work; ")
+    print(f"sorting {sorting:.0f}, frame {frame:.1f} ms")
     browser.execute_script("scrollTo(0, document.body.scrollHeight / 2)")
     wait(browser, "return document.elementFromPoint(300, 400).closest('.card')?.querySelector('.w') != null")
-    assert first < 1000 and sorting < 1000
+    assert 0 < loading < 1000 and sorting < 1000
     assert frame < 20  # milliseconds of work in a frame while scrolling
 
 
