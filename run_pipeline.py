@@ -33,6 +33,7 @@ from captioning.pretrained import check_encoder_name
 from captioning.scoring import score_submission
 from datasets import read_prepared
 from utils import (
+    Device,
     Step,
     UserError,
     check_at_least,
@@ -58,6 +59,7 @@ class Settings:
     blip_base: str | None = None  # hub id or folder to fine-tune; None: the hub's; tiny for the demonstration
     blip_folder: str = "blip_finetuned_model"  # the fine-tuned BLIP goes here
     blip_csv: str = "blip_submission.csv"  # its captions go here
+    device: Device = "auto"  # auto: a GPU where there is one
     demo_images: int = 0  # training scenes that the demonstration draws; 0: make_demo_data.py's own number
 
     def __post_init__(self):
