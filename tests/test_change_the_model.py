@@ -25,6 +25,7 @@ from models import pool_grid
 
 checkpoint, data_folder = sys.argv[1:]
 encoder, decoder, word_map = load_models(checkpoint, checkpoint)
+assert decoder.fused is False  # the checkpoint remembers it
 start, end = word_map["<start>"], word_map["<end>"]
 images = torch.from_numpy(h5py.File(f"{data_folder}/val_images.hdf5")["images"][:6])
 grid = encode_images(encoder, images)
@@ -36,13 +37,14 @@ def log_probs_of(words, encoding):
 
 results = []
 for beam_size in (1, 3):
-    found = beam_search([decoder], [grid], start, end, beam_size, max_steps=20, fused=False)
+    found = beam_search([decoder], [grid], start, end, beam_size, max_steps=20, fused=decoder.fused)
     for i, own in enumerate(found):
         words = own.words + [end] * own.finished
         log_probs = log_probs_of(words, pool_grid(grid[i : i + 1]))
         chosen = log_probs[range(len(words)), words]
         result = {"beam_size": beam_size, "words": len(own.words), "score": own.score}
-        result |= {"forward": float(chosen.sum()), "below_best": float((log_probs.amax(dim=1) - chosen).max())}
+        below_best = log_probs.amax(dim=1) - chosen
+        result |= {"forward": float(chosen.sum()), "below_best": float(below_best.max())}
         results.append(result)
 print(json.dumps(results))
 """
@@ -88,7 +90,7 @@ def run(folder: Path, *arguments) -> subprocess.CompletedProcess:
 def test_an_altered_decoder_trains_and_searches(prepared, tmp_path, section):
     copy = altered_copy(section, tmp_path)
     command = ["train.py", "--data_folder", prepared, "--encoder_name", "efficientnet_lite0", "--workers", 0]
-    command += [*SIZES, "--epochs", 5, "--batch_size", 4, "--decoder_lr", 1e-2, "--alpha_c", 0.1]
+    command += [*SIZES, "--epochs", 4, "--batch_size", 2, "--decoder_lr", 1e-2, "--alpha_c", 0.1]
     refused = run(copy, *command)
     assert_one_line(refused, "the decoder of models.py was changed", "give --fused False")
     assert refused.stderr.strip() in PAGE.read_text("utf-8")
@@ -96,7 +98,7 @@ def test_an_altered_decoder_trains_and_searches(prepared, tmp_path, section):
     trained = run(copy, *command, "--fused", "False")
     assert trained.returncode == 0, trained.stderr
     losses = [line["train_loss"] for line in read_history(copy / "output_models")]
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < losses[0] - 0.2
 
     checked = run(copy, "-c", CHECK, "output_models/best_checkpoint.pth", prepared)
     assert checked.returncode == 0, checked.stderr
@@ -121,8 +123,8 @@ def test_an_encoder_is_one_entry(tmp_path):
         "torch.testing.assert_close(fold_batch_norms(plain)(images), encoding, rtol=1e-3, atol=1e-4)\n"
         "encoder = build_encoder('regnet_y_400mf', 'none')\n"
         "encoder.fine_tune()\n"
-        "names = {'.'.join(name.split('.')[:3]) for name, p in encoder.named_parameters() if p.requires_grad}\n"
-        "print(*sorted(names))\n"
+        "trained = [name for name, p in encoder.named_parameters() if p.requires_grad]\n"
+        "print(*sorted({'.'.join(name.split('.')[:3]) for name in trained}))\n"
     ))  # fmt: skip
     assert checked.returncode == 0, checked.stderr
     assert checked.stdout.split() == [f"network.1.block{n}" for n in (2, 3, 4)]
