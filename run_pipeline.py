@@ -299,7 +299,8 @@ def fingerprint(wanted, models: list[Path]) -> dict:
     files = [Path(wanted.output_csv), *models, *images, *lists]
     stats = {str(file): file.stat() for file in files if file.is_file()}
     sizes = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    return {"settings": asdict(wanted), "files": sizes}
+    settings = {name: value for name, value in asdict(wanted).items() if name not in PLACES}
+    return {"settings": settings, "files": sizes}
 
 
 def fine_tune_blip(settings: Settings, announce: Callable[..., None]) -> dict:
