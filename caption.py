@@ -24,7 +24,7 @@ from captioning.folder_plan import FolderOptions
 from captioning.folders import caption_folder
 from captioning.images import read_image
 from models import DecoderWithAttention, Encoder
-from utils import UserError, check_at_least, run_script
+from utils import Device, UserError, check_at_least, run_script
 
 DEFAULT_OUTPUT = "submission.csv"
 
@@ -50,6 +50,7 @@ class Settings:
     prefix: str = ""  # words before each caption in a sidecar; {name}, {folder}: the image's
     suffix: str = ""  # words after each caption in a sidecar
     batch_size: int = 32  # images searched at a time
+    device: Device = "auto"  # auto: a GPU where there is one
     workers: int = 4  # threads that read images
     length_penalty: float = 0.0  # compare captions by log-probability / length ** this
 

@@ -17,7 +17,7 @@ from typing import Literal
 from captioning.captioner import Captioner
 from captioning.folder_plan import FolderOptions
 from captioning.folders import caption_folder
-from utils import UserError, check_at_least, is_main_process, natural_order, run_script
+from utils import Device, UserError, check_at_least, is_main_process, natural_order, run_script
 
 DEFAULT_OUTPUT = "submission.csv"
 
@@ -40,6 +40,7 @@ class Settings:
     beam_size: int = 3  # hypotheses searched at a time; 1 is greedy
     length_penalty: float = 0.0  # compare captions by log-probability / length ** this
     batch_size: int = 32  # images searched at a time
+    device: Device = "auto"  # auto: a GPU where there is one
     workers: int = 4  # threads that read images
 
     def __post_init__(self):

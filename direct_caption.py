@@ -23,7 +23,7 @@ from captioning.figures import caption_files
 from captioning.folder_plan import FolderOptions
 from captioning.folders import caption_folder
 from captioning.images import read_image
-from utils import UserError, check_at_least, is_main_process, pick_device, run_script
+from utils import Device, UserError, check_at_least, is_main_process, pick_device, run_script
 
 if TYPE_CHECKING:
     from captioning.blip import BlipCaptioner
@@ -50,6 +50,7 @@ class Settings:
     prompt: str = ""  # words that every caption begins with (BLIP); they are cut from the result
     conditional: bool = False  # leave the prompt in the captions
     mixed_precision: bool = False  # bfloat16 on CUDA
+    device: Device = "auto"  # auto: a GPU where there is one
     workers: int = 4  # threads that read and prepare images
 
     def __post_init__(self):

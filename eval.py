@@ -37,6 +37,7 @@ from captioning.scoring import (
 from captioning.submissions import write_submission
 from metrics import Scores, score_captions
 from utils import (
+    Device,
     UserError,
     check_at_least,
     check_output,
@@ -65,6 +66,7 @@ class Settings:
     split: str = "test"  # train, val or test; also of references that name splits
     beam_sizes: tuple[int, ...] = (1, 3, 5)  # a row of the table each
     length_penalty: float = 0.0  # compare captions by log-probability / length ** this
+    device: Device = "auto"  # auto: a GPU where there is one
     batch_size: int = 32  # images searched at a time
     cache_features: bool = True  # take the encoder's output from train.py's cache, where there is one
     submission: tuple[str, ...] = ()  # score files of captions (CSV or COCO results JSON) instead of a model

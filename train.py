@@ -52,6 +52,7 @@ from datasets import BatchSampler, CaptionDataset, read_prepared
 from metrics import tokenize
 from models import DecoderWithAttention, Encoder, normalize_images
 from utils import (
+    Device,
     UserError,
     atomic_write,
     check_above_zero,
@@ -100,6 +101,7 @@ class Settings:
     checkpoint: str | None = None  # or go on from this file
     log_with: Literal["none", "tensorboard", "wandb"] = "none"  # also report every epoch there
     keep_checkpoints: int = 0  # epochs whose checkpoints stay; 0: all
+    device: Device = "auto"  # auto: a GPU where there is one
     workers: int = 2  # processes that load batches
     seed: int = 123  # of weights, order and dropout
 

@@ -41,6 +41,7 @@ from captioning.engine import (
 )
 from captioning.monitor import Monitor
 from utils import (
+    Device,
     UserError,
     check_above_zero,
     check_at_least,
@@ -88,6 +89,7 @@ class Settings:
     log_with: Literal["none", "tensorboard", "wandb"] = "none"  # also report every epoch there
     keep_checkpoints: int = 1  # epochs whose checkpoints stay, each three times the model's size; 0: all
     val_batch_size: int = 32  # images captioned at a time, greedily
+    device: Device = "auto"  # auto: a GPU where there is one
     workers: int = 4  # threads that read images
     seed: int = 123  # of the validation split, order and draws, and tiny's weights
 

@@ -29,7 +29,7 @@ from captioning.images import read_image
 from captioning.quality import attention_summary, caption_quality
 from captioning.scoring import find_image_folder, match_submission, prepared_records, reference_records
 from metrics import score_captions, tokenize
-from utils import UserError, check_at_least, check_output, progress_bar, run_script, write_json
+from utils import Device, UserError, check_at_least, check_output, progress_bar, run_script, write_json
 
 
 @dataclass
@@ -44,6 +44,7 @@ class Settings:
     split: str = "test"  # train, val or test
     limit: int = 0  # only the first so many images; 0: all
     beam_size: int = 3  # hypotheses searched at a time; 1 is greedy
+    device: Device = "auto"  # auto: a GPU where there is one
     batch_size: int = 16  # images captioned at a time
     word_map: str | None = None  # word_map.json, for checkpoints that have none
     output_folder: str = "gallery"  # index.html and its data

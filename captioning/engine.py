@@ -292,6 +292,7 @@ def save_epoch(
 # these are of each run, whatever the checkpoint says
 OF_THIS_RUN = {"data_folder", "annotations", "image_folder", "output_folder", "resume", "checkpoint"}
 OF_THIS_RUN |= {
+    "device",
     "log_with",
     "workers",
     "cache_features",
