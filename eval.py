@@ -130,7 +130,7 @@ def evaluate(settings: Settings) -> list[dict]:
 
     from captioning.captioner import Captioner
     from captioning.features import cached_features
-    from datasets import read_prepared
+    from captioning.prepared import read_prepared
 
     state = processes()
     prepared_size = read_prepared(settings.data_folder)["settings"]["image_size"]

@@ -27,11 +27,11 @@ import make_demo_data
 import train
 import train_model as blip_training
 from captioning.annotations import read_annotations
-from captioning.engine import best_epoch, find_same_run, is_complete
+from captioning.engine import best_epoch, find_same_run, is_complete, repair_outputs
 from captioning.images import list_images
+from captioning.prepared import Prepared, read_prepared
 from captioning.pretrained import check_encoder_name
 from captioning.scoring import score_submission
-from datasets import read_prepared
 from utils import (
     Step,
     UserError,
@@ -206,9 +206,10 @@ def prepare(settings: Settings, announce: Callable[..., None]) -> None:
         output_folder=settings.data_folder,
     )
     if (Path(settings.data_folder) / "prepared.json").is_file():
-        record = read_prepared(settings.data_folder)
+        data = Prepared(settings.data_folder)
         inputs = create_input_files.input_files(wanted)
-        if record["settings"] == asdict(wanted) and record["inputs"] == inputs:
+        same = data.record["settings"] == asdict(wanted) and data.record["inputs"] == inputs
+        if same and data.is_whole():
             announce(f"preparation: {settings.data_folder}/ is up to date, skipped")
             return
     announce(f"preparation: {settings.annotations} -> {settings.data_folder}/", chosen(wanted))
@@ -232,6 +233,7 @@ def run_training(
     step: str, run: Callable, wanted, data: object, source: str, announce: Callable[..., None]
 ) -> dict:
     """Train with the `wanted` settings, unless the output folder has the same training already."""
+    repair_outputs(Path(wanted.output_folder))
     same = find_same_run(wanted, data)
     if same and is_complete(wanted, same[1]):
         announce(f"{step}: {wanted.output_folder}/ is up to date, skipped")

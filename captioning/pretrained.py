@@ -78,6 +78,9 @@ def build_encoder(encoder_name: str, encoder_weights: str = "imagenet") -> Encod
         source, weights = torchvision_weights(encoder_name)
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{source}: not a state_dict (names and tensors) of {encoder_name}")
+    damaged = next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
+    if damaged:
+        raise UserError(f"{source}: damaged weights ({damaged} is not finite); fetch them again")
     try:
         return fold_batch_norms(Encoder(encoder_name, weights))
     except ValueError as error:

@@ -20,14 +20,14 @@ from PIL import Image
 import caption
 import caption_from_checkpoint
 import direct_caption
-from captioning.folder_plan import FolderOptions, find_images, printable
+from captioning.folder_plan import FolderOptions, find_images
 from captioning.folders import HalvingCaptioner, caption_folder
 from captioning.images import read_image, walk_images
 from captioning.journal import Entry, Journal
 from captioning.sidecars import Sidecars
 from captioning.submissions import read_submission, write_submission
 from captioning.tiny_blip import tiny_captioner
-from utils import UserError, parse_settings
+from utils import UserError, parse_settings, printable
 
 BATCH = 4
 
