@@ -37,6 +37,7 @@ from captioning.scoring import (
 from captioning.submissions import write_submission
 from metrics import Scores, score_captions
 from utils import (
+    LARGEST,
     UserError,
     check_at_least,
     check_output,
@@ -82,8 +83,9 @@ class Settings:
     def __post_init__(self):
         check_at_least(self, 1, "batch_size")
         check_at_least(self, 0, "worst")
-        if not self.beam_sizes or min(self.beam_sizes) < 1:
-            raise UserError(f"--beam_sizes is {self.beam_sizes}: give numbers of at least 1, such as 1,3,5")
+        check_at_least(self, -100, "length_penalty")
+        if not self.beam_sizes or min(self.beam_sizes) < 1 or max(self.beam_sizes) > LARGEST["beam_size"]:
+            raise UserError(f"--beam_sizes is {self.beam_sizes}: give numbers from 1 to 1000, such as 1,3,5")
         if bool(self.submission) != (self.references is not None):
             raise UserError("--submission and --references belong together: give both")
         if self.submission and self.boxes:

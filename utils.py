@@ -282,7 +282,7 @@ LARGEST = {  # of settings; more is a slip, or asks for more memory than there i
     **dict.fromkeys(("beam_size", "num_beams", "max_new_tokens", "max_length", "max_len"), 1000),
     **dict.fromkeys(("encoder_lr", "decoder_lr", "learning_rate", "weight_decay", "alpha_c"), 1000),
     **{"image_size": 4096, "workers": 256, "captions_per_image": 1000, "seed": 2**32 - 1},
-    **{"epochs": 10**6, "length_penalty": 100},
+    **{"epochs": 10**6, "length_penalty": 100, "decay": 1},
 }
 
 
@@ -290,17 +290,22 @@ def check_at_least(settings, smallest: float, *names: str) -> None:
     """Raise UserError unless each named setting is a number of at least `smallest`, and at most that of
     `LARGEST`."""
     for name in names:
-        value, largest = getattr(settings, name), LARGEST.get(name, float("inf"))
-        if not value >= smallest:  # written so that nan is refused
-            raise UserError(f"--{name} is {value}: give {smallest} or more")
-        if value > largest:
-            raise UserError(f"--{name} is {value}: give {largest} or less")
+        if not getattr(settings, name) >= smallest:  # written so that nan is refused
+            raise UserError(f"--{name} is {getattr(settings, name)}: give {smallest} or more")
+        _check_at_most(settings, name)
 
 
 def check_above_zero(settings, *names: str) -> None:
     for name in names:
         if not getattr(settings, name) > 0:
             raise UserError(f"--{name} is {getattr(settings, name)}: give more than 0")
+        _check_at_most(settings, name)
+
+
+def _check_at_most(settings, name: str) -> None:
+    value, largest = getattr(settings, name), LARGEST.get(name, float("inf"))
+    if value > largest:
+        raise UserError(f"--{name} is {value}: give {largest} or less")
 
 
 def check_share(settings, *names: str) -> None:

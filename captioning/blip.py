@@ -282,9 +282,7 @@ def _read_captioner(name: str, local_files_only: bool) -> BlipCaptioner:
     missing = find_missing(model, loaded["missing_keys"])
     if type(model).__name__ not in classes or missing:
         lacking = f" ({missing[0]} is missing)" if missing else ""
-        raise UserError(
-            f"{name}: weights of {classes[0]} that do not make a whole captioning model{lacking}; give another"
-        )
+        raise UserError(f"{name}: weights of {classes[0]} that do not make a whole captioning model{lacking}")
     damaged = next((key for key, tensor in model.state_dict().items() if not tensor.isfinite().all()), None)
     if damaged:
         raise UserError(f"{name}: damaged weights ({damaged} is not finite); fetch or train them anew")
@@ -293,7 +291,7 @@ def _read_captioner(name: str, local_files_only: bool) -> BlipCaptioner:
 
 
 def find_missing(model: nn.Module, missing_keys: Iterable[str]) -> list[str]:
-    """The parameters that were in no file, so that they are random; those tied to others that were are not."""
+    """The parameters that are random, as no file has them, nor others that they are tied to."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     missing = [name for name in missing_keys if name in parameters]
     loaded = {parameters[name].data_ptr() for name in parameters.keys() - set(missing)}

@@ -147,6 +147,8 @@ def load_embeddings(path: str | Path, word_map: dict[str, int]) -> tuple[Tensor,
                     vectors[word] = np.array(values, dtype=np.float32)
                     if len(values) != width or not width:
                         raise ValueError(f"{len(values)} numbers where {width} were expected")
+                    if not np.isfinite(vectors[word]).all():
+                        raise ValueError("one is nan or infinite")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file of word vectors") from None
     except ValueError as error:  # UnicodeDecodeError is one
