@@ -39,6 +39,7 @@ from utils import (
     check_output,
     describe_settings,
     make_settings,
+    printable,
     read_json,
     run_script,
     write_json,
@@ -336,11 +337,11 @@ def report(settings: Settings, best: dict, blip_best: dict) -> None:
         evaluation.print_table(rows)
         images = {image.image_id: image for image in read_annotations(references)}
         for image_id in list(rows[0]["captions"])[:3]:
-            print(f"\n  {image_id}")
+            print(f"\n  {printable(image_id)}")
             for row in rows:
-                print(f"      {row['model'] + ':':10} {row['captions'][image_id]}")
+                print(f"      {row['model'] + ':':10} {printable(row['captions'][image_id])}")
             for text in images[image_id].captions:
-                print(f"      reference: {text}")
+                print(f"      reference: {printable(text)}")
     print()
     for model, result, folder, _ in made:
         captions = f"captions in {result}, " if result.is_file() else ""

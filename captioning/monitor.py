@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from captioning.engine import Run, best_epoch
-from utils import UserError, atomic_write
+from utils import UserError, atomic_write, printable
 
 SAMPLES = 3  # validation images whose captions are printed after every epoch
 
@@ -36,7 +36,7 @@ class Monitor:
         line, run = history[-1], self.run
         run.log(f"epoch {line['epoch']}: {text}")
         for index in self.samples:
-            run.log(f"    {self.image_ids[index]}: {captions[index]}")
+            run.log(f"    {printable(self.image_ids[index])}: {printable(captions[index])}")
         self.seconds.append(line["seconds"])
         left = self.settings.epochs - line["epoch"]
         if left:
