@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import csv
 import errno
+import gc
 import hashlib
 import inspect
 import json
@@ -375,11 +376,24 @@ def read_json(path: str | Path, digest: str | None = None):
         content = Path(path).read_bytes()
         if digest and hashlib.sha256(content).hexdigest() != digest:
             raise UserError(f"{path}: damaged, or replaced since; run the script again that wrote it")
-        return json.loads(content.decode("utf-8-sig"))
+        with _no_garbage_collection():
+            return json.loads(content.decode("utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a JSON file ({error})") from None
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A fifth faster for large JSON: there is no garbage among many new lists, but it would be looked for."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def natural_order(name: str) -> list:
