@@ -280,7 +280,9 @@ def _read_coco(content: dict, finder: ImageFinder | None) -> list[Record]:
     for image in content["images"]:
         if image["id"] in records:
             raise ValueError(f"two images have the id {image['id']}")
-        path = finder(image["file_name"]) if finder and "file_name" in image else None
+        if finder and "file_name" not in image:
+            raise ValueError(f"image {image['id']} has no file_name")
+        path = finder(image["file_name"]) if finder else None
         records[image["id"]] = Record(str(image["id"]), path)
     for annotation in content["annotations"]:
         if annotation["image_id"] not in records:

@@ -181,6 +181,7 @@ class BlipCaptioner(BaseCaptioner):
     def save(self, folder: str | Path) -> None:
         """Write the files by which `load_captioner`, or transformers' own classes, read a BLIP again."""
         size = sum(tensor.nbytes for tensor in self.model.state_dict().values())
+        Path(folder).mkdir(parents=True, exist_ok=True)
         require_disk_space(Path(folder), size, "free some disk space")
         try:
             self.model.save_pretrained(folder, safe_serialization=True)

@@ -71,6 +71,7 @@ BAD = {
     "unknown id": (coco(ONE, [CAPTION | {"image_id": 2}]), "image 2"),
     "list as id": (coco([{"id": [1]}], []), "images[0].id"),
     "true as id": (coco([{"id": True}], []), "images[0].id"),
+    "two ids of one image": (coco([{"id": "a"}, {"id": "a"}], []), "two images have the id a"),
     "number as name": (coco([{"id": 1, "file_name": 5}], []), "images[0].file_name"),
     "caption null": (coco(ONE, [CAPTION, CAPTION | {"caption": None}]), "annotations[1].caption is None"),
     "no caption": (coco(ONE, [{"image_id": 1}]), "annotations[0].caption is missing"),
