@@ -24,7 +24,7 @@ from captioning.folder_plan import FolderOptions
 from captioning.folders import caption_folder
 from captioning.images import read_image
 from models import DecoderWithAttention, Encoder
-from utils import UserError, check_at_least, run_script
+from utils import Device, UserError, check_at_least, run_script
 
 DEFAULT_OUTPUT = "submission.csv"
 
@@ -35,7 +35,7 @@ class Settings:
     img: str | None = None  # one image file to caption, too
     model: str | None = None  # a checkpoint of train.py; None: encoder_path and decoder_path
     encoder_path: str = "output_models/encoder.pth"  # the best epoch's encoder
-    decoder_path: str = "output_models/decoder.pth"  # and decoder
+    decoder_path: str = "output_models/decoder.pth"  # the best epoch's decoder
     word_map: str | None = None  # word_map.json; None: the one in the checkpoint
     beam_size: int = 3  # hypotheses searched at a time; 1 is greedy
     figure: str | None = None  # the figure of a single image; None: attention_NAME.png
@@ -45,13 +45,12 @@ class Settings:
     recursive: bool = False  # caption the images in its subfolders too
     output_csv: str | None = None  # .csv, .json (COCO) or .jsonl; None: submission.csv, none with sidecars
     sidecars: bool = False  # write each caption beside its image: photo.txt for photo.jpg
-    sidecar_extension: str = ".txt"  # of the sidecars
-    existing: Literal["skip", "overwrite", "append", "prepend"] = (
-        "skip"  # what to do where a sidecar is there
-    )
+    sidecar_extension: str = ".txt"  # file extension of the sidecars
+    existing: Literal["skip", "overwrite", "append", "prepend"] = "skip"  # where a sidecar exists already
     prefix: str = ""  # words before each caption in a sidecar; {name}, {folder}: the image's
-    suffix: str = ""  # words behind it
+    suffix: str = ""  # words after each caption in a sidecar
     batch_size: int = 32  # images searched at a time
+    device: Device = "auto"  # auto: a GPU where there is one
     workers: int = 4  # threads that read images
     length_penalty: float = 0.0  # compare captions by log-probability / length ** this
 

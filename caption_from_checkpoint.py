@@ -17,7 +17,7 @@ from typing import Literal
 from captioning.captioner import Captioner
 from captioning.folder_plan import FolderOptions
 from captioning.folders import caption_folder
-from utils import UserError, check_at_least, is_main_process, natural_order, run_script
+from utils import Device, UserError, check_at_least, is_main_process, natural_order, run_script
 
 DEFAULT_OUTPUT = "submission.csv"
 
@@ -33,15 +33,14 @@ class Settings:
     recursive: bool = False  # caption the images in its subfolders too
     output_csv: str | None = None  # .csv, .json (COCO) or .jsonl; None: submission.csv, none with sidecars
     sidecars: bool = False  # write each caption beside its image: photo.txt for photo.jpg
-    sidecar_extension: str = ".txt"  # of the sidecars
-    existing: Literal["skip", "overwrite", "append", "prepend"] = (
-        "skip"  # what to do where a sidecar is there
-    )
+    sidecar_extension: str = ".txt"  # file extension of the sidecars
+    existing: Literal["skip", "overwrite", "append", "prepend"] = "skip"  # where a sidecar exists already
     prefix: str = ""  # words before each caption in a sidecar; {name}, {folder}: the image's
-    suffix: str = ""  # words behind it
+    suffix: str = ""  # words after each caption in a sidecar
     beam_size: int = 3  # hypotheses searched at a time; 1 is greedy
     length_penalty: float = 0.0  # compare captions by log-probability / length ** this
     batch_size: int = 32  # images searched at a time
+    device: Device = "auto"  # auto: a GPU where there is one
     workers: int = 4  # threads that read images
 
     def __post_init__(self):

@@ -23,7 +23,15 @@ from captioning.figures import caption_files
 from captioning.folder_plan import FolderOptions
 from captioning.folders import caption_folder
 from captioning.images import read_image
-from utils import UserError, check_at_least, is_main_process, pick_device, printable, run_script
+from utils import (
+    Device,
+    UserError,
+    check_at_least,
+    is_main_process,
+    pick_device,
+    printable,
+    run_script,
+)
 
 if TYPE_CHECKING:
     from captioning.blip import BlipCaptioner
@@ -38,22 +46,19 @@ class Settings:
     test_folder: str = "test/test"  # images to caption
     test_csv: str | None = None  # ids and their order; None: test.csv in or up to two folders above, if any
     recursive: bool = False  # caption the images in its subfolders too
-    output_csv: str | None = (
-        None  # .csv, .json (COCO) or .jsonl; None: blip_submission.csv, none with sidecars
-    )
+    output_csv: str | None = None  # .csv, .json or .jsonl; None: blip_submission.csv, none with sidecars
     sidecars: bool = False  # write each caption beside its image: photo.txt for photo.jpg
-    sidecar_extension: str = ".txt"  # of the sidecars
-    existing: Literal["skip", "overwrite", "append", "prepend"] = (
-        "skip"  # what to do where a sidecar is there
-    )
+    sidecar_extension: str = ".txt"  # file extension of the sidecars
+    existing: Literal["skip", "overwrite", "append", "prepend"] = "skip"  # where a sidecar exists already
     prefix: str = ""  # words before each caption in a sidecar; {name}, {folder}: the image's
-    suffix: str = ""  # words behind it
+    suffix: str = ""  # words after each caption in a sidecar
     batch_size: int = 16  # images captioned at a time
     num_beams: int = 3  # hypotheses searched at a time; 1 is greedy
     max_new_tokens: int = 30  # longest caption, in tokens
     prompt: str = ""  # words that every caption begins with (BLIP); they are cut from the result
     conditional: bool = False  # leave the prompt in the captions
     mixed_precision: bool = False  # bfloat16 on CUDA
+    device: Device = "auto"  # auto: a GPU where there is one
     workers: int = 4  # threads that read and prepare images
 
     def __post_init__(self):

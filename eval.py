@@ -38,6 +38,7 @@ from captioning.submissions import write_submission
 from metrics import Scores, score_captions
 from utils import (
     LARGEST,
+    Device,
     UserError,
     check_at_least,
     check_output,
@@ -66,6 +67,7 @@ class Settings:
     split: str = "test"  # train, val or test; also of references that name splits
     beam_sizes: tuple[int, ...] = (1, 3, 5)  # a row of the table each
     length_penalty: float = 0.0  # compare captions by log-probability / length ** this
+    device: Device = "auto"  # auto: a GPU where there is one
     batch_size: int = 32  # images searched at a time
     cache_features: bool = True  # take the encoder's output from train.py's cache, where there is one
     submission: tuple[str, ...] = ()  # score files of captions (CSV or COCO results JSON) instead of a model
@@ -76,7 +78,7 @@ class Settings:
     output_captions: str | None = None  # write the captions here: .csv, or .json for COCO results
     per_image_csv: str | None = None  # write each image's file, caption, references and scores here
     worst: int = 0  # draw this many images with the lowest CIDEr
-    figure: str = "worst.png"  # where they are drawn
+    figure: str = "worst.png"  # file that --worst draws
     boxes: str | None = None  # boxes.json or COCO instances JSON: score where a model looks
     compare: tuple[str, ...] = ()  # two files of --per_image_csv: is the second better by more than chance?
 

@@ -33,6 +33,7 @@ from captioning.prepared import Prepared, read_prepared
 from captioning.pretrained import check_encoder_name
 from captioning.scoring import score_submission
 from utils import (
+    Device,
     Step,
     UserError,
     check_at_least,
@@ -59,6 +60,7 @@ class Settings:
     blip_base: str | None = None  # hub id or folder to fine-tune; None: the hub's; tiny for the demonstration
     blip_folder: str = "blip_finetuned_model"  # the fine-tuned BLIP goes here
     blip_csv: str = "blip_submission.csv"  # its captions go here
+    device: Device = "auto"  # auto: a GPU where there is one
     demo_images: int = 0  # training scenes that the demonstration draws; 0: make_demo_data.py's own number
 
     def __post_init__(self):
@@ -300,7 +302,8 @@ def fingerprint(wanted, models: list[Path]) -> dict:
     files = [Path(wanted.output_csv), *models, *images, *lists]
     stats = {str(file): file.stat() for file in files if file.is_file()}
     sizes = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    return {"settings": asdict(wanted), "files": sizes}
+    settings = {name: value for name, value in asdict(wanted).items() if name not in PLACES}
+    return {"settings": settings, "files": sizes}
 
 
 def fine_tune_blip(settings: Settings, announce: Callable[..., None]) -> dict:

@@ -56,6 +56,7 @@ from datasets import BatchSampler, CaptionDataset
 from metrics import tokenize
 from models import DecoderWithAttention, Encoder, normalize_images
 from utils import (
+    Device,
     UserError,
     check_above_zero,
     check_at_least,
@@ -76,7 +77,7 @@ class Settings:
     emb_dim: int = 512  # width of word embeddings
     attention_dim: int = 512  # width of the attention's hidden layer
     decoder_dim: int = 512  # width of the LSTM
-    dropout: float = 0.5  # before the logits
+    dropout: float = 0.5  # share of the hidden units dropped before the logits
     fused: bool = True  # the fast form of the decoder; False: as models.py reads, for a decoder you changed
     epochs: int = 3  # in all, those before a resumed checkpoint counted; give 20 or more for real use
     batch_size: int = 16  # images that go through the models at once; each brings all its captions
@@ -97,12 +98,13 @@ class Settings:
     cache_features: bool = True  # encode each image once and keep the result, where the encoder is frozen
     embeddings: str | None = None  # start from these word vectors (GloVe text file); sets emb_dim
     fine_tune_embeddings: bool = True  # train the word embeddings
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # on CUDA
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # computing with half as many bits, on CUDA
     select_by: Literal["bleu4", "cider"] = "bleu4"  # score by which the best epoch is chosen
     resume: bool = False  # go on after the last epoch in output_folder
     checkpoint: str | None = None  # or go on from this file
     log_with: Literal["none", "tensorboard", "wandb"] = "none"  # also report every epoch there
     keep_checkpoints: int = 0  # epochs whose checkpoints stay; 0: all
+    device: Device = "auto"  # auto: a GPU where there is one
     workers: int = 2  # processes that load batches
     seed: int = 123  # of weights, order and dropout
 
@@ -153,6 +155,7 @@ def run_training(settings: Settings) -> dict:
     repair_outputs(Path(settings.output_folder))
     settings, resumed = resume(settings)
     run, output, score = Run.start(settings.mixed_precision), Path(settings.output_folder), settings.score
+    settings = replace(settings, mixed_precision=run.mixed_precision)
     history = resumed.history if resumed else []
     torch.manual_seed(settings.seed)
     settings, encoder, decoder = build_models(settings, word_map, resumed)

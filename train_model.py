@@ -20,7 +20,7 @@ import os
 import random
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -50,6 +50,7 @@ from captioning.engine import (
 from captioning.files import lock_folder
 from captioning.monitor import Monitor
 from utils import (
+    Device,
     UserError,
     check_above_zero,
     check_at_least,
@@ -92,11 +93,12 @@ class Settings:
     freeze_vision: bool = False  # train the text half alone
     cache_features: bool = True  # with freeze_vision: keep the images' features on disk
     gradient_checkpointing: bool = False  # less memory, a third more time
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # on CUDA
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # computing with half as many bits, on CUDA
     select_by: Literal["bleu4", "cider"] = "cider"  # score by which the best epoch is chosen
     log_with: Literal["none", "tensorboard", "wandb"] = "none"  # also report every epoch there
     keep_checkpoints: int = 1  # epochs whose checkpoints stay, each three times the model's size; 0: all
     val_batch_size: int = 32  # images captioned at a time, greedily
+    device: Device = "auto"  # auto: a GPU where there is one
     workers: int = 4  # threads that read images
     seed: int = 123  # of the validation split, order and draws, and tiny's weights
 
@@ -163,6 +165,7 @@ def run_training(settings: Settings) -> dict:
     if resumed and resumed.checkpoint["data"] != data_digest(train_records, val_records):
         raise UserError(f"{resumed.source}: trained on other images or captions; start without --resume")
     run, output, score = Run.start(settings.mixed_precision), Path(settings.output_folder), settings.score
+    settings = replace(settings, mixed_precision=run.mixed_precision)
     history = resumed.history if resumed else []
     torch.manual_seed(settings.seed)
     captioner = build_captioner(settings, train_records)

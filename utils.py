@@ -41,6 +41,12 @@ class UserError(Exception):
 # --- settings -----------------------------------------------------------------------------------------------
 
 
+# errors of files that the user can mend: permissions, a full disk or quota, a share that is gone, names
+OF_THE_USER = {
+    "EACCES", "EDQUOT", "EEXIST", "EFBIG", "EHOSTDOWN", "EIO", "EISDIR", "ELOOP", "ENAMETOOLONG",
+    "ENODEV", "ENOLCK", "ENOSPC", "ENOTCONN", "ENOTDIR", "ENXIO", "EPERM", "EROFS", "ESTALE",
+    "ETIMEDOUT",
+}  # fmt: skip
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
@@ -52,7 +58,9 @@ def run_script(main: Callable, settings_class: type) -> typing.NoReturn:
     """
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        status = main(parse_settings(settings_class, description=sys.modules[main.__module__].__doc__))
+        settings = parse_settings(settings_class, description=sys.modules[main.__module__].__doc__)
+        use_device(getattr(settings, "device", "auto"))
+        status = main(settings)
     except UserError as error:
         _report(f"error: {error}")
         status = 2
@@ -62,8 +70,8 @@ def run_script(main: Callable, settings_class: type) -> typing.NoReturn:
         _report("error: the GPU's memory is full: lower --batch_size, or use a smaller encoder")
         status = 2
     except OSError as error:
-        if errno.errorcode.get(error.errno) not in EXPECTED_ERRORS:
-            raise  # a mistake of ours: show where it comes from
+        if errno.errorcode.get(error.errno) not in OF_THE_USER:
+            raise  # not the user's doing: show where it comes from
         _report(f"error: {error.strerror}: {error.filename or 'while writing'}")
         status = 2
     except KeyboardInterrupt as error:
@@ -74,13 +82,6 @@ def run_script(main: Callable, settings_class: type) -> typing.NoReturn:
         status = 143 if isinstance(error, Terminated) else 130
     _leave_processes(failed=status in (2, 130, 143))
     sys.exit(status or 0)
-
-
-# of the system, which the user can mend: permissions, a full disk or quota, a share that is gone, names
-EXPECTED_ERRORS = {
-    "EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "EIO", "ESTALE", "ENOTCONN", "ENODEV", "ENXIO",
-    "ETIMEDOUT", "EHOSTDOWN", "ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG", "ELOOP", "ENOLCK",
-}  # fmt: skip
 
 
 class Terminated(KeyboardInterrupt):
@@ -437,11 +438,10 @@ def progress_bar(*args, **options) -> tqdm:
 
 def processes() -> PartialState:
     """Who takes part, under torchrun or accelerate launch: GPUs where there are any, else CPU processes."""
-    import torch
     from accelerate import PartialState
 
     # the others may wait for long while the main process writes or the slowest one finishes its share
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=12))
+    return PartialState(cpu=pick_device().type != "cuda", timeout=timedelta(hours=12))
 
 
 def is_main_process() -> bool:
@@ -472,15 +472,22 @@ def on_main_process(work: Callable[[], typing.Any]) -> typing.Any:
     return result[0]
 
 
-Device = typing.Literal["auto", "cpu", "cuda", "mps"]  # of a setting `device`, for `pick_device`
+Device = typing.Literal["auto", "cpu", "cuda", "mps"]  # of a setting `device`
+_used: dict[str, Device] = {"device": "auto"}
 
 
-def pick_device(name: Device = "auto") -> torch.device:
+def use_device(name: Device) -> None:
+    """Let `pick_device` and `processes` take this device from now on; `run_script` does so with the setting
+    `device`."""
+    _used["device"] = name
+
+
+def pick_device(name: Device | None = None) -> torch.device:
     """The device to compute on.
 
     Args:
         name: "cuda" is a GPU, of several the one that belongs to this process; "mps" an Apple GPU; "auto" the
-            first of cuda, mps and cpu that is there.
+            first of cuda, mps and cpu that is there; None what `use_device` said, at first "auto".
 
     Raises:
         UserError: that device is not there, or fewer GPUs than processes.
@@ -492,6 +499,7 @@ def pick_device(name: Device = "auto") -> torch.device:
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
+    name = name or _used["device"]
     if name == "auto":
         name = next(device for device, is_there in available.items() if is_there)
     if not available[name]:

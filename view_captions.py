@@ -29,25 +29,31 @@ from captioning.images import read_image
 from captioning.quality import attention_summary, caption_quality
 from captioning.scoring import find_image_folder, match_submission, prepared_records, reference_records
 from metrics import score_captions, tokenize
-from utils import UserError, check_at_least, check_output, printable, progress_bar, run_script, write_json
+from utils import (
+    Device,
+    UserError,
+    check_at_least,
+    check_output,
+    printable,
+    progress_bar,
+    run_script,
+    write_json,
+)
 
 
 @dataclass
 class Settings:
-    checkpoint: tuple[
-        str, ...
-    ] = ()  # models of train.py, each for itself; none: output_models/best_checkpoint.pth
+    checkpoint: tuple[str, ...] = ()  # models of train.py; none: output_models/best_checkpoint.pth
     model_path: tuple[str, ...] = ()  # BLIP: folders of train_model.py, or models of the hub
     submission: tuple[str, ...] = ()  # files of captions, CSV or COCO results JSON
     references: str | None = None  # annotations of the images; None: those of data_folder
     image_folder: str | None = None  # the images of --references; None: test/test, if it is there
     img: str | None = None  # one image, with the n best captions of one model
-    data_folder: str = (
-        "data_output"  # what create_input_files.py wrote: images, references, training captions
-    )
+    data_folder: str = "data_output"  # what create_input_files.py wrote
     split: str = "test"  # train, val or test
     limit: int = 0  # only the first so many images; 0: all
     beam_size: int = 3  # hypotheses searched at a time; 1 is greedy
+    device: Device = "auto"  # auto: a GPU where there is one
     batch_size: int = 16  # images captioned at a time
     word_map: str | None = None  # word_map.json, for checkpoints that have none
     output_folder: str = "gallery"  # index.html and its data

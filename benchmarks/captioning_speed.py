@@ -7,7 +7,7 @@ captions, one at a time, encoder included; we search batches of images, each onc
 from their cached features. Both must find the same captions, or the script stops with an error.
 
 Captioning a folder: `caption_images` on JPEG files, from the call to the written CSV, beside the encoder's
-forward passes alone on the same images, already read.
+forward passes alone on the same images, already read; and the share of the journal in it.
 
 The encoder's weights are random. The decoder is first trained for a few steps on a made-up caption of each
 image of the split, so that captions end as captions do and hypotheses are clearly apart. On two CPU cores
@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,7 @@ from captioning.beam_search import beam_search
 from captioning.features import encode_images
 from captioning.fused_decoder import caption_logits
 from captioning.images import read_image
+from captioning.journal import Journal
 from models import DecoderWithAttention, Encoder, normalize_images
 from tests.reference import TextbookDecoder, TextbookEncoder, textbook_search
 from utils import check_at_least, pick_device, run_script
@@ -205,10 +207,19 @@ def compare_folder(
     print(f"a folder of {len(paths)} JPEG files, beam {settings.folder_beam_size}:", flush=True)
     _, one = timed(caption, "one", device=device)
     _, encoding = timed(encode, device=device)
-    _, captioning = timed(caption, "images", device=device)
+    journal = 0.0
+    append = Journal.append
+
+    def timed_append(*arguments) -> None:
+        nonlocal journal
+        journal += timed(append, *arguments)[1]
+
+    with patch.object(Journal, "append", timed_append):
+        _, captioning = timed(caption, "images", device=device)
     print(f"    encoder alone: {len(paths) / encoding:.2f} images a second")
     print(f"    captioning: {len(paths) / captioning:.2f}, takes {captioning / encoding:.2f} times as long")
     print(f"    less the {one:.1f} s of a folder with one image: {(captioning - one) / encoding:.2f} times")
+    print(f"    the journal takes {journal:.4f} s, {journal / captioning:.3%} of it")
 
 
 if __name__ == "__main__":

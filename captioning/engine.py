@@ -53,6 +53,7 @@ class Run:
 
     state: PartialState
     device: torch.device
+    mixed_precision: str  # what is used, whatever was asked for
     autocast_dtype: torch.dtype | None
     scaler: torch.amp.GradScaler
     log_file: Path | None = None  # what is logged is appended here too
@@ -68,7 +69,7 @@ class Run:
             mixed_precision = "no"
         dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
         scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision == "fp16")
-        return cls(processes(), device, dtype, scaler)
+        return cls(processes(), device, mixed_precision, dtype, scaler)
 
     @property
     def is_main(self) -> bool:
@@ -255,7 +256,7 @@ class LearningRate:
 
 def best_epoch(history: list[dict], score: str) -> int:
     """Index of the first epoch with the highest `score` ("val_cider"); where all are 0, of the last."""
-    if not any(line[score] for line in history):
+    if not any(line[score] > 1e-6 for line in history):  # without a match, BLEU-4 is not quite 0
         return len(history) - 1
     return max(range(len(history)), key=lambda index: history[index][score])
 
@@ -334,6 +335,7 @@ def save_epoch(
 # these are of each run, whatever the checkpoint says
 OF_THIS_RUN = {"data_folder", "annotations", "image_folder", "output_folder", "resume", "checkpoint"}
 OF_THIS_RUN |= {
+    "device",
     "log_with",
     "workers",
     "cache_features",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from captioning.engine import Run, best_epoch
 from utils import UserError, atomic_write, printable
 
 SAMPLES = 3  # validation images whose captions are printed after every epoch
+LONGEST_SAMPLE = 90  # letters
 
 
 class Monitor:
@@ -36,7 +38,8 @@ class Monitor:
         line, run = history[-1], self.run
         run.log(f"epoch {line['epoch']}: {text}")
         for index in self.samples:
-            run.log(f"    {printable(self.image_ids[index])}: {printable(captions[index])}")
+            caption = textwrap.shorten(captions[index], LONGEST_SAMPLE, placeholder=" ...")
+            run.log(f"    {printable(self.image_ids[index])}: {printable(caption)}")
         self.seconds.append(line["seconds"])
         left = self.settings.epochs - line["epoch"]
         if left:

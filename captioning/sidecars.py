@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -41,7 +41,7 @@ class Sidecars:
     def path(self, image: str) -> str:
         return os.path.splitext(image)[0] + self.extension
 
-    def check(self, images: Iterable[str]) -> None:
+    def check(self, images: Sequence[str]) -> None:
         """Raise UserError where two images would share a sidecar, or no sidecar can be written."""
         owners: dict[str, str] = {}
         for image in images:
@@ -55,7 +55,7 @@ class Sidecars:
             if not os.access(folder or ".", os.W_OK):
                 raise UserError(f"{folder}: no sidecars can be written there; change its permissions")
 
-    def exist(self, images: Iterable[str]) -> set[str]:
+    def exist(self, images: Sequence[str]) -> set[str]:
         """Those of `images` that have a sidecar; each folder is listed once."""
         names = cache(lambda folder: set(os.listdir(folder or ".")))
         sidecars = {image: os.path.split(self.path(image)) for image in images}

@@ -1,3 +1,7 @@
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: test processes share the cores
+
 import csv
 import gzip
 import shutil
@@ -88,6 +92,19 @@ def read_history(output: Path) -> list[dict[str, float]]:
     """The lines of a training's history.csv."""
     with (output / "history.csv").open() as stream:
         return [{name: float(value) for name, value in line.items()} for line in csv.DictReader(stream)]
+
+
+@pytest.fixture(scope="session")
+def blip_folder(demo, tmp_path_factory) -> Path:
+    """A tiny BLIP with random weights: its captions are nonsense, its numbers are numbers."""
+    from captioning.annotations import read_annotations
+    from captioning.tiny_blip import tiny_captioner
+
+    torch.manual_seed(3)
+    captions = [caption for record in read_annotations(demo / "train.csv") for caption in record.captions]
+    folder = tmp_path_factory.mktemp("tiny") / "blip"
+    tiny_captioner(captions).save(folder)
+    return folder
 
 
 def assert_one_line(result: subprocess.CompletedProcess, *parts) -> None:

@@ -8,21 +8,10 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from captioning.annotations import END, START, read_annotations
+from captioning.annotations import END, START
 from captioning.captioner import Captioner
 from captioning.images import list_images
-from captioning.tiny_blip import tiny_captioner
 from utils import UserError
-
-
-@pytest.fixture(scope="module")
-def blip_folder(demo, tmp_path_factory):
-    """A tiny BLIP with random weights: its captions are nonsense, its numbers are numbers."""
-    torch.manual_seed(3)
-    captions = [c for record in read_annotations(demo / "train.csv") for c in record.captions]
-    folder = tmp_path_factory.mktemp("tiny") / "blip"
-    tiny_captioner(captions).save(folder)
-    return folder
 
 
 @pytest.fixture(scope="module", params=["attention", "ensemble", "BLIP"])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import view_captions
 from captioning.annotations import Record
 from captioning.comparison import compare_models
 from captioning.gallery import ShownCaption, ShownModel, write_gallery
@@ -155,6 +156,28 @@ def test_the_brightest_place_is_the_attention_s_maximum(browser, tmp_path):
     assert clearest == [pytest.approx(3.5 * 96 / 14, abs=2), pytest.approx(11.5 * 96 / 14, abs=2)]
 
 
+def test_both_kinds_of_model_on_the_demonstration(browser, prepared, models, blip_folder, tmp_path):
+    view_captions.main(
+        view_captions.Settings(
+            checkpoint=(str(models),), model_path=(str(blip_folder),), data_folder=str(prepared),
+            beam_size=1, output_folder=str(tmp_path / "g"),
+        )
+    )  # fmt: skip
+    browser.get((tmp_path / "g" / "index.html").as_uri())
+    wait(browser, "return document.querySelectorAll('.card[data-i=\"0\"] button.w').length > 2")
+    for model in (0, 1):
+        seen = set()
+        for word in find(browser, f".card[data-i='0'] .caption[data-model='{model}'] button.w")[:2]:
+            hover(browser, word)
+            time.sleep(0.4)
+            seen.add(browser.execute_script(OVERLAY))
+        assert seen and None not in seen
+    for tab in ("comparison", "quality"):
+        find(browser, f"#tab-{tab}")[0].click()
+        assert find(browser, f"#{tab} table")
+    assert not [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]
+
+
 def test_tabbing_and_arrows_move_from_word_to_word(page):
     from selenium.webdriver import Keys
 
@@ -268,15 +291,13 @@ new PerformanceObserver((list) => done(list.getEntries().at(-1).startTime))
   .observe({ type: 'largest-contentful-paint', buffered: true });
 """
 SCROLL = """
-const done = arguments[0], times = [];
-let last = performance.now();
-(function frame(now) {
-  times.push(now - last);
-  last = now;
+const [frames, done] = arguments;
+let n = 0;
+(function frame() {
   scrollBy(0, 60);
-  if (times.length < 150) requestAnimationFrame(frame);
-  else done(times.slice(2).sort((a, b) => a - b));
-})(last);
+  if (++n < frames) requestAnimationFrame(frame);
+  else done();
+})();
 """
 
 
@@ -288,15 +309,29 @@ def test_five_thousand_images(browser, tmp_path_factory):
     folder = index.parent
     size = sum(file.stat().st_size for file in [index, folder / "data.js", *folder.glob("attention/*")])
     assert size < 40e6
+    browser.get("about:blank")
+    before = busy_seconds(browser)
     browser.get(index.as_uri())
     wait(browser, "return document.querySelectorAll('.card img').length > 3")
+    loading = 1000 * (busy_seconds(browser) - before)
     first = browser.execute_async_script(LARGEST_PAINT)
     sorting = browser.execute_script(
         "const began = performance.now(); sortBy('CIDEr'); document.body.offsetHeight;"
         "return performance.now() - began"
     )
-    frames = browser.execute_async_script(SCROLL)
-    slow = frames[int(len(frames) * 0.95)]
-    print(f"data {size / 1e6:.1f} MB; first cards {first:.0f}, sorting {sorting:.0f}, frame {slow:.0f} ms")
-    assert first < 1000 and sorting < 1000
-    assert slow < 100  # milliseconds between frames, 95 of 100
+    frames, before = 150, busy_seconds(browser)
+    browser.execute_async_script(SCROLL, frames)
+    frame = 1000 * (busy_seconds(browser) - before) / frames
+    print(f"data {size / 1e6:.1f} MB; first cards after {first:.0f} ms, {loading:.0f} of them work; ")
+    print(f"sorting {sorting:.0f}, frame {frame:.1f} ms")
+    browser.execute_script("scrollTo(0, document.body.scrollHeight / 2)")
+    wait(browser, "return document.elementFromPoint(300, 400).closest('.card')?.querySelector('.w') != null")
+    assert 0 < loading < 1000 and sorting < 1000
+    assert frame < 20  # milliseconds of work in a frame while scrolling
+
+
+def busy_seconds(browser) -> float:
+    """The processor time of the page's tasks so far, which does not depend on what else the machine does."""
+    browser.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
+    metrics = browser.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
+    return {metric["name"]: metric["value"] for metric in metrics}["TaskDuration"]

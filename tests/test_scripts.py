@@ -268,7 +268,7 @@ def test_wrong_input_of_captioning(run_script, models, demo, prepared, tmp_path)
         out,
     ]
     assert_one_line(run_script("caption.py", *good, "--test_folder", tmp_path / "nowhere"), "nowhere")
-    assert_one_line(run_script("caption.py", *good, "--test_folder", models), models)
+    assert_one_line(run_script("caption.py", *good, "--test_folder", prepared), prepared)
     (tmp_path / "words.json").write_text('{"<pad>": 0, "dog": 1}')
     word_map = run_script("caption.py", *good, "--test_folder", folder, "--word_map", tmp_path / "words.json")
     assert_one_line(word_map, "words.json", "--word_map")

@@ -83,6 +83,22 @@ def test_files_of_captions_are_compared(demo, submission, tmp_path, monkeypatch,
     assert len(data["images"][0]["references"]) == 5
 
 
+def test_blip_beside_an_attention_model(prepared, models, blip_folder, tmp_path):
+    view_captions.main(
+        view_captions.Settings(
+            checkpoint=(str(models),), model_path=(str(blip_folder),), data_folder=str(prepared),
+            beam_size=1, output_folder=str(tmp_path / "g"),
+        )
+    )  # fmt: skip
+    data = data_of(tmp_path / "g")
+    assert [model["grid"] for model in data["models"]] == [[14, 14], [8, 8]]
+    captions = [image["captions"][1]["words"] for image in data["images"]]
+    longest, words = max(enumerate(captions), key=lambda item: len(item[1]))
+    maps = maps_of(tmp_path / "g", longest, 1, (8, 8))
+    assert len(maps) == len(words) > 1 and (maps.max(axis=(1, 2)) == 255).all()
+    assert not (maps[0] == maps[1]).all()
+
+
 def test_one_image_and_its_n_best(demo, models, tmp_path, run_script):
     image = demo / "test" / "test" / "test_0003.jpg"
     result = run_script(

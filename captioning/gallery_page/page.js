@@ -90,12 +90,20 @@ function marked(text) {
 
 const view = { sort: "order", model: 0, backward: false, terms: [], order: images.map((_, i) => i) };
 const elements = images.map((image, i) => make("article", { className: "card", ariaLabel: image.id, data: { i } }));
-const filler = new IntersectionObserver((entries) => {
-  for (const { target, isIntersecting } of entries) {
-    if (!isIntersecting) { target.replaceChildren(); target.dataset.filled = ""; }
-    else fill(target);
-  }
-}, { rootMargin: "1200px 0px" });
+const AT_ONCE = 24; // cards that are drawn before the browser says which are in view
+
+// The browser itself knows which cards are near the view (content-visibility); an observer of thousands of
+// cards costs ten milliseconds a frame and stands in where a browser does not tell.
+const told = "oncontentvisibilityautostatechange" in document.documentElement;
+const filler = told ? null : new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting } of entries) draw(target, isIntersecting);
+}, { rootMargin: "900px 0px" });
+cards.addEventListener("contentvisibilityautostatechange", ({ target, skipped }) => draw(target, !skipped));
+
+function draw(element, near) {
+  if (near) fill(element);
+  else { element.replaceChildren(); element.dataset.filled = ""; }
+}
 
 function fill(element) {
   const state = view.terms.join(" ") + view.sort;
@@ -105,7 +113,8 @@ function fill(element) {
   element.dataset.filled = `1${state}`;
 }
 
-const haystack = images.map(({ id, references, captions }) =>
+let haystack; // the text of each image that is searched, made when somebody searches
+const makeHaystack = () => images.map(({ id, references, captions }) =>
   ` ${[id, ...captions.map((caption) => caption?.words.join(" ") ?? ""), ...references].join(" ")}`.toLowerCase().replace(/\s+/g, " "));
 
 function sortValue(i) {
@@ -128,6 +137,7 @@ const DIRECTIONS = {
 
 function apply() {
   const wanted = view.terms.map((term) => ` ${term}`);
+  if (wanted.length) haystack ??= makeHaystack();
   const values = new Map(images.map((_, i) => [i, sortValue(i)]));
   view.order = images.map((_, i) => i).filter((i) => wanted.every((term) => haystack[i].includes(term)));
   const sign = view.backward ? -1 : 1;
@@ -139,8 +149,10 @@ function apply() {
   clear();
   for (const element of cards.children) if (element.dataset.filled) element.dataset.filled = "stale";
   cards.replaceChildren(...view.order.map((i) => elements[i]));
-  filler.disconnect();
-  view.order.forEach((i) => filler.observe(elements[i]));
+  view.order.slice(0, AT_ONCE).forEach((i) => fill(elements[i]));
+  filler?.disconnect();
+  if (filler) view.order.forEach((i) => filler.observe(elements[i]));
+  scrollTo({ top: 0 });
   byId("none").hidden = view.order.length > 0;
   byId("count").textContent = view.order.length === images.length ? `${images.length} images` : `${view.order.length} of ${images.length} images`;
   byId("direction").textContent = (DIRECTIONS[view.sort] ?? ["worst first", "best first"])[Number(view.backward)];
@@ -151,7 +163,6 @@ function sortBy(name, backward = name === "difference") {
   Object.assign(view, { sort: name, backward });
   byId("sort").value = name;
   apply();
-  scrollTo({ top: 0 });
 }
 
 // --- attention under a word ---------------------------------------------------------------------------------------

@@ -1,0 +1,160 @@
+"""README.md and docs/ say what the scripts do: settings, commands, links.
+
+python -m tests.test_docs       # rewrite the tables of docs/settings.md from the scripts' settings
+"""
+
+import ast
+import importlib
+import inspect
+import re
+import shlex
+import textwrap
+import typing
+from pathlib import Path
+
+import pytest
+
+import utils
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS_PAGE = ROOT / "docs" / "settings.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = sorted(file.stem for file in ROOT.glob("*.py") if "\n    run_script(" in file.read_text("utf-8"))
+
+
+# --- settings tables ----------------------------------------------------------------------------------------
+
+
+def settings_table(settings_class: type) -> list[str]:
+    """The lines of a table of all settings: name, default, help text with the values that it may have."""
+    comments, hints = utils._field_comments(settings_class), typing.get_type_hints(settings_class)
+    lines = ["| setting | default | meaning |", "|---|---|---|"]
+    for name, default in default_texts(settings_class).items():
+        meaning = comments[name]
+        choices = [choice for hint in (hints[name], *typing.get_args(hints[name])) for choice in values(hint)]
+        if choices:
+            meaning += f" (one of {', '.join(f'`{choice}`' for choice in choices)})"
+        meaning = re.sub(r"([|*])", r"\\\1", meaning).replace("<", "&lt;")
+        lines.append(f"| `{name}` | {default} | {meaning} |")
+    return lines
+
+
+def values(hint) -> tuple[str, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+
+
+def default_texts(settings_class: type) -> dict[str, str]:
+    """Each setting's default as it is typed; what depends on the machine, as the source has it."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(settings_class)))
+    sources = {node.target.id: ast.unparse(node.value) for node in ast.walk(tree) if is_setting(node)}
+    texts = {}
+    for name, field in settings_class.__dataclass_fields__.items():
+        if "cpu_count" in sources[name]:
+            texts[name] = "number of CPU cores"
+        elif field.default is None or field.default == ():
+            texts[name] = "none"
+        elif isinstance(field.default, tuple):
+            texts[name] = f"`{','.join(map(str, field.default))}`"
+        else:
+            texts[name] = f"`{field.default}`" if field.default != "" else "empty"
+    return texts
+
+
+def is_setting(node: ast.AST) -> bool:
+    return isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None
+
+
+def with_tables(page: str) -> str:
+    """The page with the table below each heading `## SCRIPT.py` made from the script's settings."""
+    sections = re.split(r"^(?=## )", page, flags=re.MULTILINE)
+    for i, section in enumerate(sections):
+        heading = re.match(r"## (\w+)\.py\n", section)
+        if heading:
+            table = "\n".join(settings_table(importlib.import_module(heading[1]).Settings)) + "\n"
+            head, *rest = re.split(r"(?:^\|.*\n)+", section, flags=re.MULTILINE)
+            sections[i] = (head if rest else head.rstrip("\n") + "\n\n") + table + "".join(rest or ["\n"])
+    return "".join(sections).rstrip("\n") + "\n"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_setting_has_a_help_text(script):
+    """It is found where the setting and its comment are on one line."""
+    settings_class = importlib.import_module(script).Settings
+    assert set(settings_class.__dataclass_fields__) <= set(utils._field_comments(settings_class))
+
+
+def test_the_settings_page_has_a_table_of_every_script():
+    headings = re.findall(r"^## (\w+)\.py$", SETTINGS_PAGE.read_text("utf-8"), flags=re.MULTILINE)
+    assert sorted(headings) == SCRIPTS
+
+
+def test_the_settings_tables_are_those_of_the_scripts():
+    page = SETTINGS_PAGE.read_text("utf-8")
+    assert page == with_tables(page), "run: python -m tests.test_docs"
+
+
+# --- commands, links, lines ---------------------------------------------------------------------------------
+
+
+def commands(page: str) -> list[tuple[str, list[str]]]:
+    """(script, arguments) of each command that starts one of our scripts in a page's blocks of code."""
+    blocks = re.findall(r"^(?:    .*\n?)+|^```(?:sh|bash)\n.*?^```$", page, flags=re.MULTILINE | re.DOTALL)
+    found = []
+    for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+        if not re.match(r"(OMP_NUM_THREADS=\d+ )?(python|torchrun|accelerate|pip) ", line.strip()):
+            continue
+        for command in re.split(r" && |; ", line):
+            words = shlex.split(command, comments=True)
+            scripts = [i for i, word in enumerate(words) if re.fullmatch(r"\w+\.py", word)]
+            found += [(words[i][:-3], words[i + 1 :]) for i in scripts[:1]]
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_are_ones_that_the_scripts_take(page):
+    for script, arguments in commands(page.read_text("utf-8")):
+        settings_class = importlib.import_module(script).Settings
+        try:
+            utils.parse_settings(settings_class, arguments)
+        except utils.UserError as error:
+            pytest.fail(f"{script}.py {shlex.join(arguments)}: {error}")
+
+
+def test_commands_are_found():
+    assert commands("Text.\n\n    python train.py --epochs 5   # more\n    python eval.py; python -V\n") == [
+        ("train", ["--epochs", "5"]),
+        ("eval", []),
+    ]
+    assert len(commands((ROOT / "README.md").read_text("utf-8"))) > 10
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        if re.match(r"https?://", target):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists(), f"{page.name}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", file.read_text("utf-8"), flags=re.MULTILINE)
+            assert anchor in map(anchor_of, headings), f"{page.name}: {target}"
+
+
+def anchor_of(heading: str) -> str:
+    """The address that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_lines_are_short(page):
+    lines = page.read_text("utf-8").splitlines()
+    assert page.name != "README.md" or len(lines) <= 170
+    long = [number for number, line in enumerate(lines, 1) if len(line) > 120 and not line.startswith("|")]
+    assert not long, f"{page.name}: lines {long}"
+
+
+if __name__ == "__main__":
+    text = SETTINGS_PAGE.read_text("utf-8")
+    SETTINGS_PAGE.write_text(with_tables(text), "utf-8")
+    print(f"{SETTINGS_PAGE.relative_to(ROOT)}: {'unchanged' if text == with_tables(text) else 'rewritten'}")
