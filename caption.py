@@ -56,6 +56,7 @@ class Settings:
 
     def __post_init__(self):
         check_at_least(self, 1, "beam_size")
+        check_at_least(self, -100, "length_penalty")
         FolderOptions.of(self, DEFAULT_OUTPUT)  # refuses what cannot be
         if self.img is not None:
             self.images = (*self.images, self.img)

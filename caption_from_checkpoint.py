@@ -45,6 +45,7 @@ class Settings:
 
     def __post_init__(self):
         check_at_least(self, 1, "beam_size")
+        check_at_least(self, -100, "length_penalty")
         FolderOptions.of(self, DEFAULT_OUTPUT)  # refuses what cannot be
         if len(self.checkpoint) > 1 and not self.ensemble_mode:
             raise UserError("several checkpoints: add --ensemble_mode, or give one")

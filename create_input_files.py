@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import h5py
 import numpy as np
 from tqdm import tqdm
 
@@ -34,8 +33,21 @@ from captioning.annotations import (
     read_training_splits,
     require_image,
 )
+from captioning.files import lock_folder
+from captioning.hdf5 import RowWriter
 from captioning.images import read_image
-from utils import UserError, check_at_least, parallel_map, progress_bar, run_script, write_json
+from captioning.prepared import digest_files
+from utils import (
+    UserError,
+    check_at_least,
+    check_output,
+    check_share,
+    parallel_map,
+    printable,
+    progress_bar,
+    run_script,
+    write_json,
+)
 
 
 @dataclass
@@ -50,15 +62,15 @@ class Settings:
     min_word_freq: int = 5  # words that occur less often in the training captions become <unk>
     max_len: int = 50  # words; longer captions are left out
     image_size: int = 256  # pixels, width and height
-    workers: int = os.cpu_count() or 1  # threads that read images
+    workers: int = min(os.cpu_count() or 1, 64)  # threads that read images
     strict: bool = False  # stop at the first missing or unreadable image
     seed: int = 123  # for the validation split and the sampling of captions
 
     def __post_init__(self):
         check_at_least(self, 1, "captions_per_image", "min_word_freq", "max_len", "workers")
         check_at_least(self, 32, "image_size")
-        if not 0 <= self.val_fraction < 1:
-            raise UserError(f"--val_fraction is {self.val_fraction}: give 0 or more and less than 1")
+        check_at_least(self, 0, "seed")
+        check_share(self, "val_fraction")
 
 
 def main(settings: Settings) -> None:
@@ -71,15 +83,21 @@ def create_input_files(settings: Settings) -> dict:
     All files are first written to a temporary folder and moved into place at the end, the record last, so
     that an interrupted run leaves nothing that a later step takes for complete.
     """
-    splits = read_splits(settings)
     output = Path(settings.output_folder)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output}: is a file; give another --output_folder")
+    check_output(output, folder=True)
+    splits = read_splits(settings)
+    with lock_folder(output):
+        record = write_folder(splits, settings, output)
+    print_summary(record, output)
+    return record
+
+
+def write_folder(splits: dict[str, list[Record]], settings: Settings, output: Path) -> dict:
     tmp_path = output / f".preparing.{os.getpid()}.partial"
-    new = not output.exists()
     try:
-        tmp_path.mkdir(parents=True)
+        tmp_path.mkdir()
         record = write_splits(splits, settings, tmp_path)
+        record["files"] = digest_files(tmp_path)  # by which later steps know that these belong together
         (output / "prepared.json").unlink(missing_ok=True)
         for stale in output.glob("*_*.*"):
             if stale.name.startswith(("train_", "val_", "test_")):
@@ -89,9 +107,6 @@ def create_input_files(settings: Settings) -> dict:
         write_json(output / "prepared.json", record)
     finally:
         shutil.rmtree(tmp_path, ignore_errors=True)
-        if new and output.is_dir() and not any(output.iterdir()):
-            output.rmdir()
-    print_summary(record, output)
     return record
 
 
@@ -179,27 +194,22 @@ def write_images(
 
     The others are added to `skipped`.
     """
-    size = settings.image_size
     kept, digest = [], hashlib.sha256()
-    with h5py.File(folder / f"{split}_images.hdf5", "w") as file:
-        shape = (size, size)
-        stored = file.create_dataset(
-            "images", (len(records), 3, *shape), "uint8", maxshape=(None, 3, *shape), chunks=(1, 3, *shape)
-        )
-        results = read_images(records, size, settings.workers)
+    remedy = "free some disk space, or lower --image_size"
+    with RowWriter(folder / f"{split}_images.hdf5", "images", len(records), remedy) as writer:
+        results = read_images(records, settings.image_size, settings.workers)
         for record, pixels in progress_bar(results, total=len(records), desc=f"{split} images", unit="image"):
             if isinstance(pixels, UserError):
                 if settings.strict:
                     raise pixels
-                tqdm.write(f"skipped: {pixels}", file=sys.stderr)
+                tqdm.write(printable(f"skipped: {pixels}"), file=sys.stderr)
                 skipped.append((record.image_id, str(pixels)))
                 continue
-            stored[len(kept)] = pixels
+            writer.append(pixels[np.newaxis])
             digest.update(pixels)
             kept.append(record)
-        stored.resize(len(kept), axis=0)
-        file.attrs["captions_per_image"] = settings.captions_per_image
-        file.attrs["digest"] = digest.hexdigest()  # tells whether cached features are of these images
+        writer.file.attrs["captions_per_image"] = settings.captions_per_image
+        writer.file.attrs["digest"] = digest.hexdigest()  # tells whether cached features are of these images
     return kept
 
 

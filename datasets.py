@@ -23,22 +23,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from captioning.annotations import Record, require_image
-from captioning.features import is_up_to_date, weights_digest, write_features
+from captioning.features import is_up_to_date, open_features, weights_digest, write_features
 from captioning.images import read_image
-from utils import UserError, parallel_map, pick_device, processes, progress_bar, read_json
+from captioning.prepared import Prepared
+from utils import UserError, parallel_map, pick_device, printable, processes, progress_bar
 
 if TYPE_CHECKING:
     from captioning.blip import BlipCaptioner
 
 # --- prepared data ------------------------------------------------------------------------------------------
-
-
-def read_prepared(data_folder: str | Path) -> dict:
-    """The record `prepared.json` that create_input_files.py writes last, when everything else is complete."""
-    path = Path(data_folder) / "prepared.json"
-    if not path.is_file():
-        raise UserError(f"{data_folder}: no prepared data in it; run create_input_files.py first")
-    return read_json(path)
 
 
 class Request(NamedTuple):
@@ -62,7 +55,7 @@ class CaptionDataset(Dataset):
         augment: change images at random, see `augment_image`.
 
     Raises:
-        UserError: the split is missing, or its files do not fit each other.
+        UserError: the split is missing, or its files are damaged or do not fit each other.
     """
 
     def __init__(
@@ -72,28 +65,14 @@ class CaptionDataset(Dataset):
         features_file: str | Path | None = None,
         augment: bool = False,
     ):
-        folder = Path(data_folder)
-        if split not in read_prepared(folder)["splits"]:
-            raise UserError(f"{folder}: no {split} split in it; run create_input_files.py with one")
-        self.file = Path(features_file) if features_file else folder / f"{split}_images.hdf5"
-        self.key = "features" if features_file else "images"
-        words = read_json(folder / "word_map.json")
-        lengths = np.array(read_json(folder / f"{split}_caption_lengths.json"), dtype=np.int16)
-        captions = np.array(
-            read_json(folder / f"{split}_encoded_captions.json"), dtype=np.min_scalar_type(len(words))
-        )
-        with h5py.File(folder / f"{split}_images.hdf5", "r") as images:
-            per_image = int(images.attrs["captions_per_image"])
-            self.size = len(images["images"])
-        if len(captions) != self.size * per_image or len(lengths) != len(captions):
-            raise UserError(
-                f"{folder}: the {split} split's files do not fit each other; run create_input_files.py"
-            )
-        longest = lengths.max(initial=1)
-        self.captions = captions[:, :longest].reshape(self.size, per_image, longest).copy()
-        self.lengths = lengths.reshape(self.size, per_image)
+        self.data, self.split, self.features_file = Prepared(data_folder), split, features_file
+        captions, self.lengths = self.data.captions(split)
+        self.captions = captions[:, :, : self.lengths.max()].copy()
+        self.size = len(captions)
+        self._open().file.close()
         self.augment = augment
         if augment:
+            words = self.data.word_map()
             no_flip = [index for word, index in words.items() if LEFT_OR_RIGHT.search(word)]
             self.may_flip = ~np.isin(self.captions, no_flip).any(axis=(1, 2))  # (size,)
         self.stored = None  # opened by the process that reads it: an open HDF5 file must not be inherited
@@ -103,7 +82,7 @@ class CaptionDataset(Dataset):
 
     def __getitem__(self, request: Request) -> tuple[Tensor, Tensor, Tensor]:
         if self.stored is None:
-            self.stored = h5py.File(self.file, "r")[self.key]
+            self.stored = self._open()
         indices = request.indices
         images = np.empty((len(indices), *self.stored.shape[1:]), self.stored.dtype)
         for row, index in enumerate(indices):
@@ -118,6 +97,12 @@ class CaptionDataset(Dataset):
         lengths = self.lengths[indices].astype(np.int64)
         captions = self.captions[indices, :, : lengths.max()].astype(np.int64)
         return images, torch.from_numpy(captions), torch.from_numpy(lengths)
+
+    def _open(self) -> h5py.Dataset:
+        """The images or features, which must be of the preparation that the captions are of."""
+        if self.features_file is None:
+            return self.data.images(self.split)
+        return open_features(self.features_file, self.data, self.split)
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"stored": None}
@@ -234,7 +219,7 @@ class BlipDataset:
 
             problems = gather_object(problems)
         for _, text in problems:
-            state.print(f"skipped: {text}")
+            state.print(printable(f"skipped: {text}"))
         return dict(problems)
 
     def _resized(self, record: Record) -> Tensor:
@@ -294,7 +279,7 @@ class BlipDataset:
             "images": hashlib.sha256(json.dumps(stats).encode()).hexdigest(),
         }
         with processes().main_process_first():
-            if not is_up_to_date(file, fingerprints):
+            if not is_up_to_date(file, fingerprints, len(self.records)):
                 vision.to(device).eval()
                 size, batch_size = len(self.records), 16
                 chunks = [

@@ -23,7 +23,15 @@ from captioning.figures import caption_files
 from captioning.folder_plan import FolderOptions
 from captioning.folders import caption_folder
 from captioning.images import read_image
-from utils import Device, UserError, check_at_least, is_main_process, pick_device, run_script
+from utils import (
+    Device,
+    UserError,
+    check_at_least,
+    is_main_process,
+    pick_device,
+    printable,
+    run_script,
+)
 
 if TYPE_CHECKING:
     from captioning.blip import BlipCaptioner
@@ -89,7 +97,7 @@ def caption_single_images(settings: Settings) -> int:
     for image in settings.images:
         prepared = captioner.prepare(image).unsqueeze(0)
         (text,) = captioner.caption_prepared(prepared, settings.num_beams, **search)
-        print(text if len(settings.images) == 1 else f"{image}: {text}")
+        print(printable(text if len(settings.images) == 1 else f"{image}: {text}"))
     print("no figures: these are for BLIP without a prompt", file=sys.stderr)
     return 0
 

@@ -37,6 +37,7 @@ from captioning.scoring import (
 from captioning.submissions import write_submission
 from metrics import Scores, score_captions
 from utils import (
+    LARGEST,
     Device,
     UserError,
     check_at_least,
@@ -84,8 +85,9 @@ class Settings:
     def __post_init__(self):
         check_at_least(self, 1, "batch_size")
         check_at_least(self, 0, "worst")
-        if not self.beam_sizes or min(self.beam_sizes) < 1:
-            raise UserError(f"--beam_sizes is {self.beam_sizes}: give numbers of at least 1, such as 1,3,5")
+        check_at_least(self, -100, "length_penalty")
+        if not self.beam_sizes or min(self.beam_sizes) < 1 or max(self.beam_sizes) > LARGEST["beam_size"]:
+            raise UserError(f"--beam_sizes is {self.beam_sizes}: give numbers from 1 to 1000, such as 1,3,5")
         if bool(self.submission) != (self.references is not None):
             raise UserError("--submission and --references belong together: give both")
         if self.submission and self.boxes:
@@ -132,7 +134,7 @@ def evaluate(settings: Settings) -> list[dict]:
 
     from captioning.captioner import Captioner
     from captioning.features import cached_features
-    from datasets import read_prepared
+    from captioning.prepared import read_prepared
 
     state = processes()
     prepared_size = read_prepared(settings.data_folder)["settings"]["image_size"]

@@ -27,11 +27,11 @@ import make_demo_data
 import train
 import train_model as blip_training
 from captioning.annotations import read_annotations
-from captioning.engine import best_epoch, find_same_run, is_complete
+from captioning.engine import best_epoch, find_same_run, is_complete, repair_outputs
 from captioning.images import list_images
+from captioning.prepared import Prepared, read_prepared
 from captioning.pretrained import check_encoder_name
 from captioning.scoring import score_submission
-from datasets import read_prepared
 from utils import (
     Device,
     Step,
@@ -40,6 +40,7 @@ from utils import (
     check_output,
     describe_settings,
     make_settings,
+    printable,
     read_json,
     run_script,
     write_json,
@@ -208,9 +209,10 @@ def prepare(settings: Settings, announce: Callable[..., None]) -> None:
         output_folder=settings.data_folder,
     )
     if (Path(settings.data_folder) / "prepared.json").is_file():
-        record = read_prepared(settings.data_folder)
+        data = Prepared(settings.data_folder)
         inputs = create_input_files.input_files(wanted)
-        if record["settings"] == asdict(wanted) and record["inputs"] == inputs:
+        same = data.record["settings"] == asdict(wanted) and data.record["inputs"] == inputs
+        if same and data.is_whole():
             announce(f"preparation: {settings.data_folder}/ is up to date, skipped")
             return
     announce(f"preparation: {settings.annotations} -> {settings.data_folder}/", chosen(wanted))
@@ -234,6 +236,7 @@ def run_training(
     step: str, run: Callable, wanted, data: object, source: str, announce: Callable[..., None]
 ) -> dict:
     """Train with the `wanted` settings, unless the output folder has the same training already."""
+    repair_outputs(Path(wanted.output_folder))
     same = find_same_run(wanted, data)
     if same and is_complete(wanted, same[1]):
         announce(f"{step}: {wanted.output_folder}/ is up to date, skipped")
@@ -337,11 +340,11 @@ def report(settings: Settings, best: dict, blip_best: dict) -> None:
         evaluation.print_table(rows)
         images = {image.image_id: image for image in read_annotations(references)}
         for image_id in list(rows[0]["captions"])[:3]:
-            print(f"\n  {image_id}")
+            print(f"\n  {printable(image_id)}")
             for row in rows:
-                print(f"      {row['model'] + ':':10} {row['captions'][image_id]}")
+                print(f"      {row['model'] + ':':10} {printable(row['captions'][image_id])}")
             for text in images[image_id].captions:
-                print(f"      reference: {text}")
+                print(f"      reference: {printable(text)}")
     print()
     for model, result, folder, _ in made:
         captions = f"captions in {result}, " if result.is_file() else ""

@@ -15,7 +15,6 @@ those given on the command line.
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,12 +28,14 @@ from torch.utils.data import DataLoader
 from captioning import fused_decoder, plain_decoder
 from captioning.captioner import Captioner
 from captioning.checkpoints import (
+    STATES,
     archive_previous_run,
+    check_content,
     checkpoint_to_resume,
     decoder_from,
     encoder_from,
     load_checkpoint,
-    save_checkpoint,
+    write_best,
 )
 from captioning.engine import (
     LearningRate,
@@ -42,19 +43,21 @@ from captioning.engine import (
     Run,
     caption_scores,
     epochs_since_improvement,
+    repair_outputs,
     report_best,
     save_epoch,
 )
 from captioning.features import cache_features, encode_images
+from captioning.files import lock_folder
 from captioning.monitor import Monitor
+from captioning.prepared import Prepared, read_prepared
 from captioning.pretrained import build_encoder, load_embeddings
-from datasets import BatchSampler, CaptionDataset, read_prepared
+from datasets import BatchSampler, CaptionDataset
 from metrics import tokenize
 from models import DecoderWithAttention, Encoder, normalize_images
 from utils import (
     Device,
     UserError,
-    atomic_write,
     check_above_zero,
     check_at_least,
     check_output,
@@ -143,7 +146,13 @@ def train(settings: Settings) -> dict:
         UserError: wrong input, or a loss that is no longer a number.
     """
     check_output(settings.output_folder, folder=True)
+    with lock_folder(settings.data_folder, reading=True), lock_folder(settings.output_folder):
+        return run_training(settings)
+
+
+def run_training(settings: Settings) -> dict:
     word_map, references = read_data(settings.data_folder)
+    repair_outputs(Path(settings.output_folder))
     settings, resumed = resume(settings)
     run, output, score = Run.start(settings.mixed_precision), Path(settings.output_folder), settings.score
     settings = replace(settings, mixed_precision=run.mixed_precision)
@@ -200,13 +209,12 @@ def train(settings: Settings) -> dict:
 
 def read_data(data_folder: str) -> tuple[dict[str, int], list[list[list[str]]]]:
     """The word map, and the tokenized references of the validation images."""
-    if "val" not in read_prepared(data_folder)["splits"]:
+    data = Prepared(data_folder)
+    if "val" not in data.record["splits"]:
         raise UserError(
             f"{data_folder}: no val split to choose the best epoch by; prepare it with --val_fraction 0.1"
         )
-    word_map = read_json(Path(data_folder) / "word_map.json")
-    captions = read_json(Path(data_folder) / "val_references.json")
-    return word_map, [[tokenize(caption) for caption in of_image] for of_image in captions]
+    return data.word_map(), [[tokenize(text) for text in record.captions] for record in data.records("val")]
 
 
 def resume(settings: Settings) -> tuple[Settings, Resumed | None]:
@@ -216,6 +224,7 @@ def resume(settings: Settings) -> tuple[Settings, Resumed | None]:
         return settings, None
     word_map_path = Path(settings.data_folder) / "word_map.json"
     checkpoint = load_checkpoint(source, "encoder", "decoder", word_map_path=word_map_path)
+    check_content(source, checkpoint, STATES)
     # a checkpoint from elsewhere has weights, but no epochs that were scored as ours are
     checkpoint["history"] = [line for line in checkpoint["history"] if settings.score in line]
     return Resumed.merge(settings, checkpoint, source, FIXED)
@@ -427,14 +436,12 @@ def save(
         "history": history,
     }
     weights = {"encoder": encoder.state_dict(), "decoder": decoder.state_dict()}
+    checkpoint = about | weights | states
 
-    def write_best(checkpoint: Path) -> None:
-        for name, state in weights.items():
-            save_checkpoint(output / f"{name}.pth", about | {name: state})
-        with atomic_write(output / "best_checkpoint.pth") as tmp_path:
-            shutil.copyfile(checkpoint, tmp_path)
+    def make_best(file: Path) -> None:
+        write_best(file, checkpoint)
 
-    save_epoch(output, about | weights | states, settings.score, write_best, settings.keep_checkpoints)
+    save_epoch(output, checkpoint, settings.score, make_best, settings.keep_checkpoints)
 
 
 if __name__ == "__main__":

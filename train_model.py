@@ -29,16 +29,25 @@ from torch import Tensor, nn
 
 from captioning import HUB_MODEL
 from captioning.annotations import Record, read_training_splits
-from captioning.checkpoints import archive_previous_run, checkpoint_to_resume, read_checkpoint
+from captioning.checkpoints import (
+    STATES,
+    WEIGHTS,
+    archive_previous_run,
+    check_content,
+    checkpoint_to_resume,
+    read_checkpoint,
+)
 from captioning.engine import (
     LearningRate,
     Resumed,
     Run,
     caption_scores,
     epochs_since_improvement,
+    repair_outputs,
     report_best,
     save_epoch,
 )
+from captioning.files import lock_folder
 from captioning.monitor import Monitor
 from utils import (
     Device,
@@ -132,11 +141,13 @@ def train(settings: Settings) -> dict:
     Raises:
         UserError: wrong input, or a loss that is no longer a number.
     """
+    check_output(settings.output_folder, folder=True)
     threads = torch.get_num_threads()
     try:
         if settings.base_model == "tiny":
             torch.set_num_threads(1)  # too little work in an operation for more: they would wait
-        return run_training(settings)
+        with lock_folder(settings.output_folder):
+            return run_training(settings)
     finally:
         torch.set_num_threads(threads)
 
@@ -148,7 +159,7 @@ def run_training(settings: Settings) -> dict:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    check_output(settings.output_folder, folder=True)
+    repair_outputs(Path(settings.output_folder))
     settings, resumed = resume(settings)
     train_records, val_records = read_records(settings)
     if resumed and resumed.checkpoint["data"] != data_digest(train_records, val_records):
@@ -207,9 +218,9 @@ def run_training(settings: Settings) -> dict:
             about = {"settings": asdict(settings), "data": data_digest(train_records, val_records)}
             states = {"model": captioner.model.state_dict(), **run.states(optimizer, rates)}
             checkpoint = about | {"history": history} | states
-            save_epoch(
-                output, checkpoint, score, lambda _: save_model(output, captioner), settings.keep_checkpoints
-            )
+            if epochs_since_improvement(history, score) == 0:
+                save_model(output, captioner)  # first, so that a checkpoint's best model is always there
+            save_epoch(output, checkpoint, score, lambda _: None, settings.keep_checkpoints)
         text = f"loss {line['train_loss']:.3f}; "
         text += f"validation BLEU-4 {line['val_bleu4']:.4f}, CIDEr {line['val_cider']:.4f}"
         monitor.epoch(history, texts, text)
@@ -231,6 +242,7 @@ def resume(settings: Settings) -> tuple[Settings, Resumed | None]:
         complete = False
     if not complete:
         raise UserError(f"{source}: not a checkpoint of train_model.py; start without it")
+    check_content(source, checkpoint, STATES | {"settings": dict, "data": str, "model": WEIGHTS})
     return Resumed.merge(settings, checkpoint, source, FIXED)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import csv
 import errno
+import gc
+import hashlib
 import inspect
 import json
 import os
@@ -20,7 +22,7 @@ import typing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,7 +41,12 @@ class UserError(Exception):
 # --- settings -----------------------------------------------------------------------------------------------
 
 
-OF_THE_USER = ("EACCES", "ENOSPC", "EROFS", "ENOTDIR", "EISDIR", "EDQUOT", "EEXIST")  # errors of files
+# errors of files that the user can mend: permissions, a full disk or quota, a share that is gone, names
+OF_THE_USER = {
+    "EACCES", "EDQUOT", "EEXIST", "EFBIG", "EHOSTDOWN", "EIO", "EISDIR", "ELOOP", "ENAMETOOLONG",
+    "ENODEV", "ENOLCK", "ENOSPC", "ENOTCONN", "ENOTDIR", "ENXIO", "EPERM", "EROFS", "ESTALE",
+    "ETIMEDOUT",
+}  # fmt: skip
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
@@ -107,7 +114,12 @@ def _report(message: str) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if not is_main_process():
         time.sleep(10)
-    print(message, file=sys.stderr, flush=True)
+    print(printable(message), file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """The text with its line breaks, control characters and undecodable bytes escaped."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def parse_settings(settings_class: type, argv: list[str] | None = None, description: str | None = None):
@@ -266,17 +278,36 @@ def _field_comments(settings_class: type) -> dict[str, str]:
     return dict(re.findall(r"^\s+(\w+)\s*:[^#\n]*#\s*(.+)$", source, flags=re.MULTILINE))
 
 
+LARGEST = {  # of settings; more is a slip, or asks for more memory than there is
+    **dict.fromkeys(("emb_dim", "attention_dim", "decoder_dim"), 16384),
+    **dict.fromkeys(("batch_size", "val_batch_size", "grad_accumulation"), 65536),
+    **dict.fromkeys(("beam_size", "num_beams", "max_new_tokens", "max_length", "max_len"), 1000),
+    **dict.fromkeys(("encoder_lr", "decoder_lr", "learning_rate", "weight_decay", "alpha_c"), 1000),
+    **{"image_size": 4096, "workers": 256, "captions_per_image": 1000, "seed": 2**32 - 1},
+    **{"epochs": 10**6, "length_penalty": 100, "decay": 1},
+}
+
+
 def check_at_least(settings, smallest: float, *names: str) -> None:
-    """Raise UserError unless each named setting is a number of at least `smallest`."""
+    """Raise UserError unless each named setting is a number of at least `smallest`, and at most that of
+    `LARGEST`."""
     for name in names:
         if not getattr(settings, name) >= smallest:  # written so that nan is refused
             raise UserError(f"--{name} is {getattr(settings, name)}: give {smallest} or more")
+        _check_at_most(settings, name)
 
 
 def check_above_zero(settings, *names: str) -> None:
     for name in names:
         if not getattr(settings, name) > 0:
             raise UserError(f"--{name} is {getattr(settings, name)}: give more than 0")
+        _check_at_most(settings, name)
+
+
+def _check_at_most(settings, name: str) -> None:
+    value, largest = getattr(settings, name), LARGEST.get(name, float("inf"))
+    if value > largest:
+        raise UserError(f"--{name} is {value}: give {largest} or less")
 
 
 def check_share(settings, *names: str) -> None:
@@ -293,16 +324,27 @@ def check_share(settings, *names: str) -> None:
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; it takes `path`'s place only when the block ends well.
 
-    A crash or Ctrl-C leaves the old file as it was.
+    A crash or Ctrl-C leaves the old file as it was. Where `path` is a link, the file that it leads to is
+    written.
+
+    Raises:
+        UserError: `path` is a device or the like. OSError: with `path` as its filename.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    shown, path = path, Path(os.path.realpath(path))
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{shown}: is a device or pipe; give the name of a file to write")
     tmp_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield tmp_path
         os.replace(tmp_path, path)
+    except OSError as error:
+        if error.filename in (None, str(tmp_path)):
+            error.filename = str(shown)
+        raise
     finally:
-        tmp_path.unlink(missing_ok=True)
+        with suppress(OSError):  # its folder may be gone
+            tmp_path.unlink(missing_ok=True)
 
 
 def check_output(path: str | Path, folder: bool = False) -> None:
@@ -328,14 +370,31 @@ def write_table(path: str | Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def read_json(path: str | Path):
-    """The content of a JSON file. Raises UserError where it is missing or no JSON."""
+def read_json(path: str | Path, digest: str | None = None):
+    """The content of a JSON file. Raises UserError where it is missing, no JSON, or has not the SHA-256
+    `digest`."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        content = Path(path).read_bytes()
+        if digest and hashlib.sha256(content).hexdigest() != digest:
+            raise UserError(f"{path}: damaged, or replaced since; run the script again that wrote it")
+        with _no_garbage_collection():
+            return json.loads(content.decode("utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a JSON file ({error})") from None
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A fifth faster for large JSON: there is no garbage among many new lists, but it would be looked for."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def natural_order(name: str) -> list:

@@ -29,7 +29,16 @@ from captioning.images import read_image
 from captioning.quality import attention_summary, caption_quality
 from captioning.scoring import find_image_folder, match_submission, prepared_records, reference_records
 from metrics import score_captions, tokenize
-from utils import Device, UserError, check_at_least, check_output, progress_bar, run_script, write_json
+from utils import (
+    Device,
+    UserError,
+    check_at_least,
+    check_output,
+    printable,
+    progress_bar,
+    run_script,
+    write_json,
+)
 
 
 @dataclass
@@ -94,7 +103,7 @@ def view_image(settings: Settings) -> None:
     key = Path(settings.img).name
     models = [ShownModel(f"{rank}. best", {key: shown(own)}) for rank, own in enumerate(found, start=1)]
     for own in found:
-        print(f"{own.log_prob:9.3f}  {own.text}")
+        print(f"{own.log_prob:9.3f}  {printable(own.text)}")
     records = [Record(key, settings.img)]
     index, _ = write_gallery(settings.output_folder, records, models, title=f"{key}, {name}")
     if settings.figures:

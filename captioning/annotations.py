@@ -7,16 +7,32 @@ is recognized by its content.
 from __future__ import annotations
 
 import csv
+import json
 import os
 import random
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from captioning.images import IMAGE_EXTENSIONS
+from captioning.schema import AnyOf, Choice, find_mismatch
 from metrics import tokenize
 from utils import UserError, natural_order, read_json
 
 PAD, UNK, START, END = "<pad>", "<unk>", "<start>", "<end>"
+
+
+def find_word_map_problem(word_map: object) -> str | None:
+    """What is wrong with a word map, whatever it was read from; None where nothing is."""
+    problem = find_mismatch(word_map, {str: int}, "the word map")
+    if problem:
+        return problem
+    lacking = [word for word in (PAD, UNK, START, END) if word not in word_map]
+    if lacking:
+        return f"the word map lacks {', '.join(lacking)}"
+    if word_map[PAD] != 0 or set(word_map.values()) != set(range(len(word_map))):
+        return f"the word map's {len(word_map)} words are not numbered from 0, {PAD}, without gaps"
+    return None
 
 
 @dataclass
@@ -125,65 +141,128 @@ class ImageFinder:
                 self.by_name.setdefault(stem, name)
 
     def __call__(self, *names: str) -> str | None:
-        """The path of the first of `names` that exists, else None."""
+        """The path of the first of `names` that exists, else None.
+
+        Raises:
+            UserError: a name leads out of the folder.
+        """
         for name in names:
+            if os.path.isabs(name) or ".." in Path(name).parts:
+                raise UserError(f"{name}: leads out of {self.folder}; give names of images that are in it")
             if name in self.by_name:
                 return str(self.folder / self.by_name[name])
-            if "/" in name and (self.folder / name).is_file():
+            if "/" in name and os.path.isfile(self.folder / name):
                 return str(self.folder / name)
         return None
 
 
 def _read_csv(file: Path, finder: ImageFinder | None) -> list[Record]:
     records: dict[str, Record] = {}
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, restkey="rest")
-            columns = [(name or "").strip() for name in reader.fieldnames or []]
-            reader.fieldnames = columns
-            id_column = next((name for name in ("image_id", "image") if name in columns), None)
-            if id_column is None or (id_column == "image" and "caption" not in columns):
-                found = f"has the columns {','.join(columns)[:100]}" if columns else "is empty"
-                raise UserError(
-                    f"{file}: {found}; expected image_id,caption or image,caption, or Karpathy or COCO JSON"
-                )
-            for row in reader:
-                image_id = row[id_column]
-                if not image_id:
-                    continue
-                if image_id not in records:
-                    records[image_id] = Record(image_id, finder(image_id) if finder else None)
-                # the rest of an unquoted caption with commas is in columns without a name
-                parts = [row.get("caption"), *row.get("rest", [])]
-                caption = ",".join(part for part in parts if part).strip()
-                if caption:
-                    records[image_id].captions.append(caption)
-                    records[image_id].tokens.append(tokenize(caption))
-    except csv.Error as error:
-        raise UserError(f"{file}, line {reader.line_num}: not a CSV file ({error})") from None
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        rows = _read_rows(file, stream)
+        columns = [name.strip() for name in next(rows, [])]
+        id_column = next((name for name in ("image_id", "image") if name in columns), None)
+        if id_column is None or (id_column == "image" and "caption" not in columns):
+            found = f"has the columns {','.join(columns)[:100]}" if columns else "is empty"
+            raise UserError(
+                f"{file}: {found}; expected image_id,caption or image,caption, or Karpathy or COCO JSON"
+            )
+        doubled = [name for name in (id_column, "caption") if columns.count(name) > 1]
+        if doubled:
+            raise UserError(f"{file}: has two columns {doubled[0]}; remove or rename one")
+        id_index, end = columns.index(id_column), len(columns)
+        caption_index = columns.index("caption") if "caption" in columns else None
+        for row in rows:
+            image_id = row[id_index] if id_index < len(row) else ""
+            if not image_id:
+                continue
+            if image_id not in records:
+                records[image_id] = Record(image_id, finder(image_id) if finder else None)
+            # the rest of an unquoted caption with commas is in columns without a name
+            own = [] if caption_index is None else row[caption_index : caption_index + 1]
+            caption = ",".join(part for part in (*own, *row[end:]) if part).strip()
+            if caption:
+                records[image_id].captions.append(caption)
+                records[image_id].tokens.append(tokenize(caption))
     return list(records.values())
+
+
+def _read_rows(file: Path, stream: Iterable[str]) -> Iterator[list[str]]:
+    """The rows of a CSV that are not blank.
+
+    Raises:
+        UserError: no CSV, or a row over several lines whose quotes do not match: a quote that is not closed
+            would swallow the lines up to the next one.
+    """
+    lines: list[str] = []  # of the row that is being read
+
+    def remember() -> Iterator[str]:
+        for line in stream:
+            lines.append(line)
+            yield line
+
+    reader = csv.reader(remember())
+    try:
+        for row in reader:
+            if len(lines) > 1:
+                list(csv.reader(lines, strict=True))
+            lines.clear()
+            if any(row):
+                yield row
+    except csv.Error as error:
+        line = reader.line_num - len(lines) + 1
+        reason = "a quote that is not closed" if len(lines) > 1 else str(error)
+        raise UserError(f"{file}, line {line}: not a CSV row ({reason}); mend the line") from None
+
+
+IDENTIFIER = AnyOf(int, str)
+COCO = {
+    "images": [{"id": IDENTIFIER, "file_name?": str}],
+    "annotations": [{"image_id": IDENTIFIER, "caption": str}],
+}
+KARPATHY = {
+    "images": [
+        {
+            "filename": str,
+            "filepath?": AnyOf(str, None),
+            "split": Choice("train", "restval", "val", "test"),
+            "sentences": [{"tokens": [str], "raw?": AnyOf(str, None)}],
+        }
+    ]
+}
 
 
 def _read_json(file: Path, finder: ImageFinder | None) -> list[Record]:
     content = read_json(file)
-    images = content.get("images") if isinstance(content, dict) else None
+    if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
+        schema, read = COCO, _read_coco
+    elif isinstance(content, dict) and "sentences" in str(content.get("images"))[:10_000]:
+        schema, read = KARPATHY, _read_karpathy
+    else:
+        raise UserError(
+            f"{file}: neither Karpathy JSON (images with sentences) nor COCO JSON (images, annotations)"
+        )
+    mismatch = find_mismatch(content, schema)
+    if mismatch:
+        raise UserError(f"{file}: damaged annotations ({mismatch}); mend or replace the file")
     try:
-        if isinstance(images, list) and "annotations" in content:
-            return _read_coco(images, content["annotations"], finder)
-        if isinstance(images, list) and all("sentences" in image for image in images):
-            return _read_karpathy(images, finder)
-    except KeyError as error:
-        raise UserError(f"{file}: damaged annotations: {error} is missing") from None
-    except (TypeError, AttributeError) as error:
-        raise UserError(f"{file}: damaged annotations ({error})") from None
-    raise UserError(
-        f"{file}: neither Karpathy JSON (images with sentences) nor COCO JSON (images, annotations)"
-    )
+        records = read(content, finder)
+    except ValueError as error:
+        raise UserError(f"{file}: damaged annotations ({error}); mend or replace the file") from None
+    for record in records:
+        try:
+            json.dumps([record.image_id, record.captions, record.tokens], ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{file}: half a character (an unpaired surrogate) in the id or captions of image "
+                f"{record.image_id!a}; mend or replace the file"
+            ) from None
+    return records
 
 
-def _read_karpathy(images: list[dict], finder: ImageFinder | None) -> list[Record]:
+def _read_karpathy(content: dict, finder: ImageFinder | None) -> list[Record]:
     records = []
-    for image in images:
+    for image in content["images"]:
         name = image["filename"]
         names = [f"{image['filepath']}/{name}", name] if image.get("filepath") else [name]
         split = "train" if image["split"] == "restval" else image["split"]
@@ -196,12 +275,18 @@ def _read_karpathy(images: list[dict], finder: ImageFinder | None) -> list[Recor
     return records
 
 
-def _read_coco(images: list[dict], annotations: list[dict], finder: ImageFinder | None) -> list[Record]:
+def _read_coco(content: dict, finder: ImageFinder | None) -> list[Record]:
     records = {}
-    for image in images:
+    for image in content["images"]:
+        if image["id"] in records:
+            raise ValueError(f"two images have the id {image['id']}")
+        if finder and "file_name" not in image:
+            raise ValueError(f"image {image['id']} has no file_name")
         path = finder(image["file_name"]) if finder else None
         records[image["id"]] = Record(str(image["id"]), path)
-    for annotation in annotations:
+    for annotation in content["annotations"]:
+        if annotation["image_id"] not in records:
+            raise ValueError(f"a caption of image {annotation['image_id']}, which is not among the images")
         record = records[annotation["image_id"]]
         caption = annotation["caption"].strip()
         record.captions.append(caption)

@@ -11,7 +11,7 @@ weights, for which nothing has to be downloaded; datasets.py has what a training
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -34,6 +35,7 @@ from transformers import (
 from transformers.models.blip import modeling_blip_text
 
 from captioning import HUB_MODEL
+from captioning.hdf5 import require_disk_space
 from captioning.images import read_image
 from captioning.interface import BaseCaptioner, Caption, stack_maps
 from utils import UserError
@@ -42,8 +44,6 @@ try:
     from transformers import AutoModelForImageTextToText
 except ImportError:  # before transformers 4.46
     from transformers import AutoModelForVision2Seq as AutoModelForImageTextToText
-
-MISSING_SHARE = 0.1  # of a model's tensors; where more are not in its file, it is another model's file
 
 
 @dataclass
@@ -180,7 +180,13 @@ class BlipCaptioner(BaseCaptioner):
 
     def save(self, folder: str | Path) -> None:
         """Write the files by which `load_captioner`, or transformers' own classes, read a BLIP again."""
-        self.model.save_pretrained(folder, safe_serialization=True)
+        size = sum(tensor.nbytes for tensor in self.model.state_dict().values())
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        require_disk_space(Path(folder), size, "free some disk space")
+        try:
+            self.model.save_pretrained(folder, safe_serialization=True)
+        except SafetensorError as error:
+            raise UserError(f"{folder}: the model cannot be written ({error})") from None
         BlipProcessor(self.image_processor, self.tokenizer).save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
 
@@ -274,14 +280,23 @@ def _read_captioner(name: str, local_files_only: bool) -> BlipCaptioner:
         )
     model, loaded = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **options)
     classes = config.architectures or [type(model).__name__]
-    if type(model).__name__ not in classes or len(loaded["missing_keys"]) > MISSING_SHARE * len(
-        model.state_dict()
-    ):
-        raise UserError(
-            f"{name}: weights of {classes[0]} that do not make a whole captioning model; give another"
-        )
+    missing = find_missing(model, loaded["missing_keys"])
+    if type(model).__name__ not in classes or missing:
+        lacking = f" ({missing[0]} is missing)" if missing else ""
+        raise UserError(f"{name}: weights of {classes[0]} that do not make a whole captioning model{lacking}")
+    damaged = next((key for key, tensor in model.state_dict().items() if not tensor.isfinite().all()), None)
+    if damaged:
+        raise UserError(f"{name}: damaged weights ({damaged} is not finite); fetch or train them anew")
     image_processor = AutoImageProcessor.from_pretrained(name, **options)
     return BlipCaptioner(model.eval(), image_processor, AutoTokenizer.from_pretrained(name, **options))
+
+
+def find_missing(model: nn.Module, missing_keys: Iterable[str]) -> list[str]:
+    """The parameters that are random, as no file has them, nor others that they are tied to."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    missing = [name for name in missing_keys if name in parameters]
+    loaded = {parameters[name].data_ptr() for name in parameters.keys() - set(missing)}
+    return [name for name in missing if parameters[name].data_ptr() not in loaded]
 
 
 def _first_line(error: Exception) -> str:

@@ -7,35 +7,47 @@ record of the prepared data), `history` (a line an epoch), and the state_dicts `
 
 from __future__ import annotations
 
+import shutil
+import zipfile
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from captioning.annotations import find_word_map_problem
+from captioning.files import OutputFile
 from captioning.pretrained import build_encoder
+from captioning.schema import Number, find_mismatch
 from captioning.tutorial_checkpoint import read_tutorial_checkpoint
 from models import DecoderWithAttention, Encoder
-from utils import UserError, atomic_write, natural_order, pick_device, read_json
+from utils import LARGEST, UserError, atomic_write, natural_order, pick_device, read_json
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
     """Write a dictionary of tensors and plain values such that `torch.load(path, weights_only=True)` reads
     it."""
-    with atomic_write(path) as tmp_path:
-        torch.save(checkpoint, tmp_path)
+    with atomic_write(path) as tmp_path, OutputFile(tmp_path, path) as stream:
+        torch.save(checkpoint, stream)
 
 
 def read_checkpoint(path: str | Path) -> object:
     """What `torch.save` wrote, on the CPU, without running anything that the file says.
 
     Raises:
-        UserError: no such file. ValueError: no file of torch's, or one that names more than tensors and
-            plain values.
+        UserError: no such file, or it is damaged. ValueError: no file of torch's, or one that names more than
+            tensors and plain values.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint; train.py writes them to output_models/")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch does not look at the checksums
+            if damaged:
+                raise UserError(f"{path}: damaged ({damaged} has another checksum); copy it or train again")
         return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # pickle, zipfile and torch each fail in their own ways
         raise ValueError(f"{path}: not a checkpoint") from error
 
@@ -57,20 +69,85 @@ def load_checkpoint(path: str | Path, *needed: str, word_map_path: str | Path | 
         checkpoint = read_checkpoint(path)
     except ValueError:
         checkpoint = read_tutorial_checkpoint(path, word_map)
-    keys = ("settings", "word_map", *needed)
-    missing = [
-        key for key in keys if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), dict)
-    ]
-    if missing:
-        raise UserError(
-            f"{path}: has no {', '.join(missing)}; give a whole checkpoint, as best_checkpoint.pth is"
-        )
+    check_content(path, checkpoint, CHECKPOINT | {name: WEIGHTS for name in needed})
+    problem = find_word_map_problem(checkpoint["word_map"])
+    if problem:
+        raise UserError(f"{path}: a damaged checkpoint ({problem}); train it anew")
     if word_map not in (None, checkpoint["word_map"]):
         raise UserError(
             f"{word_map_path}: not the word map that {path} was trained with "
             f"({len(checkpoint['word_map'])} words); give the --word_map or data that belong to it"
         )
     return checkpoint
+
+
+class Weights:
+    """A state_dict of finite numbers; a schema."""
+
+    def describe(self) -> str:
+        return "tensors of finite numbers"
+
+    def accepts(self, value: object) -> bool:
+        return isinstance(value, dict) and all(
+            isinstance(name, str) and isinstance(tensor, torch.Tensor) and bool(torch.isfinite(tensor).all())
+            for name, tensor in value.items()
+        )
+
+
+WEIGHTS = Weights()
+SIZES = ("emb_dim", "attention_dim", "decoder_dim")
+HISTORY = [{"epoch": Number(0, 10**9), str: float}]
+CHECKPOINT = {
+    "settings": {
+        "encoder_name": str,
+        "dropout": Number(0, 1, whole=False),
+        **{name: Number(1, LARGEST[name]) for name in SIZES},
+    },
+    "word_map": dict,
+    "data": {"settings": {"image_size": Number(1, LARGEST["image_size"])}},
+    "history": HISTORY,
+    "encoder?": WEIGHTS,
+    "decoder?": WEIGHTS,
+}
+STATES = {  # what a training that goes on takes from a checkpoint, if it is there
+    "history": HISTORY,
+    "optimizer?": {"state": dict, "param_groups": [{"params": [int], "lr": Number(0, whole=False)}]},
+    "optimizers?": {str: {"state": dict, "param_groups": [{"params": [int], "lr": Number(0, whole=False)}]}},
+    "rates?": {"steps": Number(0), "decays": [int]},
+    "schedule?": {"last_epoch?": Number(0)},
+    "scaler?": dict,
+}
+
+
+def check_content(path: str | Path, checkpoint: object, schema: dict) -> None:
+    """Raise UserError unless the checkpoint read from `path` is as the schema says."""
+    mismatch = find_mismatch(checkpoint, schema)
+    if mismatch:
+        raise UserError(
+            f"{path}: not a whole checkpoint ({mismatch}); give one as best_checkpoint.pth is, or train anew"
+        )
+
+
+BEST_FILES = ("encoder.pth", "decoder.pth", "best_checkpoint.pth")
+
+
+def peek(path: str | Path) -> dict:
+    """What is in a checkpoint, its tensors unread; {} where it cannot be read."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # as in `read_checkpoint`
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def write_best(source: Path, checkpoint: dict) -> None:
+    """Make the checkpoint in the file `source` the best of its folder: write encoder.pth, decoder.pth and
+    best_checkpoint.pth."""
+    about = {name: checkpoint[name] for name in ("settings", "word_map", "data", "history")}
+    for name in ("encoder", "decoder"):
+        save_checkpoint(source.parent / f"{name}.pth", about | {name: checkpoint[name]})
+    with atomic_write(source.parent / "best_checkpoint.pth") as tmp_path:
+        shutil.copyfile(source, tmp_path)
 
 
 def epoch_checkpoints(folder: str | Path) -> list[Path]:
@@ -124,6 +201,11 @@ def load_models(
             f"{encoder_path}: has no encoder; give a checkpoint, or --encoder_path and --decoder_path"
         )
     encoder, decoder = encoder_from(encoder_file, encoder_path), decoder_from(decoder_file, decoder_path)
+    if any(encoder_file[name] != decoder_file[name] for name in ("settings", "word_map", "data", "history")):
+        raise UserError(
+            f"{encoder_path} and {decoder_path} are of different epochs or trainings; give two of one, or "
+            f"--model best_checkpoint.pth"
+        )
     encoder_dim = decoder.f_beta.out_features
     if encoder.dim != encoder_dim:
         raise UserError(
@@ -149,14 +231,13 @@ def decoder_from(checkpoint: dict, source: str | Path) -> DecoderWithAttention:
     """The decoder of a checkpoint read from the file `source`, in eval mode."""
     settings, weights = checkpoint["settings"], checkpoint["decoder"]
     try:
-        decoder = DecoderWithAttention(
-            settings["attention_dim"],
-            settings["emb_dim"],
-            settings["decoder_dim"],
-            vocab_size=len(checkpoint["word_map"]),
-            encoder_dim=weights["f_beta.weight"].shape[0],
-            dropout=settings["dropout"],
-        )
+        sizes = [settings[name] for name in ("attention_dim", "emb_dim", "decoder_dim")]
+        sizes += [len(checkpoint["word_map"]), weights["f_beta.weight"].shape[0], settings["dropout"]]
+        with torch.device("meta"):  # shapes without memory: damaged sizes would ask for much of it
+            expected = DecoderWithAttention(*sizes).state_dict()
+        if any(expected[name].shape != weights[name].shape for name in expected):
+            raise UserError(f"{source}: its weights do not fit its settings; train it anew")
+        decoder = DecoderWithAttention(*sizes)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{source}: a damaged checkpoint: {error} is missing or misused") from None
     decoder.fused = settings.get("fused", True)  # the form to run it in; see train.py

@@ -23,9 +23,26 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
 
-from captioning.checkpoints import epoch_checkpoints, read_checkpoint, save_checkpoint
+from captioning.checkpoints import (
+    BEST_FILES,
+    HISTORY,
+    check_content,
+    epoch_checkpoints,
+    peek,
+    read_checkpoint,
+    save_checkpoint,
+    write_best,
+)
 from metrics import CiderD, bleu4, tokenize
-from utils import UserError, describe_settings, given_names, pick_device, processes, write_table
+from utils import (
+    UserError,
+    describe_settings,
+    given_names,
+    is_main_process,
+    pick_device,
+    processes,
+    write_table,
+)
 
 # --- processes and precision --------------------------------------------------------------------------------
 
@@ -265,6 +282,32 @@ def report_best(run: Run, history: list[dict], score: str, output: Path) -> dict
     return best
 
 
+def repair_outputs(output: Path) -> None:
+    """Make a folder's best files and history.csv those of its newest checkpoint, where a training was killed
+    while it wrote them."""
+    files = epoch_checkpoints(output)
+    if not files or not is_main_process():
+        return
+    try:
+        newest = peek(files[-1])
+        history, score = newest["history"], f"val_{newest['settings']['select_by']}"
+        best = best_epoch(history, score)
+        file = output / f"checkpoint_epoch_{best + 1}.pth"
+        wanted = history[: best + 1]
+        stale = [name for name in BEST_FILES if peek(output / name).get("history") != wanted]
+        if "decoder" in newest and stale:
+            source = file if file.is_file() else output / "best_checkpoint.pth"
+            checkpoint = read_checkpoint(source)
+            if checkpoint["history"] == wanted:
+                write_best(source, checkpoint)
+                print(f"{output}: {', '.join(stale)} written again from {source.name}")
+        table = output / "history.csv"
+        if not table.is_file() or table.read_bytes().count(b"\n") != len(history) + 1:
+            write_table(table, history)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, UserError):
+        return  # not ours, or damaged: whoever reads it says so
+
+
 def save_epoch(
     output: Path,
     checkpoint: dict,
@@ -375,6 +418,13 @@ class Resumed:
                 optimizer.load_state_dict(states["optimizer"])
             except ValueError:  # of the first release, which left out what was frozen
                 kept = False
+            except (KeyError, TypeError, AttributeError, IndexError, RuntimeError):
+                raise UserError(
+                    f"{self.source}: its optimizer's state is damaged; go on from another"
+                ) from None
+            self._check_averages(optimizer)
+            if len(states.get("rates", {}).get("decays", rates.decays)) != len(rates.decays):
+                raise UserError(f"{self.source}: its learning rates are damaged")
             restarted = [number for number, name in enumerate(rate_names) if name in self.given]
             earlier = {"steps": states.get("schedule", {}).get("last_epoch", 0), "decays": rates.decays}
             rates.load_state_dict(states.get("rates", earlier), restarted)
@@ -384,6 +434,13 @@ class Resumed:
             f"going on after epoch {len(self.history)} of {self.source}; {self.differences}; Adam's state "
             f"{'kept' if kept else 'starts anew'}; learning rates now {rates.describe()}"
         )
+
+    def _check_averages(self, optimizer: torch.optim.Optimizer) -> None:
+        for parameter, state in optimizer.state.items():
+            averages = [state.get(name) for name in ("exp_avg", "exp_avg_sq")]
+            shapes = [getattr(average, "shape", None) for average in averages]
+            if shapes != [parameter.shape] * 2 or not all(bool(a.isfinite().all()) for a in averages):
+                raise UserError(f"{self.source}: its optimizer's state is damaged")
 
 
 def merge_optimizers(
@@ -411,8 +468,9 @@ def find_same_run(settings, data: object) -> tuple[Path, list[dict]] | None:
     files = epoch_checkpoints(settings.output_folder)
     try:
         checkpoint = read_checkpoint(files[-1])
+        check_content(files[-1], checkpoint, {"settings": dict, "history": HISTORY})
         earlier, history, same = checkpoint["settings"], checkpoint["history"], checkpoint["data"] == data
-    except (IndexError, KeyError, TypeError, ValueError):  # no file, or none of ours
+    except (IndexError, KeyError, ValueError, UserError):  # no file, or none of ours
         return None
     for name, value in asdict(settings).items():
         if name not in {*OF_THIS_RUN, "epochs"}:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import h5py
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from captioning.hdf5 import RowWriter, open_dataset
+from captioning.prepared import Prepared
 from models import Encoder, normalize_images
 from utils import UserError, atomic_write, progress_bar
 
@@ -57,38 +59,50 @@ def write_features(
     Raises:
         UserError: the disk has not enough space.
     """
-    file, done = Path(file), 0
+    file = Path(file)
     progress = progress_bar(total=size, desc=f"encoding {description}", unit="image")
-    with atomic_write(file) as tmp_path, h5py.File(tmp_path, "w") as cache, progress:
-        cache.attrs.update(fingerprints)
+    remedy = "free some disk space, or give --cache_features False to encode the images anew in every epoch"
+    with atomic_write(file) as tmp_path, progress, RowWriter(tmp_path, "features", size, remedy) as writer:
+        writer.file.attrs.update(fingerprints)
         for batch in batches:
             features = encode(batch).half().cpu().numpy()
-            if done == 0:
+            if not np.isfinite(features).all():
+                raise UserError(
+                    f"the encoder's features of some {description} are no finite numbers in half precision: "
+                    f"its weights are damaged, or need --cache_features False"
+                )
+            if writer.written == 0:
                 needed = size * features[0].nbytes
                 progress.write(f"features of {size} {description}: {needed / 1e9:.2f} GB in {file}")
-                require_disk_space(file.parent, needed)
-                stored = cache.create_dataset("features", (size, *features.shape[1:]), "float16")
-            stored[done : done + len(features)] = features
-            done += len(features)
+            writer.append(features)
             progress.update(len(features))
 
 
-def is_up_to_date(file: str | Path, fingerprints: dict[str, str]) -> bool:
-    """Whether the file is there and its fingerprints are these."""
-    if not Path(file).is_file():
+def is_up_to_date(file: str | Path, fingerprints: dict[str, str], size: int) -> bool:
+    """Whether the file is there, whole, of `size` images, and its fingerprints are these."""
+    try:
+        features = open_dataset(file, "features", np.float16)
+    except ValueError:
         return False
-    with h5py.File(file, "r") as cache:
-        return all(cache.attrs.get(name) == value for name, value in fingerprints.items())
+    with features.file as cache:
+        same = all(cache.attrs.get(name) == value for name, value in fingerprints.items())
+        return same and len(features) == size
 
 
-def require_disk_space(folder: Path, needed: int) -> None:
-    """Raise UserError unless `needed` bytes are free on the folder's disk."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"{folder}: {free / 1e9:.2f} GB free, the features take {needed / 1e9:.2f} GB: free some disk "
-            f"space, or give --cache_features False to encode the images anew in every epoch"
-        )
+def open_features(file: str | Path, data: Prepared, split: str) -> h5py.Dataset:
+    """The features (I, h, w, D) that `cache_features` wrote of these images.
+
+    Raises:
+        UserError: they are damaged, or of other images.
+    """
+    try:
+        features = open_dataset(file, "features", np.float16, 4)
+        if features.file.attrs.get("pictures") != data.images_digest(split):
+            features.file.close()
+            raise ValueError("of other images")
+        return features
+    except ValueError as error:
+        raise UserError(f"{file}: {error}; delete it, and it will be made anew") from None
 
 
 # --- the attention model's encoder --------------------------------------------------------------------------
@@ -103,11 +117,12 @@ def cache_features(encoder: Encoder, data_folder: str | Path, split: str, device
         UserError: the disk has not enough space.
     """
     file = _cache_file(encoder, data_folder, split)
-    fingerprints = _fingerprints(encoder, data_folder, split)
-    if is_up_to_date(file, fingerprints):
+    data = Prepared(data_folder)
+    fingerprints = _fingerprints(encoder, data, split)
+    if is_up_to_date(file, fingerprints, data.require_split(split)):
         return file
-    with h5py.File(Path(data_folder) / f"{split}_images.hdf5", "r") as stored:
-        images, batch_size = stored["images"], 64
+    images, batch_size = data.images(split), 64
+    with images.file:
         batches = (
             torch.from_numpy(images[start : start + batch_size])
             for start in range(0, len(images), batch_size)
@@ -125,17 +140,17 @@ def cache_features(encoder: Encoder, data_folder: str | Path, split: str, device
 
 def cached_features(encoder: Encoder, data_folder: str | Path, split: str) -> Path | None:
     """The HDF5 file that `cache_features` wrote of this encoder and these images, if there is one."""
-    file = _cache_file(encoder, data_folder, split)
-    if file.is_file() and is_up_to_date(file, _fingerprints(encoder, data_folder, split)):
-        return file
-    return None
+    file, data = _cache_file(encoder, data_folder, split), Prepared(data_folder)
+    if not file.is_file():
+        return None
+    is_good = is_up_to_date(file, _fingerprints(encoder, data, split), data.require_split(split))
+    return file if is_good else None
 
 
 def _cache_file(encoder: Encoder, data_folder: str | Path, split: str) -> Path:
     return Path(data_folder) / f"{split}_features_{encoder.name}.hdf5"
 
 
-def _fingerprints(encoder: Encoder, data_folder: str | Path, split: str) -> dict[str, str]:
-    with h5py.File(Path(data_folder) / f"{split}_images.hdf5", "r") as images:
-        # "pictures" is what files on users' disks have
-        return {"weights": weights_digest(encoder), "pictures": images.attrs["digest"]}
+def _fingerprints(encoder: Encoder, data: Prepared, split: str) -> dict[str, str]:
+    # "pictures" is what files on users' disks have
+    return {"weights": weights_digest(encoder), "pictures": data.images_digest(split)}

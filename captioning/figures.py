@@ -14,7 +14,7 @@ from PIL import Image
 
 from captioning.images import read_image
 from captioning.interface import BaseCaptioner
-from utils import UserError, atomic_write
+from utils import UserError, atomic_write, printable
 
 PANEL = 2.4  # inches, the longer side of an image
 
@@ -95,7 +95,7 @@ def caption_files(
     figures = [figure] if figure else figure_names(images)
     for image, file in zip(images, figures):
         (found,) = captioner.describe_prepared(captioner.prepare(image).unsqueeze(0), **search)
-        print(found.text if len(images) == 1 else f"{image}: {found.text}")
+        print(printable(found.text if len(images) == 1 else f"{image}: {found.text}"))
         title = f"{found.text}\nlog-probability {found.log_prob:.2f}"
         draw_attention(file, image, found.words, found.attention.cpu().numpy(), title)
         print(f"figure: {file}", file=sys.stderr)

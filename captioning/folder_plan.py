@@ -17,7 +17,7 @@ from captioning.images import IMAGE_EXTENSIONS, read_image, walk_images
 from captioning.journal import Entry, Journal, file_stamp, files_digest
 from captioning.sidecars import EXISTING, Sidecars
 from captioning.submissions import FORMATS
-from utils import UserError, check_at_least, check_output
+from utils import UserError, check_at_least, check_output, printable
 
 
 @dataclass
@@ -252,8 +252,3 @@ def report(problem: Problem) -> Problem:
 def tell(text: str) -> None:
     """Print a line on stderr, above the progress bar; names from anywhere may hold line breaks."""
     tqdm.write(printable(text), file=sys.stderr)
-
-
-def printable(text: str) -> str:
-    """The text with its line breaks, control characters and undecodable bytes escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -23,7 +23,6 @@ from captioning.folder_plan import (
     ReadRow,
     Row,
     plan_folder,
-    printable,
     read_row,
     report,
     tell,
@@ -31,7 +30,15 @@ from captioning.folder_plan import (
 from captioning.journal import Entry, Journal
 from captioning.sidecars import Sidecars
 from captioning.submissions import write_submission
-from utils import UserError, is_main_process, on_main_process, parallel_map, processes, progress_bar
+from utils import (
+    UserError,
+    is_main_process,
+    on_main_process,
+    parallel_map,
+    printable,
+    processes,
+    progress_bar,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor

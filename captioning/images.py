@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -42,12 +45,13 @@ def read_image(path: str | Path, size: int | None = None) -> np.ndarray:
     """
     try:
         _check_file(path)
-        with Image.open(path) as image:
+        with open_image(path) as image:
             if size:
                 image.draft(
                     None, (2 * size, 2 * size)
                 )  # a JPEG decodes at a fraction of its size, never below
-            return to_array(image, size)
+            with DECODING.share(image.width * image.height):
+                return to_array(image, size)
     except FileNotFoundError:
         raise UserError(f"{path}: no such image") from None
     except (MemoryError, PermissionError, UserError):
@@ -61,8 +65,46 @@ def read_image(path: str | Path, size: int | None = None) -> np.ndarray:
                     f"{path}: this Pillow does not read {Path(path).suffix} files: pip install {package}, or "
                     f"convert it to JPEG"
                 ) from None
-            reason = "no image format that Pillow knows"
+            reason = "none of the formats " + ", ".join(_formats())
         raise UserError(f"{path}: not a readable image ({reason}); replace or remove it") from None
+
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "MPO", "JPEG2000", "ICO", "AVIF", "HEIF")
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """`Image.open` for files from anywhere: of Pillow's formats those that are decoded by a library, and not,
+    as EPS is, by a program of another vendor."""
+    return Image.open(path, formats=_formats())
+
+
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+class Budget:
+    """Bounds how much of something all threads use at once; a share of more than all is given out alone."""
+
+    def __init__(self, total: int):
+        self.total, self.free = total, total
+        self.changed = threading.Condition()
+
+    @contextmanager
+    def share(self, amount: int) -> Iterator[None]:
+        amount = min(amount, self.total)
+        with self.changed:
+            self.changed.wait_for(lambda: self.free >= amount)
+            self.free -= amount
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.free += amount
+                self.changed.notify_all()
+
+
+DECODING = Budget(2**26)  # pixels decoded at once by all threads: about 800 MB
 
 
 def _check_file(path: str | Path) -> None:
@@ -96,7 +138,9 @@ def _heif_is_readable() -> bool:
 
 def to_array(image: Image.Image, size: int | None = None) -> np.ndarray:
     """An image in memory as `read_image` gives that of a file."""
-    image = _to_rgb(ImageOps.exif_transpose(image))
+    if image.getexif().get(0x0112, 1) != 1:  # rotated or mirrored
+        image = ImageOps.exif_transpose(image)
+    image = _to_rgb(image)
     if size:
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
@@ -111,10 +155,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
             white = max(white, 65535.0)  # integers: a dark 16-bit image is dark, not an 8-bit one
         image = Image.fromarray((values.clip(0) * (255.0 / white)).round().astype(np.uint8))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white_page = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white_page, image)
-    return image.convert("RGB")
+        if image.mode != "RGBA":
+            image = image.convert("RGBA")
+        page = Image.new("RGB", image.size)
+        for top in range(0, image.height, 256):  # in strips, as a large image would take much memory
+            strip = image.crop((0, top, image.width, min(top + 256, image.height)))
+            white = Image.new("RGBA", strip.size, "white")
+            page.paste(Image.alpha_composite(white, strip), (0, top))
+        return page
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 class ImageFiles(NamedTuple):

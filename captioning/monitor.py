@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from captioning.engine import Run, best_epoch
-from utils import UserError, atomic_write
+from utils import UserError, atomic_write, printable
 
 SAMPLES = 3  # validation images whose captions are printed after every epoch
 LONGEST_SAMPLE = 90  # letters
@@ -39,7 +39,7 @@ class Monitor:
         run.log(f"epoch {line['epoch']}: {text}")
         for index in self.samples:
             caption = textwrap.shorten(captions[index], LONGEST_SAMPLE, placeholder=" ...")
-            run.log(f"    {self.image_ids[index]}: {caption}")
+            run.log(f"    {printable(self.image_ids[index])}: {printable(caption)}")
         self.seconds.append(line["seconds"])
         left = self.settings.epochs - line["epoch"]
         if left:

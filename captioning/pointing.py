@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from captioning.images import open_image
 from captioning.interface import Caption
 from captioning.submissions import coco_id
 from utils import UserError, read_json
@@ -124,7 +124,7 @@ def read_boxes(file: str | Path, paths: Mapping[str, str]) -> tuple[dict[str, Ob
 def _size(path: str | Path | None) -> tuple[int, int] | None:
     """Width and height of an image file; None where there is none that can be read."""
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return image.size
     except (OSError, AttributeError):
         return None

@@ -78,6 +78,9 @@ def build_encoder(encoder_name: str, encoder_weights: str = "imagenet") -> Encod
         source, weights = torchvision_weights(encoder_name)
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{source}: not a state_dict (names and tensors) of {encoder_name}")
+    damaged = next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
+    if damaged:
+        raise UserError(f"{source}: damaged weights ({damaged} is not finite); fetch them again")
     try:
         return fold_batch_norms(Encoder(encoder_name, weights))
     except ValueError as error:
@@ -144,6 +147,8 @@ def load_embeddings(path: str | Path, word_map: dict[str, int]) -> tuple[Tensor,
                     vectors[word] = np.array(values, dtype=np.float32)
                     if len(values) != width or not width:
                         raise ValueError(f"{len(values)} numbers where {width} were expected")
+                    if not np.isfinite(vectors[word]).all():
+                        raise ValueError("one is nan or infinite")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file of word vectors") from None
     except ValueError as error:  # UnicodeDecodeError is one

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from captioning.annotations import Record, read_annotations
 from captioning.images import IMAGE_EXTENSIONS
+from captioning.prepared import Prepared
 from captioning.submissions import coco_id, read_submission
 from metrics import score_captions
-from utils import UserError, read_json
+from utils import UserError
 
 COLUMNS = {  # scores, and how tables call them
     "Bleu_1": "BLEU-1",
@@ -29,13 +30,7 @@ def prepared_records(data_folder: str | Path, split: str) -> list[Record]:
     Raises:
         UserError: no such split, or images that share an id.
     """
-    folder = Path(data_folder)
-    if split not in read_json(folder / "prepared.json")["splits"]:
-        raise UserError(f"{folder}: no {split} split in it; prepare one with create_input_files.py")
-    columns = [
-        read_json(folder / f"{split}_{name}.json") for name in ("image_ids", "image_paths", "references")
-    ]
-    records = [Record(*row) for row in zip(*columns)]
+    folder, records = Path(data_folder), Prepared(data_folder).records(split)
     if len({record.image_id for record in records}) < len(records):
         raise UserError(
             f"{folder}: images of the {split} split share an id; give each its own and prepare it anew"

@@ -254,8 +254,8 @@ def test_csv_details(tmp_path):
         ("image_id,caption\n", "no images"),
         ("{}", "neither"),
         ("{", "not a JSON file"),
-        ('{"images": [{"id": 1}], "annotations": []}', "damaged annotations: 'file_name' is missing"),
-        ('{"images": [1]}', "damaged annotations"),
+        ('{"images": [{"id": 1}], "annotations": []}', "damaged annotations .image 1 has no file_name"),
+        ('{"images": [1]}', "neither Karpathy"),
     ],
 )
 def test_wrong_annotation_files(tmp_path, content, problem):

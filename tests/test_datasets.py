@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import datasets
-from captioning import features
+from captioning import features, hdf5
 from captioning.annotations import read_annotations
 from captioning.features import cache_features, cached_features, encode_images
 from captioning.tiny_blip import tiny_captioner
@@ -156,7 +156,7 @@ def test_feature_cache_is_made_once_and_never_stale(prepared):
 
 def test_a_full_disk_is_noticed_before_the_work(tmp_path, monkeypatch):
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr(features.shutil, "disk_usage", lambda folder: usage(free=99))
+    monkeypatch.setattr(hdf5.shutil, "disk_usage", lambda folder: usage(free=99))
     encoded = []
 
     def encode(batch):
@@ -184,5 +184,6 @@ def test_an_interrupted_cache_leaves_nothing(tmp_path):
     features.write_features(
         tmp_path / "f.hdf5", {"weights": "w"}, [torch.ones(2, 5)], lambda b: b, 2, "images"
     )
-    assert features.is_up_to_date(tmp_path / "f.hdf5", {"weights": "w"})
-    assert not features.is_up_to_date(tmp_path / "f.hdf5", {"weights": "v"})
+    assert features.is_up_to_date(tmp_path / "f.hdf5", {"weights": "w"}, 2)
+    assert not features.is_up_to_date(tmp_path / "f.hdf5", {"weights": "v"}, 2)
+    assert not features.is_up_to_date(tmp_path / "f.hdf5", {"weights": "w"}, 3)

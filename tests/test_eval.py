@@ -144,7 +144,9 @@ def test_wrong_input_for_models(prepared, demo, models, other, tmp_path, run_scr
     good, bad = models / "best_checkpoint.pth", tmp_path / "changed.pth"
     changed = load_checkpoint(other / "best_checkpoint.pth")
     words = list(changed["word_map"])
-    changed["word_map"] = {word: index for index, word in enumerate([words[1], words[0], *words[2:]])}
+    changed["word_map"] = {
+        word: index for index, word in enumerate([words[0], words[2], words[1], *words[3:]])
+    }
     save_checkpoint(bad, changed)
     with pytest.raises(UserError, match=r"changed.pth: its word map"):
         Captioner.load([good, bad])

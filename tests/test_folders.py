@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from captioning.folder_plan import FolderOptions, find_images, printable
+from captioning.folder_plan import FolderOptions, find_images
 from captioning.folders import HalvingCaptioner, caption_folder
 from captioning.images import read_image
 from captioning.journal import Entry, Journal
 from captioning.sidecars import Sidecars
 from captioning.submissions import read_submission, write_submission
-from utils import UserError
+from utils import UserError, printable
 
 BATCH = 4
 
@@ -375,10 +375,10 @@ def test_a_file_without_permission(tmp_path, monkeypatch):
     folder = make_images(tmp_path / "in", 2)
     plain = Image.open
 
-    def refuse(path, *arguments):
+    def refuse(path, *arguments, **options):
         if "img1" in str(path):
             raise PermissionError(13, "Permission denied", path)
-        return plain(path, *arguments)
+        return plain(path, *arguments, **options)
 
     monkeypatch.setattr(
         Image, "open", refuse

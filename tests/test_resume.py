@@ -10,7 +10,7 @@ from conftest import read_history, small_settings
 import train
 from captioning.checkpoints import archive_previous_run, load_checkpoint
 from captioning.engine import LearningRate, find_same_run, is_complete
-from datasets import read_prepared
+from captioning.prepared import read_prepared
 from utils import UserError, make_settings
 
 

@@ -1,0 +1,158 @@
+"""Files that survive two runs at once, a killed run and a full disk."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from utils import UserError, is_main_process
+
+try:
+    import fcntl
+except ImportError:  # Windows: there two runs at once are not noticed
+    fcntl = None
+
+LOCK_FILE = ".lock"
+
+
+@contextmanager
+def lock_folder(folder: str | Path, reading: bool = False) -> Iterator[None]:
+    """Hold a folder: to write to it, alone, or for `reading`, together with other readers.
+
+    The lock dies with its process, so that an empty `.lock` which a killed one leaves means nothing. Whoever
+    writes creates the folder, removes it again where it stays empty, and removes what killed runs left
+    unfinished in it. Of several processes of a training the main one holds the lock.
+
+    Raises:
+        UserError: another run holds the folder.
+    """
+    folder = Path(folder)
+    if fcntl is None or not is_main_process():
+        yield
+        return
+    new = not folder.exists()
+    if not reading:
+        folder.mkdir(parents=True, exist_ok=True)
+    descriptor = _lock(folder, reading)
+    try:
+        if not reading:
+            remove_unfinished(folder)
+        yield
+    finally:
+        if descriptor is not None:
+            _unlock(folder, descriptor)
+        if new and not reading:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+def _lock(folder: Path, reading: bool) -> int | None:
+    """The descriptor of the locked file; None in a folder that nobody can write to."""
+    kind = fcntl.LOCK_SH if reading else fcntl.LOCK_EX
+    while True:
+        try:
+            descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError:
+            if reading:
+                return None
+            raise
+        try:
+            # unlike flock, lockf is not inherited: workers that outlive their training do not hold it
+            fcntl.lockf(descriptor, kind | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            what = "writing to it" if reading else "at work with it"
+            raise UserError(
+                f"{folder}: another run is {what}; wait for its end, or give another folder"
+            ) from None
+        if _is_in_place(folder, descriptor):
+            return descriptor
+        os.close(descriptor)  # its last holder has just removed it
+
+
+def _unlock(folder: Path, descriptor: int) -> None:
+    with suppress(OSError):  # others are still reading
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_in_place(folder, descriptor):
+            (folder / LOCK_FILE).unlink()
+    os.close(descriptor)
+
+
+def _is_in_place(folder: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(folder / LOCK_FILE))
+    except FileNotFoundError:
+        return False
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what `utils.atomic_write` and the like left when their process was killed."""
+    for path in folder.glob(".*.partial"):
+        number = re.search(r"\.(\d{1,9})\.partial$", path.name)
+        if number and not _is_alive(int(number[1])):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+class OutputFile(io.FileIO):
+    """A file for libraries that crash when a write fails, as HDF5 and `torch.save` do on a full disk.
+
+    To them every write succeeds; the first error is raised by `check`, and at the end of a `with` block.
+    """
+
+    def __init__(self, path: str | Path, shown: str | Path | None = None):
+        """shown: the name in an error, if it is not `path`."""
+        super().__init__(path, "w+")
+        self.error: OSError | None = None
+        self.shown = str(shown or path)
+
+    def check(self) -> None:
+        if self.error:
+            raise self.error
+
+    def write(self, data) -> int:
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        while rest and not self.error:
+            rest = rest[self._try(super().write, rest) :]
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        size = self.tell() if size is None else size
+        self._try(super().truncate, size)
+        return size
+
+    def _try(self, action: Callable[[Any], int], value: Any) -> int:
+        if not self.error:
+            try:
+                return action(value)
+            except OSError as error:
+                error.filename = self.shown
+                self.error = error
+        return 0
+
+    def __exit__(self, kind, error, traceback) -> None:
+        super().__exit__(kind, error, traceback)
+        if self.error and (kind is None or issubclass(kind, Exception)):
+            raise self.error from None

@@ -1,0 +1,205 @@
+"""Files under attack: two runs at once, killed runs, full disks, links and devices."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, assert_one_line
+
+import create_input_files as preparation
+from captioning.files import LOCK_FILE, OutputFile, lock_folder, remove_unfinished
+from captioning.hdf5 import RowWriter, open_dataset
+from utils import UserError, atomic_write
+
+fcntl = pytest.importorskip("fcntl")
+resource = pytest.importorskip("resource")
+
+
+def start_python(code: str, *arguments, **options) -> subprocess.Popen:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, **options)
+
+
+HOLD = (
+    "import sys, time; from captioning.files import lock_folder\n"
+    "with lock_folder(sys.argv[1], reading=sys.argv[2] == 'reading'):\n"
+    "    print('held', flush=True); time.sleep(float(sys.argv[3]))"
+)
+
+
+@pytest.mark.parametrize("first, second, refused", [
+    ("writing", False, "another run is at work with it"),
+    ("writing", True, "another run is writing to it"),
+    ("reading", False, "another run is at work with it"),
+    ("reading", True, None),
+])  # fmt: skip
+def test_a_folder_has_one_writer_or_many_readers(tmp_path, first, second, refused):
+    holder = start_python(HOLD, tmp_path, first, 60)
+    assert holder.stdout.readline() == "held\n"
+    if refused:
+        with pytest.raises(UserError, match=refused), lock_folder(tmp_path, reading=second):
+            pass
+    else:
+        with lock_folder(tmp_path, reading=second):
+            pass
+    holder.kill()  # -9: the lock dies with it, whatever lies there
+    holder.wait()
+    assert (tmp_path / LOCK_FILE).exists()
+    with lock_folder(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_worker_that_outlives_its_training_holds_no_lock(tmp_path):
+    fork = HOLD.replace("print(", "import os\n    if os.fork() == 0: time.sleep(20); os._exit(0)\n    print(")
+    holder = start_python(fork, tmp_path, "writing", 60)
+    assert holder.stdout.readline() == "held\n"
+    holder.kill()
+    holder.wait()
+    with lock_folder(tmp_path):
+        pass
+
+
+def test_locks_leave_no_folder_behind_and_see_a_removed_lock(tmp_path):
+    with pytest.raises(UserError, match="no"), lock_folder(tmp_path / "new"):
+        raise UserError("no")
+    assert not (tmp_path / "new").exists()
+    holders = [start_python(HOLD, tmp_path, "writing", 0.02) for _ in range(6)]  # some meet, some do not
+    outcomes = [(holder.communicate()[0], holder.returncode) for holder in holders]
+    assert ("held\n", 0) in outcomes and set(outcomes) <= {("held\n", 0), ("", 1)}
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_killed_runs_left_is_removed(tmp_path):
+    dead = start_python("")
+    dead.wait()
+    mine, theirs = tmp_path / f".a.{os.getpid()}.partial", tmp_path / f".b.{dead.pid}.partial"
+    mine.touch(), theirs.touch(), (tmp_path / ".notes.partial").touch()
+    (tmp_path / f".c.{dead.pid}.partial").mkdir()
+    remove_unfinished(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {mine.name, ".notes.partial"}
+
+
+def test_preparing_during_a_training_is_refused(demo, tmp_path, run_main):
+    holder = start_python(HOLD, tmp_path, "reading", 60)
+    assert holder.stdout.readline() == "held\n"
+    options = ("--annotations", demo / "train.csv", "--image_folder", demo / "train" / "train")
+    result = run_main(preparation, *options, "--output_folder", tmp_path)
+    holder.kill()
+    assert_one_line(result, tmp_path, "another run")
+
+
+# --- links and devices --------------------------------------------------------------------------------------
+
+
+def test_links_are_written_through_and_devices_refused(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "file").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "file")
+    (tmp_path / "new").symlink_to(tmp_path / "real" / "other")
+    for name in ("link", "new"):
+        with atomic_write(tmp_path / name) as tmp:
+            tmp.write_text("written")
+        assert (tmp_path / name).is_symlink() and (tmp_path / name).read_text() == "written"
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/null"):
+        with pytest.raises(UserError, match="device or pipe"), atomic_write(path) as tmp:
+            tmp.write_text("written")
+    assert (tmp_path / "pipe").is_fifo() and not os.path.isfile("/dev/null")
+    with pytest.raises(OSError) as error, atomic_write(tmp_path / "a") as tmp:
+        (tmp.parent / "b" / "c").write_text("")
+    assert error.value.filename == str(tmp_path / "b" / "c")
+    assert sorted(os.listdir(tmp_path)) == ["link", "new", "pipe", "real"]
+
+
+# --- full disks ---------------------------------------------------------------------------------------------
+
+
+def test_hdf5_and_torch_survive_a_failing_write(tmp_path, monkeypatch):
+    import torch
+
+    written = []
+
+    class FullDisk(OutputFile):
+        def write(self, data):
+            if sum(written) + len(data) > 100_000:
+                self._try(lambda _: os.write(-1, b""), None)
+            written.append(len(data))
+            return super().write(data)
+
+    monkeypatch.setattr("captioning.hdf5.OutputFile", FullDisk)
+    with pytest.raises(OSError), RowWriter(tmp_path / "a", "rows", 1000, "") as writer:
+        for _ in range(1000):
+            writer.append(np.zeros((1, 10_000), np.uint8))
+    assert writer.written < 1000
+    written.clear()
+    with pytest.raises(OSError), FullDisk(tmp_path / "b") as stream:
+        torch.save({"weights": torch.zeros(100_000)}, stream)
+
+
+def limit_file_size():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+
+@pytest.fixture
+def run_limited(tmp_path):
+    """Run a script that may write no file above 200 kB."""
+
+    def run(script, *arguments):
+        command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+        return subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=300, preexec_fn=limit_file_size
+        )
+
+    return run
+
+
+def without_progress(result: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
+    lines = [line.split("\r")[-1] for line in result.stderr.splitlines()]
+    lines = [line for line in lines if not line.rstrip("]").endswith(("image/s", "?image/s", "step/s"))]
+    result.stderr = "\n".join(line for line in lines if "|" not in line)
+    return result
+
+
+def test_preparation_on_a_full_disk(demo, prepared, run_limited, tmp_path):
+    options = ("--annotations", demo / "train.csv", "--image_folder", demo / "train" / "train")
+    result = run_limited("create_input_files.py", *options, "--output_folder", tmp_path / "out")
+    assert_one_line(without_progress(result), "File too large")
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_are_read_with_suspicion(tmp_path):
+    import h5py
+
+    good = np.arange(24, dtype=np.uint8).reshape(4, 6)
+    with RowWriter(tmp_path / "good", "rows", 9, "") as writer:
+        writer.append(good[:3])
+        writer.append(good[3:])
+    assert (open_dataset(tmp_path / "good", "rows", np.uint8, 2)[:] == good).all()
+
+    def wrong(reason: str, name: str = "bad", dtype: type = np.uint8, dimensions: int = 2) -> None:
+        with pytest.raises(ValueError, match=reason):
+            open_dataset(tmp_path / name, "rows", dtype, dimensions)
+
+    wrong("missing", "none")
+    wrong("not float16", "good", np.float16)
+    wrong("dimensions", "good", dimensions=4)
+    content = (tmp_path / "good").read_bytes()
+    for damaged in (b"", b"text", content[: len(content) // 2], content[:-1]):
+        (tmp_path / "bad").write_bytes(damaged)
+        wrong("cut short|no dataset|damaged|never written")
+    makers = {
+        "link": lambda file: file.__setitem__("rows", h5py.ExternalLink(str(tmp_path / "good"), "rows")),
+        "soft": lambda file: file.__setitem__("rows", h5py.SoftLink("/elsewhere")),
+        "group": lambda file: file.create_group("rows"),
+        "raw": lambda file: file.create_dataset("rows", (4, 6), "uint8", external=[("/etc/passwd", 0, 24)]),
+        "never written": lambda file: file.create_dataset("rows", (4, 6), "uint8", chunks=(1, 6)),
+        "bomb": lambda file: file.create_dataset("rows", (10**6, 10**6), "uint8", compression="gzip"),
+        "virtual": lambda file: file.create_virtual_dataset("rows", h5py.VirtualLayout((4, 6), "uint8")),
+    }
+    for make in makers.values():
+        with h5py.File(tmp_path / "bad", "w") as file:
+            make(file)
+        wrong("rows|written")

@@ -1,0 +1,61 @@
+"""Settings that no run can want are refused before any work, with one line."""
+
+import pytest
+
+import caption
+import caption_from_checkpoint
+import create_input_files
+import direct_caption
+import eval as evaluation
+import train
+import train_model
+from utils import UserError, parse_settings
+
+SCRIPTS = (
+    caption,
+    caption_from_checkpoint,
+    create_input_files,
+    direct_caption,
+    evaluation,
+    train,
+    train_model,
+)
+WRONG = {
+    int: ("-1", "99999999999", "1e3", "nan", ""),
+    float: ("nan", "-inf", "-1000", "1e300", "inf", "text"),
+}
+UNBOUNDED = {"grad_clip"}  # "inf" is no clipping
+ACCEPTED = {  # "0 or more" with no bound: a delay that long never comes, and does no harm
+    "patience", "keep_checkpoints", "fine_tune_after", "min_word_freq", "decay_after", "worst", "limit",
+}  # fmt: skip
+NUMBERS = [
+    (script, name, kind)
+    for script in SCRIPTS
+    for name, field in script.Settings.__dataclass_fields__.items()
+    for kind in (int, float)
+    if field.type.split(" ")[0] == kind.__name__
+]
+
+
+@pytest.mark.parametrize("script, name, kind", NUMBERS, ids=lambda value: getattr(value, "__name__", value))
+def test_numbers_out_of_all_bounds_are_refused(script, name, kind):
+    for value in WRONG[kind]:
+        if (name in UNBOUNDED and value in ("inf", "1e300")) or (name in ACCEPTED and value.isdigit()):
+            continue
+        with pytest.raises(UserError, match=f"--{name}"):
+            parse_settings(script.Settings, [f"--{name}={value}"])
+
+
+def test_the_findings():
+    for script, name, value in (
+        (caption, "workers", "500"), (create_input_files, "seed", "-1"), (train, "emb_dim", "999999999"),
+        (caption, "length_penalty", "nan"), (direct_caption, "num_beams", "100000"),
+        (create_input_files, "image_size", "100000"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=rf"--{name} is {value}: give"):
+            parse_settings(script.Settings, [f"--{name}", value])
+
+
+def test_the_defaults_are_good():
+    for script in SCRIPTS:
+        parse_settings(script.Settings, [])
