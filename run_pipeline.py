@@ -27,10 +27,11 @@ import make_demo_data
 import train
 import train_model as blip_training
 from captioning.annotations import read_annotations
-from captioning.engine import best_epoch, find_same_run, is_complete, repair_outputs
+from captioning.engine import best_epoch, repair_outputs
 from captioning.images import list_images
 from captioning.prepared import Prepared, read_prepared
 from captioning.pretrained import check_encoder_name
+from captioning.resume import find_same_run, is_complete
 from captioning.scoring import score_submission
 from utils import (
     Device,

@@ -39,7 +39,6 @@ from captioning.checkpoints import (
 )
 from captioning.engine import (
     LearningRate,
-    Resumed,
     Run,
     caption_scores,
     epochs_since_improvement,
@@ -52,6 +51,7 @@ from captioning.files import lock_folder
 from captioning.monitor import Monitor
 from captioning.prepared import Prepared, read_prepared
 from captioning.pretrained import build_encoder, load_embeddings
+from captioning.resume import Resumed
 from datasets import BatchSampler, CaptionDataset
 from metrics import tokenize
 from models import DecoderWithAttention, Encoder, normalize_images

@@ -39,7 +39,6 @@ from captioning.checkpoints import (
 )
 from captioning.engine import (
     LearningRate,
-    Resumed,
     Run,
     caption_scores,
     epochs_since_improvement,
@@ -49,6 +48,7 @@ from captioning.engine import (
 )
 from captioning.files import lock_folder
 from captioning.monitor import Monitor
+from captioning.resume import Resumed
 from utils import (
     Device,
     UserError,

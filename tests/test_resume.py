@@ -9,8 +9,9 @@ from conftest import read_history, small_settings
 
 import train
 from captioning.checkpoints import archive_previous_run, load_checkpoint
-from captioning.engine import LearningRate, find_same_run, is_complete
+from captioning.engine import LearningRate
 from captioning.prepared import read_prepared
+from captioning.resume import find_same_run, is_complete
 from utils import UserError, make_settings
 
 

@@ -1,0 +1,166 @@
+"""Going on with a training: which settings hold, what is taken from the checkpoint, whether it is the same run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from captioning.checkpoints import epoch_checkpoints, read_checkpoint
+from captioning.engine import LearningRate, Run, epochs_since_improvement
+from utils import UserError, describe_settings, given_names
+
+# these are of each run, whatever the checkpoint says
+OF_THIS_RUN = {"data_folder", "annotations", "image_folder", "output_folder", "resume", "checkpoint"}
+OF_THIS_RUN |= {
+    "device",
+    "log_with",
+    "workers",
+    "cache_features",
+    "mixed_precision",
+    "keep_checkpoints",
+    "val_batch_size",
+}
+
+
+@dataclass
+class Resumed:
+    """A checkpoint that a training goes on from."""
+
+    checkpoint: dict
+    source: Path
+    given: frozenset[str]  # settings that were given to this run
+    differences: str  # what holds now and did not hold then, or the other way round
+
+    @property
+    def history(self) -> list[dict]:
+        return self.checkpoint["history"]
+
+    @classmethod
+    def merge(cls, settings, checkpoint: dict, source: Path, fixed: Iterable[str]) -> tuple[Any, Resumed]:
+        """The settings of the run that goes on, and what it goes on from.
+
+        What was given holds. What was not is the checkpoint's, but for paths and the like, which are this
+        run's, and for `epochs`: the larger number.
+
+        Args:
+            settings: of this run.
+            fixed: settings that cannot change, such as the sizes of the model.
+
+        Raises:
+            UserError: a fixed setting was given another value, or there is no epoch left.
+        """
+        given, values, changed, kept = given_names(settings), {}, {}, {}
+        for name in settings.__dataclass_fields__:
+            ours = getattr(settings, name)
+            theirs = checkpoint["settings"].get(name, ours)
+            if name in OF_THIS_RUN or ours == theirs:
+                continue
+            if name in given and name in fixed:
+                raise UserError(
+                    f"--{name} {ours}: {source} was trained with {theirs}; leave it out, or train anew"
+                )
+            if name in given or (name == "epochs" and ours > theirs):
+                changed[name] = f"{ours} (was {theirs})"
+            else:
+                values[name] = theirs
+                kept[name] = f"{theirs} (not {ours})"
+        settings, history = replace(settings, **values), checkpoint["history"]
+        if len(history) >= settings.epochs:
+            raise UserError(f"{source} has its {len(history)} epochs: raise --epochs to go on")
+        parts = ["changed: " + describe_settings(changed)] if changed else []
+        parts += ["from the checkpoint: " + describe_settings(kept)] if kept else []
+        differences = "; ".join(parts) or "the settings are the checkpoint's"
+        return settings, cls(checkpoint, source, given, differences)
+
+    def restore(
+        self,
+        optimizer: torch.optim.Optimizer,
+        rates: LearningRate,
+        run: Run,
+        modules: Sequence[nn.Module],
+        rate_names: Sequence[str],
+    ) -> str:
+        """Take optimizer, rates and scaler from the checkpoint; return a line on what is in force.
+
+        Args:
+            modules: whose parameters the optimizer's groups hold, one module per group.
+            rate_names: the setting of each group's rate; one that was given begins without decays.
+        """
+        states = self.checkpoint
+        if "optimizers" in states:
+            states = states | merge_optimizers(states["optimizers"], optimizer, modules)
+        kept = "optimizer" in states
+        if kept:
+            try:
+                optimizer.load_state_dict(states["optimizer"])
+            except ValueError:  # of the first release, which left out what was frozen
+                kept = False
+            except (KeyError, TypeError, AttributeError, IndexError, RuntimeError):
+                raise UserError(
+                    f"{self.source}: its optimizer's state is damaged; go on from another"
+                ) from None
+            self._check_averages(optimizer)
+            if len(states.get("rates", {}).get("decays", rates.decays)) != len(rates.decays):
+                raise UserError(f"{self.source}: its learning rates are damaged")
+            restarted = [number for number, name in enumerate(rate_names) if name in self.given]
+            earlier = {"steps": states.get("schedule", {}).get("last_epoch", 0), "decays": rates.decays}
+            rates.load_state_dict(states.get("rates", earlier), restarted)
+            if states.get("scaler") and run.scaler.is_enabled():
+                run.scaler.load_state_dict(states["scaler"])
+        return (
+            f"going on after epoch {len(self.history)} of {self.source}; {self.differences}; Adam's state "
+            f"{'kept' if kept else 'starts anew'}; learning rates now {rates.describe()}"
+        )
+
+    def _check_averages(self, optimizer: torch.optim.Optimizer) -> None:
+        for parameter, state in optimizer.state.items():
+            averages = [state.get(name) for name in ("exp_avg", "exp_avg_sq")]
+            shapes = [getattr(average, "shape", None) for average in averages]
+            if shapes != [parameter.shape] * 2 or not all(bool(a.isfinite().all()) for a in averages):
+                raise UserError(f"{self.source}: its optimizer's state is damaged")
+
+
+def merge_optimizers(
+    earlier: dict[str, dict], optimizer: torch.optim.Optimizer, modules: Sequence[nn.Module]
+) -> dict:
+    """The states of the first release's two optimizers, "decoder" and "encoder", which held what was
+    trainable then, as those of one optimizer with a group per module; {} where they do not fit."""
+    state, decays, offset = {}, [], 0
+    for name, module, group in zip(("decoder", "encoder"), modules, optimizer.param_groups):
+        trainable = [i for i, parameter in enumerate(module.parameters()) if parameter.requires_grad]
+        ours = earlier.get(name, {"param_groups": [{"params": [], "lr": group["lr"]}]})["param_groups"][0]
+        decays.append(round(math.log(ours["lr"] / group["lr"], 0.8)) if ours["params"] else 0)
+        if ours["params"] and len(ours["params"]) == len(trainable):
+            state |= {offset + trainable[i]: values for i, values in earlier[name]["state"].items()}
+        offset += len(list(module.parameters()))
+    if not state:
+        return {}
+    merged = {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    return {"optimizer": merged, "rates": {"steps": 0, "decays": decays}}
+
+
+def find_same_run(settings, data: object) -> tuple[Path, list[dict]] | None:
+    """The last checkpoint in the output folder and its history, where it was trained on these data with these
+    settings; their number of epochs, and what is of each run, may differ."""
+    files = epoch_checkpoints(settings.output_folder)
+    try:
+        checkpoint = read_checkpoint(files[-1])
+        check_content(files[-1], checkpoint, {"settings": dict, "history": HISTORY})
+        earlier, history, same = checkpoint["settings"], checkpoint["history"], checkpoint["data"] == data
+    except (IndexError, KeyError, ValueError, UserError):  # no file, or none of ours
+        return None
+    for name, value in asdict(settings).items():
+        if name not in {*OF_THIS_RUN, "epochs"}:
+            same = same and earlier.get(name, value) == value
+    return (files[-1], history) if same else None
+
+
+def is_complete(settings, history: list[dict]) -> bool:
+    waited = epochs_since_improvement(history, settings.score)
+    return len(history) >= settings.epochs or 0 < settings.patience <= waited
