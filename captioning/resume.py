@@ -1,4 +1,4 @@
-"""Going on with a training: which settings hold, what is taken from the checkpoint, whether it is the same run."""
+"""Resuming a training: which settings hold, what comes from the checkpoint, whether it is the same run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from captioning.checkpoints import epoch_checkpoints, read_checkpoint
+from captioning.checkpoints import HISTORY, check_content, epoch_checkpoints, read_checkpoint
 from captioning.engine import LearningRate, Run, epochs_since_improvement
 from utils import UserError, describe_settings, given_names
 
