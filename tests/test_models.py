@@ -7,7 +7,8 @@ import torchvision
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from captioning.features import encode_images
-from captioning.fused_decoder import caption_logits, fold_batch_norms
+from captioning.fold_batch_norms import fold_batch_norms
+from captioning.fused_decoder import caption_logits
 from captioning.fused_recurrence import pack_captions
 from captioning.plain_decoder import caption_logits as plain_caption_logits
 from captioning.pretrained import build_encoder, load_embeddings
@@ -215,6 +216,14 @@ def test_folded_batch_norms_give_the_same_features_and_gradients(name):
     assert trainable
     for key in trainable:
         torch.testing.assert_close(ours[key].grad, theirs[key].grad, msg=key)
+
+
+def test_a_convolution_with_a_bias_is_not_folded():
+    encoder = Encoder("resnet18")
+    encoder.network[0] = torch.nn.Conv2d(3, 64, 7, 2, 3)
+    images = torch.randn(2, 3, 64, 64)
+    expected = encoder.grid(images)
+    torch.testing.assert_close(fold_batch_norms(encoder).grid(images), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_encoder_of_many_images_equals_one_by_one():
