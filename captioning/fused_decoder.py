@@ -8,9 +8,9 @@ Everything here is a function of the decoder; the decoder knows nothing of it. W
 * all tokens' logits, and all gradients of weights, are one matrix product each after the last step;
 * the backward pass of teacher forcing is written out (`fused_recurrence.py`).
 
-Letters, not the paper's (its L, C and K are P, L and V here): N images, G captions (or beams) of each, C cells
-of an encoder's grid, P pixels (196), D encoder_dim, A attention_dim, E embed_dim, H decoder_dim, V vocab_size,
-L words of a caption, padded. T steps, W tokens in all. Captions are packed as in
+Letters, not the paper's (its L, C and K are P, L and V here): N images, G captions (or beams) of each,
+C cells of an encoder's grid, P pixels (196), D encoder_dim, A attention_dim, E embed_dim, H decoder_dim,
+V vocab_size, L words of a padded caption. T steps, W tokens in all. Captions are packed as in
 `torch.nn.utils.rnn.PackedSequence`: the first token of every caption, then the second of those that have one,
 and so on, captions by decreasing length.
 """
