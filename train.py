@@ -232,11 +232,9 @@ def resume(settings: Settings) -> tuple[Settings, Resumed | None]:
 
 
 def build_models(
-    settings: Settings,
-    word_map: dict[str, int],
-    resumed: Resumed | None = None,
+    settings: Settings, word_map: dict[str, int], resumed: Resumed | None = None,
     log: Callable[[str], None] = print,
-) -> tuple[Settings, Encoder, DecoderWithAttention]:
+) -> tuple[Settings, Encoder, DecoderWithAttention]:  # fmt: skip
     """New models, or the checkpoint's; `emb_dim` becomes that of the word vectors, where there are any."""
     if resumed:
         decoder = decoder_from(resumed.checkpoint, resumed.source)
@@ -405,8 +403,7 @@ def caption_loss(
     caption_logits = fused_decoder.caption_logits if settings.fused else plain_decoder.caption_logits
     logits, targets, coverage = caption_logits(decoder, grid, captions.flatten(0, 1), lengths.flatten())
     cross_entropy = F.cross_entropy(logits, targets, reduction="sum")
-    # every pixel should get a total weight of one over the caption (Xu et al., section 4.2.1); averaged over
-    # the 196 pixels where equation 14 sums, so alpha_c = 196 lambda
+    # Xu et al., equation 14, but averaged over the 196 pixels where it sums, so alpha_c = 196 lambda
     penalty = ((1 - coverage) ** 2).mean(dim=1).sum()
     return cross_entropy, penalty, logits, targets
 
