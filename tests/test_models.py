@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from captioning.features import encode_images
 from captioning.fold_batch_norms import fold_batch_norms
-from captioning.fused_decoder import caption_logits
+from captioning.fused_decoder import caption_logits, require_same_as_plain
 from captioning.fused_recurrence import pack_captions
 from captioning.plain_decoder import caption_logits as plain_caption_logits
 from captioning.pretrained import build_encoder, load_embeddings
@@ -103,6 +103,21 @@ def test_fused_decoder_equals_forward(side, group):
     assert fused.pop("attention.full_att.bias") is None
     for name, gradient in fused.items():
         torch.testing.assert_close(gradient, plain[name], msg=name)
+
+
+@pytest.mark.parametrize("output", [0, 3], ids=["logits", "alphas"])
+def test_a_decoder_with_other_logits_or_alphas_is_refused(output):
+    class Changed(DecoderWithAttention):
+        def forward(self, *arguments):
+            results = super().forward(*arguments)
+            return (*results[:output], results[output] + 0.01, *results[output + 1 :])
+
+    decoder = make_decoder().train()
+    require_same_as_plain(decoder)
+    decoder.__class__ = Changed
+    with pytest.raises(UserError, match="--fused False"):
+        require_same_as_plain(decoder)
+    assert decoder.training
 
 
 def test_gradients_equal_independent_reference():
