@@ -325,12 +325,14 @@ def pad_captions(captions: list[list[int]], pad: int) -> dict[str, Tensor]:
 
 # --- augmentation -------------------------------------------------------------------------------------------
 
+CROP_AREA = (0.7, 1.0)  # share of the image's area
+CROP_ASPECT = (0.8, 1.25)  # width / height
 # Words that are no longer true of a mirrored image
 LEFT_OR_RIGHT = re.compile(r"(^|-)(left|right)(most|wards?|hand|handed|side)?(-|$)")
 
 
 def augment_image(image: Tensor, rng: Random, flip: bool) -> Tensor:
-    """A random crop of at least 70 % of the area, enlarged to the old size, in slightly different colours.
+    """A random crop, enlarged to the old size, in slightly different colours.
 
     Args:
         image: uint8 (3, S, S).
@@ -340,7 +342,7 @@ def augment_image(image: Tensor, rng: Random, flip: bool) -> Tensor:
     from torchvision.transforms.v2 import functional
 
     size = image.shape[-1]
-    area, aspect = rng.uniform(0.7, 1.0), rng.uniform(0.8, 1.25)
+    area, aspect = rng.uniform(*CROP_AREA), rng.uniform(*CROP_ASPECT)
     height = min(round(size * (area / aspect) ** 0.5), size)
     width = min(round(size * (area * aspect) ** 0.5), size)
     top, left = rng.randint(0, size - height), rng.randint(0, size - width)

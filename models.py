@@ -1,7 +1,9 @@
 """Show, Attend and Tell (Xu et al., 2015) with soft attention: Encoder, Attention, DecoderWithAttention.
 
-The paper's formulae as they read; this file needs torch and torchvision alone. `captioning/fused_decoder.py`
-computes the same numbers faster from the same modules; tests hold it to what stands here.
+Written to be read beside the paper, with three differences: beta is a vector, with one gate per channel of
+the encoding; the output layer is linear in h, without equation 7's terms for the word and the context; h0 and
+c0 come from one linear layer each. This file needs torch and torchvision alone. `captioning/fused_decoder.py`
+computes the same numbers faster from the same modules; tests compare the two.
 
 Sizes: batch_size captions, each with its own copy of its image's encoding; num_pixels places that attention
 can look at, 14 x 14 = 196; encoder_dim is the width of the encoding, 2048 for ResNet-101.
@@ -24,17 +26,14 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 def normalize_images(images: Tensor) -> Tensor:
     """uint8 images (N, 3, H, W) in [0, 255] -> float32 with ImageNet's mean 0 and deviation 1 per channel."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1)
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return (images.float() / 255 - mean) / std
 
 
 def pool_grid(grid: Tensor) -> Tensor:
-    """A network's grid (N, h, w, encoder_dim) -> encoding (N, 14, 14, encoder_dim), by average pooling."""
+    """A network's grid (N, h, w, encoder_dim) -> encoding (N, 14, 14, encoder_dim). At 256 pixels the grid is
+    8 x 8: adaptive average pooling to 14 x 14 enlarges it, and neighbouring pixels share cells."""
     return F.adaptive_avg_pool2d(grid.permute(0, 3, 1, 2), ENCODED_SIZE).permute(0, 2, 3, 1)
-
-
-# --- encoder ------------------------------------------------------------------------------------------------
 
 
 class EncoderSpec(NamedTuple):
@@ -94,9 +93,8 @@ class Encoder(nn.Module):
         weights: state_dict of the classification network; None leaves the weights random.
 
     Attributes:
-        name: `encoder_name`.
-        dim: encoder_dim.
-        image_size: pixels, height and width of the images that it was used with; others work too.
+        name, dim: encoder_name and encoder_dim.
+        image_size: side of its training images in pixels; 256 unless loaded from a checkpoint.
 
     Raises:
         KeyError: unknown name. ValueError: a weight is missing or of another shape; the message names it.
@@ -119,7 +117,8 @@ class Encoder(nn.Module):
 
     def grid(self, images: Tensor) -> Tensor:
         """Normalized images (N, 3, H, W) -> the network's own grid (N, H / 32, W / 32, encoder_dim)."""
-        if self.pixel_stats:  # trained on another normalization than ImageNet's: turn that into it
+        if self.pixel_stats:
+            # this network expects other pixel statistics: convert from ImageNet's normalization
             mean, std = self.pixel_stats
             scale = torch.tensor(IMAGENET_STD, device=images.device) * 255 / std
             shift = (torch.tensor(IMAGENET_MEAN, device=images.device) * 255 - mean) / std
@@ -137,15 +136,14 @@ class Encoder(nn.Module):
             module.requires_grad_(fine_tune)
 
     def train(self, mode: bool = True) -> Encoder:
-        """Stay in eval mode: a step sees too few images for batch norm to have statistics of its own."""
+        """Ignore `mode`: batch norm always uses its stored statistics, and stochastic depth and dropout
+        stay off."""
         return super().train(False)
 
 
-# --- attention and decoder ----------------------------------------------------------------------------------
-
-
 class Attention(nn.Module):
-    """Soft attention (section 4.2)."""
+    """Soft attention (section 4.2). After a change here, run with --fused False: the default runs the fused
+    form."""
 
     def __init__(self, encoder_dim: int, decoder_dim: int, attention_dim: int):
         super().__init__()
@@ -154,7 +152,7 @@ class Attention(nn.Module):
         self.full_att = nn.Linear(attention_dim, 1)
 
     def forward(self, encoder_out: Tensor, decoder_hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Where to look next.
+        """Return the context and the attention weights.
 
         Args:
             encoder_out: (batch_size, num_pixels, encoder_dim).
@@ -172,7 +170,8 @@ class Attention(nn.Module):
 
 
 class DecoderWithAttention(nn.Module):
-    """An LSTM that looks at the image before each word (sections 3.1.2 and 4.2.1)."""
+    """An LSTM that looks at the image before each word (sections 3.1.2 and 4.2.1). After a change here, run
+    with --fused False: the default runs the fused form."""
 
     def __init__(
         self, attention_dim: int, embed_dim: int, decoder_dim: int, vocab_size: int, encoder_dim: int = 2048,
@@ -211,16 +210,15 @@ class DecoderWithAttention(nn.Module):
         """
         h, c = state
         context, alpha = self.attention(encoder_out, h)
-        gate = torch.sigmoid(self.f_beta(h))  # beta, section 4.2.1
-        h, c = self.decode_step(
-            torch.cat([self.embedding(words), gate * context], dim=1), (h, c)
-        )  # eq. 1 to 3
+        gate = torch.sigmoid(self.f_beta(h))  # beta, section 4.2.1; here one gate per channel
+        lstm_input = torch.cat([self.embedding(words), gate * context], dim=1)
+        h, c = self.decode_step(lstm_input, (h, c))  # equations 1 to 3
         return self.fc(self.dropout(h)), alpha, (h, c)
 
     def forward(
         self, encoder_out: Tensor, encoded_captions: Tensor, caption_lengths: Tensor
     ) -> tuple[Tensor, Tensor, list[int], Tensor, Tensor]:
-        """Teacher forcing: every ground-truth token is fed, and the next one is to be predicted.
+        """Teacher forcing: every ground-truth token is fed, and the model predicts the next one.
 
         Args:
             encoder_out: (batch_size, 14, 14, encoder_dim), each caption's copy of its image's encoding.
@@ -228,9 +226,11 @@ class DecoderWithAttention(nn.Module):
             caption_lengths: (batch_size, 1), `<start>` and `<end>` counted.
 
         Returns:
-            All by decreasing length: predictions, the logits (batch_size, max(decode_lengths), vocab_size),
-            zero past a caption's end; encoded_captions; decode_lengths, a list of lengths less one; alphas
-            (batch_size, max(decode_lengths), num_pixels); sort_ind (batch_size,), the order.
+            predictions (batch_size, max(decode_lengths), vocab_size): logits, 0 past a caption's end
+            encoded_captions, by descending length, as are all that are returned
+            decode_lengths: a list of caption_lengths - 1
+            alphas (batch_size, max(decode_lengths), num_pixels), 0 past a caption's end
+            sort_ind (batch_size,): each row's index in the arguments
         """
         caption_lengths, sort_ind = caption_lengths.flatten().sort(descending=True, stable=True)
         encoder_out, encoded_captions = encoder_out.flatten(1, 2)[sort_ind], encoded_captions[sort_ind]
@@ -241,9 +241,9 @@ class DecoderWithAttention(nn.Module):
         predictions = encoder_out.new_zeros(batch_size, steps, self.fc.out_features)
         alphas = encoder_out.new_zeros(batch_size, steps, num_pixels)
         for t in range(steps):
-            going_on = sum(length > t for length in decode_lengths)  # the first ones: they are sorted
-            state = tuple(tensor[:going_on] for tensor in state)
-            words, pixels = encoded_captions[:going_on, t], encoder_out[:going_on]
-            logits, alpha, state = self.step(words, pixels, state)
-            predictions[:going_on, t], alphas[:going_on, t] = logits, alpha
+            batch_size_t = sum(length > t for length in decode_lengths)  # the first ones: they are sorted
+            state = tuple(tensor[:batch_size_t] for tensor in state)
+            words, encoded = encoded_captions[:batch_size_t, t], encoder_out[:batch_size_t]
+            logits, alpha, state = self.step(words, encoded, state)
+            predictions[:batch_size_t, t], alphas[:batch_size_t, t] = logits, alpha
         return predictions, encoded_captions, decode_lengths, alphas, sort_ind

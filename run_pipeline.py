@@ -70,7 +70,8 @@ class Settings:
         check_at_least(self, 0, "demo_images")
 
 
-PLACES = {
+# settings of the steps that are not offered as options here
+SET_BY_PIPELINE = {
     "annotations",
     "image_folder",
     "test_annotations",
@@ -78,14 +79,14 @@ PLACES = {
     "output_folder",
     "data_folder",
 }
-PLACES |= {"test_folder", "output_csv", "word_map", "resume", "checkpoint", "model", "encoder_path"}
-PLACES |= {"decoder_path", "model_path", "base_model", "images", "img", "figure", "show"}
+SET_BY_PIPELINE |= {"test_folder", "output_csv", "word_map", "resume", "checkpoint", "model", "encoder_path"}
+SET_BY_PIPELINE |= {"decoder_path", "model_path", "base_model", "images", "img", "figure", "show"}
 Settings.steps = [
-    Step("settings of create_input_files.py", create_input_files.Settings, "", frozenset(PLACES)),
-    Step("settings of train.py", train.Settings, "", frozenset(PLACES)),
-    Step("settings of caption.py", caption.Settings, "", frozenset(PLACES)),
-    Step("settings of train_model.py", blip_training.Settings, "blip_", frozenset(PLACES)),
-    Step("settings of direct_caption.py", direct_caption.Settings, "blip_", frozenset(PLACES)),
+    Step("settings of create_input_files.py", create_input_files.Settings, "", frozenset(SET_BY_PIPELINE)),
+    Step("settings of train.py", train.Settings, "", frozenset(SET_BY_PIPELINE)),
+    Step("settings of caption.py", caption.Settings, "", frozenset(SET_BY_PIPELINE)),
+    Step("settings of train_model.py", blip_training.Settings, "blip_", frozenset(SET_BY_PIPELINE)),
+    Step("settings of direct_caption.py", direct_caption.Settings, "blip_", frozenset(SET_BY_PIPELINE)),
 ]
 FOR_BOTH = {"seed", "val_fraction", "test_csv", "recursive"}  # given once, they hold for BLIP too
 
@@ -139,7 +140,7 @@ def step_settings(settings: Settings, settings_class: type, prefix: str = "", **
     values = DEMO if settings.is_demo and settings_class is train.Settings else {}
     for name in settings_class.__dataclass_fields__:
         for option in (name, prefix + name) if name in FOR_BOTH else (prefix + name,):
-            if option in given and name not in PLACES:
+            if option in given and name not in SET_BY_PIPELINE:
                 values = values | {name: given[option]}
     return make_settings(settings_class, values | decided)
 
@@ -156,9 +157,9 @@ def announce_steps(count: int) -> Callable[..., None]:
     return announce
 
 
-def chosen(step) -> dict[str, object]:
-    """The settings of a step that are not the defaults, places apart."""
-    names = [name for name in step.__dataclass_fields__ if name not in PLACES]
+def non_default_settings(step) -> dict[str, object]:
+    """The settings of a step that are not the defaults, without those in SET_BY_PIPELINE."""
+    names = [name for name in step.__dataclass_fields__ if name not in SET_BY_PIPELINE]
     differ = {name: getattr(step, name) for name in names}
     default = type(step)
     return {name: value for name, value in differ.items() if value != getattr(default, name)}
@@ -216,12 +217,12 @@ def prepare(settings: Settings, announce: Callable[..., None]) -> None:
         if same and data.is_whole():
             announce(f"preparation: {settings.data_folder}/ is up to date, skipped")
             return
-    announce(f"preparation: {settings.annotations} -> {settings.data_folder}/", chosen(wanted))
+    announce(f"preparation: {settings.annotations} -> {settings.data_folder}/", non_default_settings(wanted))
     create_input_files.create_input_files(wanted)
 
 
 def train_attention(settings: Settings, announce: Callable[..., None]) -> dict:
-    """Train, go on with an interrupted training, or skip; return the history's line of the best epoch."""
+    """Train, go on with an interrupted training, or skip; return the best epoch's row of the history."""
     wanted = step_settings(
         settings, train.Settings, data_folder=settings.data_folder, output_folder=settings.output_folder
     )
@@ -239,11 +240,15 @@ def run_training(
     """Train with the `wanted` settings, unless the output folder has the same training already."""
     repair_outputs(Path(wanted.output_folder))
     same = find_same_run(wanted, data)
-    if same and is_complete(wanted, same[1]):
+    if not same:
+        announce(f"{step}: {source}", non_default_settings(wanted))
+        return run(wanted)
+    checkpoint, history = same
+    if is_complete(wanted, history):
         announce(f"{step}: {wanted.output_folder}/ is up to date, skipped")
-        return same[1][best_epoch(same[1], wanted.score)]
-    announce(f"{step}: {f'going on after {same[0]}' if same else source}", chosen(wanted))
-    return run(replace(wanted, checkpoint=str(same[0])) if same else wanted)
+        return history[best_epoch(history, wanted.score)]
+    announce(f"{step}: going on after {checkpoint}", non_default_settings(wanted))
+    return run(replace(wanted, checkpoint=str(checkpoint)))
 
 
 def caption_with_attention(settings: Settings, announce: Callable[..., None]) -> None:
@@ -280,7 +285,7 @@ def write_captions(
     if is_up_to_date(wanted, models):
         announce(f"{step}: {wanted.output_csv} is up to date, skipped")
         return
-    announce(f"{step}: {wanted.test_folder}/ -> {wanted.output_csv}", chosen(wanted))
+    announce(f"{step}: {wanted.test_folder}/ -> {wanted.output_csv}", non_default_settings(wanted))
     run(wanted)
     write_json(record_file(wanted, models), fingerprint(wanted, models))
 
@@ -303,7 +308,7 @@ def fingerprint(wanted, models: list[Path]) -> dict:
     files = [Path(wanted.output_csv), *models, *images, *lists]
     stats = {str(file): file.stat() for file in files if file.is_file()}
     sizes = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    settings = {name: value for name, value in asdict(wanted).items() if name not in PLACES}
+    settings = {name: value for name, value in asdict(wanted).items() if name not in SET_BY_PIPELINE}
     return {"settings": settings, "files": sizes}
 
 

@@ -16,6 +16,7 @@ those given on the command line.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -78,27 +79,27 @@ class Settings:
     attention_dim: int = 512  # width of the attention's hidden layer
     decoder_dim: int = 512  # width of the LSTM
     dropout: float = 0.5  # share of the hidden units dropped before the logits
-    fused: bool = True  # the fast form of the decoder; False: as models.py reads, for a decoder you changed
+    fused: bool = True  # run the optimized decoder; False after a change of the decoder in models.py
     epochs: int = 3  # in all, those before a resumed checkpoint counted; give 20 or more for real use
     batch_size: int = 16  # images that go through the models at once; each brings all its captions
     grad_accumulation: int = 1  # batches per step: big steps on a small GPU
     decoder_lr: float = 4e-4  # learning rate of the decoder
     encoder_lr: float = 1e-4  # learning rate of the encoder, where it is fine-tuned
     lr_schedule: Literal["plateau", "cosine"] = "plateau"  # how the rates fall
-    decay_after: int = 8  # plateau: epochs without a better score, after each of which the rates fall
+    decay_after: int = 8  # plateau: the rates fall after every this many epochs without a better score
     decay: float = 0.8  # plateau: factor by which they fall
     warmup: float = 0.0  # cosine: share of the steps in which the rates rise
     patience: int = 20  # epochs without a better score after which the training stops; 0: never
     grad_clip: float = 5.0  # bound of the gradients; inf: none
-    grad_clip_by: Literal["value", "norm"] = "value"  # bounds each gradient, or the norm of all together
-    alpha_c: float = 1.0  # weight of the doubly stochastic penalty (Xu et al., equation 14)
+    grad_clip_by: Literal["value", "norm"] = "value"  # clip each gradient's value or the norm of all together
+    alpha_c: float = 1.0  # weight of the doubly stochastic penalty: 196 lambda of Xu et al., equation 14
     fine_tune_encoder: bool = False  # train the encoder's layers from stride 8 on too
     fine_tune_after: int = 0  # but only after this many epochs
     augment: bool = False  # crop, recolour and flip images at random while the encoder is trained
     cache_features: bool = True  # encode each image once and keep the result, where the encoder is frozen
     embeddings: str | None = None  # start from these word vectors (GloVe text file); sets emb_dim
     fine_tune_embeddings: bool = True  # train the word embeddings
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # computing with half as many bits, on CUDA
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # 16-bit autocast, on CUDA
     select_by: Literal["bleu4", "cider"] = "bleu4"  # score by which the best epoch is chosen
     resume: bool = False  # go on after the last epoch in output_folder
     checkpoint: str | None = None  # or go on from this file
@@ -120,7 +121,7 @@ class Settings:
 
     @property
     def score(self) -> str:
-        """The history's column by which the best epoch is chosen."""
+        """The column of the history by which the best epoch is chosen."""
         return f"val_{self.select_by}"
 
     def is_fine_tuned(self, epoch: int) -> bool:
@@ -128,9 +129,9 @@ class Settings:
         return self.fine_tune_encoder and epoch > self.fine_tune_after
 
 
-# a checkpoint's model has these; another value cannot be given to a training that goes on
+# fixed by the checkpoint: these cannot change when a training is resumed
 FIXED = ("encoder_name", "encoder_weights", "emb_dim", "attention_dim", "decoder_dim", "embeddings")
-RATES = ("decoder_lr", "encoder_lr")  # of the optimizer's groups
+RATES = ("decoder_lr", "encoder_lr")  # the setting of each optimizer group's rate
 OUTPUT_FILES = ("checkpoint_epoch_*.pth", "best_checkpoint.pth", "encoder.pth", "decoder.pth", "history.csv",
                 "curves.png", "train.log")  # fmt: skip
 
@@ -140,7 +141,7 @@ def main(settings: Settings) -> None:
 
 
 def train(settings: Settings) -> dict:
-    """Run the training; return the history's line of the best epoch.
+    """Run the training; return the best epoch's row of the history.
 
     Raises:
         UserError: wrong input, or a loss that is no longer a number.
@@ -158,7 +159,7 @@ def run_training(settings: Settings) -> dict:
     settings = replace(settings, mixed_precision=run.mixed_precision)
     history = resumed.history if resumed else []
     torch.manual_seed(settings.seed)
-    settings, encoder, decoder = build_models(settings, word_map, resumed)
+    settings, encoder, decoder = build_models(settings, word_map, resumed, run.log)
     encoder, decoder = encoder.to(run.device), decoder.to(run.device)
     optimizer = build_optimizer(encoder, decoder, settings)
     size = sum(parameter.numel() for parameter in decoder.parameters())
@@ -170,7 +171,7 @@ def run_training(settings: Settings) -> dict:
         run.log(resumed.restore(optimizer, rates, run, (decoder, encoder), RATES))
     if run.is_main and not (resumed and resumed.source.resolve().parent == output.resolve()):
         archive_previous_run(output, *OUTPUT_FILES)
-    run.log_file = output / "train.log"
+    run.log_file = output / "train.log"  # set only now: archiving would move it
     monitor = Monitor(run, output, settings, read_json(Path(settings.data_folder) / "val_image_ids.json"))
 
     for epoch in range(len(history) + 1, settings.epochs + 1):
@@ -200,7 +201,7 @@ def run_training(settings: Settings) -> dict:
             f"validation loss {line['val_loss']:.3f}, top-5 {line['val_top5']:.1%}, "
             f"BLEU-4 {line['val_bleu4']:.4f}, CIDEr {line['val_cider']:.4f}"
         )
-        monitor.epoch(history, captions, text)
+        monitor.report_epoch(history, captions, text)
     return report_best(run, history, score, output)
 
 
@@ -231,8 +232,9 @@ def resume(settings: Settings) -> tuple[Settings, Resumed | None]:
 
 
 def build_models(
-    settings: Settings, word_map: dict[str, int], resumed: Resumed | None = None
-) -> tuple[Settings, Encoder, DecoderWithAttention]:
+    settings: Settings, word_map: dict[str, int], resumed: Resumed | None = None,
+    log: Callable[[str], None] = print,
+) -> tuple[Settings, Encoder, DecoderWithAttention]:  # fmt: skip
     """New models, or the checkpoint's; `emb_dim` becomes that of the word vectors, where there are any."""
     if resumed:
         decoder = decoder_from(resumed.checkpoint, resumed.source)
@@ -242,7 +244,7 @@ def build_models(
         embeddings = None
         if settings.embeddings:
             embeddings, found = load_embeddings(settings.embeddings, word_map)
-            print(f"{settings.embeddings}: has {found} of {len(word_map)} words")
+            log(f"{settings.embeddings} has vectors for {found} of the {len(word_map)} words")
             settings = replace(settings, emb_dim=embeddings.shape[1])
         encoder = build_encoder(settings.encoder_name, settings.encoder_weights)
         sizes = (settings.attention_dim, settings.emb_dim, settings.decoder_dim, len(word_map), encoder.dim)
@@ -268,8 +270,8 @@ def build_optimizer(encoder: Encoder, decoder: DecoderWithAttention, settings: S
 def start_stage(
     encoder: Encoder, settings: Settings, run: Run, fine_tuned: bool, epoch: int
 ) -> tuple[DataLoader, DataLoader]:
-    """Freeze the encoder, or make it trainable; batches of this process for training and validation: images,
-    or a frozen encoder's features."""
+    """Freeze or unfreeze the encoder; return the training and validation loaders, of images or, with a frozen
+    encoder, of cached features."""
     encoder.fine_tune(fine_tuned)
     run.log(f"from epoch {epoch} on the encoder is {'fine-tuned' if fine_tuned else 'frozen'}")
     loaders = []
@@ -323,7 +325,7 @@ def train_one_epoch(
     batches = iter(loader)
     progress = progress_bar(sampler.steps, desc=f"epoch {epoch}", unit="step", disable=not run.is_main)
     for step, indices in enumerate(progress, start=1):
-        # of all processes and micro-batches: every token counts alike, wherever it is
+        # counted over all processes and micro-batches, so that every token has the same weight
         tokens, captions = int((lengths_of[indices] - 1).sum()), lengths_of[indices].size
         for _ in range(sampler.accumulation_steps):
             with run.autocast():
@@ -401,7 +403,7 @@ def caption_loss(
     caption_logits = fused_decoder.caption_logits if settings.fused else plain_decoder.caption_logits
     logits, targets, coverage = caption_logits(decoder, grid, captions.flatten(0, 1), lengths.flatten())
     cross_entropy = F.cross_entropy(logits, targets, reduction="sum")
-    # every pixel should get a total weight of one over the caption (Xu et al., section 4.2.1)
+    # Xu et al., equation 14, but averaged over the 196 pixels where it sums, so alpha_c = 196 lambda
     penalty = ((1 - coverage) ** 2).mean(dim=1).sum()
     return cross_entropy, penalty, logits, targets
 

@@ -81,19 +81,19 @@ class Settings:
     augment: bool | None = None  # crop, recolour and flip images at random; None: for tiny alone
     learning_rate: float | None = None  # highest; None: 1e-5; 2e-3 for tiny
     lr_schedule: Literal["plateau", "cosine"] = "cosine"  # how the rate falls
-    decay_after: int = 8  # plateau: epochs without a better score, after each of which the rate falls
+    decay_after: int = 8  # plateau: the rate falls after every this many epochs without a better score
     decay: float = 0.8  # plateau: factor by which it falls
     warmup: float = 0.1  # cosine: share of the steps in which the rate rises
     patience: int | None = None  # epochs without a better score; 0: never stop; None: 5; 0 for tiny
     weight_decay: float = 0.05  # of AdamW, on matrices alone
     label_smoothing: float | None = None  # share of probability spread over all words; None: 0.1; 0 for tiny
     grad_clip: float = 1.0  # bound of the gradients; inf: none
-    grad_clip_by: Literal["value", "norm"] = "norm"  # bounds each gradient, or the norm of all together
+    grad_clip_by: Literal["value", "norm"] = "norm"  # clip each gradient's value or the norm of all together
     max_length: int = 40  # tokens; longer captions are cut
     freeze_vision: bool = False  # train the text half alone
     cache_features: bool = True  # with freeze_vision: keep the images' features on disk
     gradient_checkpointing: bool = False  # less memory, a third more time
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # computing with half as many bits, on CUDA
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # 16-bit autocast, on CUDA
     select_by: Literal["bleu4", "cider"] = "cider"  # score by which the best epoch is chosen
     log_with: Literal["none", "tensorboard", "wandb"] = "none"  # also report every epoch there
     keep_checkpoints: int = 1  # epochs whose checkpoints stay, each three times the model's size; 0: all
@@ -115,7 +115,7 @@ class Settings:
 
     @property
     def score(self) -> str:
-        """The history's column by which the best epoch is chosen."""
+        """The column of the history by which the best epoch is chosen."""
         return f"val_{self.select_by}"
 
 
@@ -123,7 +123,7 @@ FOR_PRETRAINED = {"epochs": 3, "batch_size": 8, "captions_per_image": 1, "learni
 FOR_PRETRAINED |= {"augment": False, "patience": 5, "label_smoothing": 0.1}
 FOR_TINY = {"epochs": 50, "batch_size": 16, "captions_per_image": 2, "learning_rate": 2e-3}
 FOR_TINY |= {"augment": True, "patience": 0, "label_smoothing": 0.0}
-FIXED = ("base_model",)  # another value cannot be given to a training that goes on
+FIXED = ("base_model",)  # fixed by the checkpoint: cannot change when a training is resumed
 OUTPUT_FILES = (
     "*.safetensors", "*config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.txt", "checkpoint_epoch_*.pth", "history.csv", "curves.png", "train.log",
@@ -135,7 +135,7 @@ def main(settings: Settings) -> None:
 
 
 def train(settings: Settings) -> dict:
-    """Run the training; return the history's line of the best epoch: "epoch", "train_loss", "val_cider",
+    """Run the training; return the best epoch's row of the history: "epoch", "train_loss", "val_cider",
     "val_bleu4", "learning_rate", "seconds".
 
     Raises:
@@ -191,10 +191,12 @@ def run_training(settings: Settings) -> dict:
         f"{len(val_set.records)} to validate on, {run.describe()}"
     )
     if resumed:
-        run.log(resumed.restore(optimizer, rates, run, (), ("learning_rate", "learning_rate")))
+        # both groups (decay, no decay) have one setting; modules are for checkpoints of the first release
+        rate_names = ("learning_rate", "learning_rate")
+        run.log(resumed.restore(optimizer, rates, run, modules=(), rate_names=rate_names))
     if run.is_main and not (resumed and resumed.source.resolve().parent == output.resolve()):
         archive_previous_run(output, *OUTPUT_FILES)
-    run.log_file = output / "train.log"
+    run.log_file = output / "train.log"  # set only now: archiving would move it
     monitor = Monitor(run, output, settings, [record.image_id for record in val_set.records])
 
     for epoch in range(len(history) + 1, settings.epochs + 1):
@@ -223,7 +225,7 @@ def run_training(settings: Settings) -> dict:
             save_epoch(output, checkpoint, score, lambda _: None, settings.keep_checkpoints)
         text = f"loss {line['train_loss']:.3f}; "
         text += f"validation BLEU-4 {line['val_bleu4']:.4f}, CIDEr {line['val_cider']:.4f}"
-        monitor.epoch(history, texts, text)
+        monitor.report_epoch(history, texts, text)
     return report_best(run, history, score, output)
 
 
@@ -256,7 +258,7 @@ def read_records(settings: Settings) -> tuple[list[Record], list[Record]]:
 
 
 def data_digest(*splits: list[Record]) -> str:
-    """A fingerprint of images and captions."""
+    """SHA-256 of image ids and captions; the images' pixels are not read."""
     content = [[(record.image_id, record.captions) for record in records] for records in splits]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -355,7 +357,7 @@ def train_one_epoch(
     total = torch.zeros((), device=run.device)
     progress = progress_bar(sampler.steps, desc=f"epoch {epoch}", unit="step", disable=not run.is_main)
     for step, indices in enumerate(progress, start=1):
-        # of all processes and micro-batches: every token counts alike, wherever it is
+        # counted over all processes and micro-batches, so that every token has the same weight
         tokens = sum(len(caption) - 1 for index in indices for caption in drawn[index])
         for _ in range(settings.grad_accumulation):
             batch, images = next(loaded)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from captioning.annotations import END, PAD, START, UNK  # noqa: E402
-from captioning.fused_decoder import fold_batch_norms  # noqa: E402
+from captioning.fold_batch_norms import fold_batch_norms  # noqa: E402
 from models import Encoder, normalize_images  # noqa: E402
 
 

@@ -69,8 +69,8 @@ def beam_search_n_best(
         beam_size: hypotheses an image, at least 1.
         max_steps: steps of the search, at least 1; a caption that has not ended by then has that many words.
         forbidden: indices of words that captions must not have.
-        length_penalty: ended hypotheses are compared by score / words ** length_penalty, `<end>` counted as
-            a word; 0 is the plain sum.
+        length_penalty: ended hypotheses are compared by `normalized_score`, `<end>` counted as a word; 0 is
+            the plain sum.
         keep_alphas: return attention too (of several decoders, the mean).
         n_best: captions for each image; there are never more than `beam_size`.
         fused: search on the fused form of the decoders; False: on their own `step`.
@@ -98,11 +98,11 @@ def beam_search_n_best(
         parents, words = chosen // vocabulary, chosen % vocabulary
         ended = (words == end) & scores.isfinite()
 
-        divisor = step**length_penalty
         for i, k in ended.nonzero().tolist():  # few: at most beam_size an image over the whole search
             image, total = beams.image[i], float(scores[i, k])
-            if total / divisor > score_to_beat(image):
-                found = beams.hypothesis(i, int(parents[i, k]), total / divisor, total)
+            score = normalized_score(total, step, length_penalty)
+            if score > score_to_beat(image):
+                found = beams.hypothesis(i, int(parents[i, k]), score, total)
                 best[image] = sorted([*best[image], found], key=lambda h: -h.score)[:n_best]
         beams.follow(parents, words, scores.masked_fill(ended, -torch.inf), ended.sum(dim=1), alphas)
 
@@ -119,12 +119,19 @@ def beam_search_n_best(
         for i, image in enumerate(beams.image):
             for k, total in enumerate(beams.scores[i].tolist()):  # unfinished ones, by descending score
                 if len(best[image]) < n_best and math.isfinite(total):
-                    best[image].append(beams.hypothesis(i, k, total / max_steps**length_penalty))
+                    score = normalized_score(total, max_steps, length_penalty)
+                    best[image].append(beams.hypothesis(i, k, score))
     if [] in best:
         raise UserError(
             "the decoder's word scores are not numbers: its training went astray, take another checkpoint"
         )
     return best
+
+
+def normalized_score(total: float, length: int, length_penalty: float) -> float:
+    """The score by which hypotheses are compared, from the summed log-probability of `length` words, `<end>`
+    included."""
+    return total / length**length_penalty
 
 
 class _Beams:

@@ -2,10 +2,10 @@
 
 Nothing here knows a model. A training step reads in the script; here are its parts:
 
-    loss, shares of a step's batches  -> run.backward(loss)
-    gradients of all processes        -> run.step(optimizer, grad_clip, grad_clip_by)
-    learning rate                     -> LearningRate, by plateau or cosine
-    end of an epoch                   -> save_epoch
+    this batch's part of the step's loss -> run.backward(loss)
+    gradients of all processes           -> run.step(optimizer, grad_clip, grad_clip_by)
+    learning rate                        -> LearningRate, by plateau or cosine
+    end of an epoch                      -> save_epoch
 """
 
 from __future__ import annotations
@@ -119,7 +119,8 @@ class Run:
         optimizer.zero_grad(set_to_none=True)
 
     def mean_loss(self, total: Tensor, steps: int, epoch: int, remedy: str) -> float:
-        """The mean of the steps' losses over all processes; `total` is this process's sum.
+        """Mean loss per step: `total` is this process's share of the summed losses; the processes' shares are
+        added.
 
         Raises:
             UserError: it is not a number; `remedy` says what to do.
@@ -146,7 +147,8 @@ class Run:
 
 
 class BusyWatch:
-    """Notices that a thread of this process waits for the others, which other programs keep from running."""
+    """Detects that too many threads compete for the cores: the backward pass takes far more time than CPU
+    time."""
 
     def __init__(self):
         self.wall = self.cpu = 0.0  # seconds inside the `with` blocks: passed, and worked by this thread
@@ -190,7 +192,7 @@ def sum_gradients(parameters: list[Tensor]) -> None:
 
 
 class LearningRate:
-    """The factors by which an optimizer's rates change; its groups' rates at construction are the full ones.
+    """Learning-rate schedule of an optimizer's groups; their rates at construction are the base rates.
 
     plateau: times `decay` after every `decay_after` epochs without a better score.
     cosine: rises over the first `warmup` share of the steps, then falls to 0 along a half cosine (Loshchilov
@@ -205,8 +207,8 @@ class LearningRate:
         self.optimizer, self.kind, self.total_steps = optimizer, settings.lr_schedule, total_steps
         self.warmup_steps = round(settings.warmup * total_steps)
         self.decay_after, self.decay = settings.decay_after, settings.decay
-        self.full = [group["lr"] for group in optimizer.param_groups]
-        self.steps, self.decays = 0, [0] * len(self.full)
+        self.base = [group["lr"] for group in optimizer.param_groups]
+        self.steps, self.decays = 0, [0] * len(self.base)
         self._apply()
 
     def after_step(self) -> None:
@@ -227,7 +229,7 @@ class LearningRate:
         return {"steps": self.steps, "decays": self.decays}
 
     def load_state_dict(self, state: dict, restart: Iterable[int] = ()) -> None:
-        """Go on; the groups in `restart` got another full rate, so that they begin without decays."""
+        """Go on; the groups in `restart` got another base rate, so that they begin without decays."""
         self.steps, self.decays = state["steps"], list(state["decays"])
         for group in restart:
             self.decays[group] = 0
@@ -242,8 +244,8 @@ class LearningRate:
             else:
                 share = after / max(1, self.total_steps - self.warmup_steps)
                 factor = max(0.0, 0.5 * (1 + math.cos(math.pi * share)))
-        for group, full, decays in zip(self.optimizer.param_groups, self.full, self.decays):
-            group["lr"] = full * factor * self.decay**decays
+        for group, base, decays in zip(self.optimizer.param_groups, self.base, self.decays):
+            group["lr"] = base * factor * self.decay**decays
 
 
 # --- history ------------------------------------------------------------------------------------------------
@@ -268,7 +270,7 @@ def caption_scores(references: list[list[list[str]]], captions: dict[int, str]) 
 
 
 def report_best(run: Run, history: list[dict], score: str, output: Path) -> dict:
-    """Log and return the history's line of the best epoch."""
+    """Log and return the best epoch's row of the history."""
     best = history[best_epoch(history, score)]
     run.log(
         f"best: epoch {best['epoch']} with validation BLEU-4 {best['val_bleu4']:.4f}, "

@@ -5,24 +5,23 @@ Everything here is a function of the decoder; the decoder knows nothing of it. W
 * attention's projection of an image is computed once, for all steps and all captions of the image;
 * an encoder's grid is small (8 x 8 for 256 pixels) and pooled to 14 x 14: pooling is a matrix whose rows sum
   to one, so it commutes with every linear layer and is applied last, to the projection;
-* all tokens' logits, and all gradients of weights, are one product each after the last step;
-* the backward pass of teacher forcing is written out (`fused_recurrence.py`);
-* a convolution does the work of the batch norm behind it (`fold_batch_norms`).
+* all tokens' logits, and all gradients of weights, are one matrix product each after the last step;
+* the backward pass of teacher forcing is written out (`fused_recurrence.py`).
 
-Letters: N images, G captions (or beams) of each, C cells of an encoder's grid, P pixels (196), D encoder_dim,
-A attention_dim, H decoder_dim, V vocab_size. T steps, W tokens in all. Captions are packed as in
+Letters, not the paper's (its L, C and K are P, L and V here): N images, G captions (or beams) of each,
+C cells of an encoder's grid, P pixels (196), D encoder_dim, A attention_dim, E embed_dim, H decoder_dim,
+V vocab_size, L words of a padded caption. T steps, W tokens in all. Captions are packed as in
 `torch.nn.utils.rnn.PackedSequence`: the first token of every caption, then the second of those that have one,
 and so on, captions by decreasing length.
 """
 
 from __future__ import annotations
 
-import itertools
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from captioning.fused_recurrence import (
     PackedCaptions,
@@ -32,7 +31,7 @@ from captioning.fused_recurrence import (
     copy_to_device,
     pack_captions,
 )
-from models import ENCODED_SIZE, Attention, DecoderWithAttention, Encoder
+from models import ENCODED_SIZE, Attention, DecoderWithAttention
 from utils import UserError
 
 # --- an image as attention needs it ------------------------------------------------------------------------
@@ -56,7 +55,7 @@ def pooling_matrix(height: int, width: int, like: Tensor) -> Tensor:
 
 
 def initial_state(decoder: DecoderWithAttention, images: ProjectedImages) -> tuple[Tensor, Tensor]:
-    """h and c (N, H) from the mean over the pixels; in full precision also under autocast."""
+    """h and c (N, H) from the mean over the pixels; in the weights' dtype, also under autocast."""
     if images.pooling is None:
         mean = images.cells.mean(dim=1)
     else:
@@ -68,10 +67,10 @@ def initial_state(decoder: DecoderWithAttention, images: ProjectedImages) -> tup
 class StepWeights(NamedTuple):
     """The weights of a step, arranged once for all steps."""
 
-    context: Tensor  # (4 H, D) the LSTM's, for the gated context
-    hidden: Tensor  # (4 H + D + A, H) all that h is multiplied with: LSTM, f_beta, decoder_att
+    context: Tensor  # (4 H, D) weight_ih's columns for the context
+    hidden: Tensor  # (4 H + D + A, H) the weights that h is multiplied with: weight_hh, f_beta, decoder_att
     hidden_bias: Tensor  # (4 H + D + A,)
-    energy: Tensor  # (A,) full_att's; its bias is left out, as the softmax does not depend on it
+    energy_weight: Tensor  # (A,) full_att's; its bias is left out, as the softmax does not depend on it
 
 
 def step_weights(decoder: DecoderWithAttention) -> StepWeights:
@@ -85,7 +84,7 @@ def step_weights(decoder: DecoderWithAttention) -> StepWeights:
 
 
 def word_gates(decoder: DecoderWithAttention, words: Tensor) -> Tensor:
-    """The words' half of the LSTM's input product: indices (...) -> (..., 4 H)."""
+    """The embedding's part of weight_ih x + b_ih: word indices (...) -> (..., 4 H)."""
     cell, embeddings = decoder.decode_step, decoder.embedding(words)
     return F.linear(embeddings, cell.weight_ih[:, : embeddings.shape[-1]], cell.bias_ih)
 
@@ -110,14 +109,15 @@ class FusedSearchState:
         """Feed a word to each hypothesis (N, K): logits (N, K, V), alpha (N, K, P)."""
         products = F.linear(self.h, self.weights.hidden, self.weights.hidden_bias)
         images, sizes = self.images, [4 * self.h.shape[2], self.images.cells.shape[2]]
-        own, gate, query = products.split([*sizes, products.shape[2] - sum(sizes)], dim=2)
+        from_hidden, gate, query = products.split([*sizes, products.shape[2] - sum(sizes)], dim=2)
         blocks = [(0, *query.shape[:2])]
         if query.device.type == "cpu":
             blocks = [(i, i + 1, query.shape[1]) for i in range(len(query))]
-        alpha = attention_energies(images.projection, query, self.weights.energy, blocks).softmax(dim=2)
+        energies = attention_energies(images.projection, query, self.weights.energy_weight, blocks)
+        alpha = energies.softmax(dim=2)
         weights = alpha if images.pooling is None else alpha @ images.pooling  # (N, K, C)
         context = gate.sigmoid() * (weights @ images.cells)
-        gates = own + word_gates(self.decoder, words) + F.linear(context, self.weights.context)
+        gates = from_hidden + word_gates(self.decoder, words) + F.linear(context, self.weights.context)
         i, f, g, o = gates.to(self.c.dtype).chunk(4, dim=2)
         self.c = f.sigmoid() * self.c + i.sigmoid() * g.tanh()
         self.h = o.sigmoid() * self.c.tanh()
@@ -145,8 +145,9 @@ def teacher_forcing(
 
     Args:
         grid: (N, h, w, D).
-        captions: (N * G, L), caption i of image i // G. lengths: (N * G,), at least 2. Both best on the
-            CPU: otherwise the host waits for the device.
+        captions: (N * G, L) word indices, caption i of image i // G.
+        lengths: (N * G,), at least 2. For both pass CPU tensors; CUDA tensors work, but the device has to be
+            waited for.
 
     Returns:
         hidden (W, H) and alphas (W, P), packed, W = sum(lengths - 1); the packing.
@@ -160,9 +161,8 @@ def teacher_forcing(
     image_of = torch.div(packing.by_image, group, rounding_mode="floor")
     h, c = (state[image_of] for state in initial_state(decoder, images))
     dtype = images.projection.dtype  # lower under autocast
-    tensors = (*images, *step_weights(decoder))
-    tensors = (value if value is None else value.to(dtype) for value in tensors)
-    hidden, alphas = TeacherForcing.apply(packing, gates.to(h.dtype), h, c, *tensors)
+    inputs = [value if value is None else value.to(dtype) for value in (*images, *step_weights(decoder))]
+    hidden, alphas = TeacherForcing.apply(packing, gates.to(h.dtype), h, c, *inputs)
     return hidden, alphas, packing
 
 
@@ -183,8 +183,11 @@ def caption_logits(
 
 @torch.no_grad()
 def require_same_as_plain(decoder: DecoderWithAttention) -> None:
-    """Raise UserError unless this file computes what the decoder's own `forward` does, as it no longer may
-    where models.py was changed."""
+    """Raise UserError if the fused decoder's logits or alphas differ from `decoder.forward`, as after an edit
+    of models.py.
+
+    Compares in eval mode: a change that acts in training alone, such as another dropout, is not noticed.
+    """
     mode, device = decoder.training, decoder.fc.weight.device
     decoder.eval()
     encoder_dim, vocab_size = decoder.f_beta.out_features, decoder.fc.out_features
@@ -192,9 +195,12 @@ def require_same_as_plain(decoder: DecoderWithAttention) -> None:
     grid = torch.linspace(0, 1, 2 * ENCODED_SIZE**2 * encoder_dim, device=device)
     grid = grid.view(2, ENCODED_SIZE, ENCODED_SIZE, encoder_dim).cos()
     try:
-        ours, _, _ = caption_logits(decoder, grid, captions, torch.tensor([3, 3]))
-        theirs, *_ = decoder(grid, captions, torch.tensor([[3], [3]], device=device))
-        same = torch.allclose(ours, theirs.transpose(0, 1).flatten(0, 1), rtol=1e-3, atol=1e-3)
+        fused_logits, _, coverage = caption_logits(decoder, grid, captions, torch.tensor([3, 3]))
+        # captions of equal length stay in their order
+        logits, _, _, alphas, _ = decoder(grid, captions, torch.tensor([[3], [3]], device=device))
+        logits = logits.transpose(0, 1).flatten(0, 1)  # packed
+        same = torch.allclose(fused_logits, logits, rtol=1e-3, atol=1e-3)
+        same = same and torch.allclose(coverage, alphas.sum(dim=1), rtol=1e-3, atol=1e-3)
     except (AttributeError, RuntimeError, TypeError, ValueError):
         same = False
     decoder.train(mode)
@@ -203,35 +209,3 @@ def require_same_as_plain(decoder: DecoderWithAttention) -> None:
             "the decoder of models.py was changed, and captioning/fused_decoder.py computes the original: "
             "give --fused False"
         )
-
-
-# --- batch norms --------------------------------------------------------------------------------------------
-
-
-class FoldedConv(nn.Conv2d):
-    """A convolution that does the work of the batch norm behind it: w x scale, and one bias for both.
-
-    With fixed statistics the result is the same, and so are all gradients; the pass over the activations is
-    saved. Parameters stay where they were.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        (norm,) = self.norms
-        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-        bias = norm.bias - norm.running_mean * scale
-        if hasattr(self, "static_padding"):  # the lite EfficientNets'
-            x = self.static_padding(x)
-        return self._conv_forward(x, self.weight * scale.view(-1, 1, 1, 1), bias)
-
-
-def fold_batch_norms(encoder: Encoder) -> Encoder:
-    """Let each convolution that stands before a batch norm do its work too; weights in channels-last order,
-    which convolutions prefer. Changes the encoder, and returns it."""
-    for module in encoder.network.modules():
-        for conv, norm in itertools.pairwise(module.children()):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                conv.__class__ = FoldedConv
-                conv.norms = (norm,)  # in a tuple it is no submodule a second time
-                norm.forward = nn.Identity().forward
-    encoder.network.to(memory_format=torch.channels_last)
-    return encoder

@@ -1,14 +1,15 @@
 """The recurrence of `fused_decoder` over ground-truth tokens, with its backward pass written out.
 
-Automatic differentiation would keep the energies relu(att1 + att2) of every step, (N, G, P, A) numbers, and
-add up the weights' gradients at every step. Here energies are computed again in the backward pass, on the CPU
-one image at a time, so that they stay in the cache; gradients of the weights are one product each after the
-last step; captions that have ended take no further part.
+Automatic differentiation would keep the hidden layer relu(att1 + att2) of every step, (N, G, P, A) numbers,
+and add up the weights' gradients at every step. Here that layer is computed again in the backward pass;
+gradients of the weights are one matrix product each after the last step; captions that have ended take no
+further part.
 
-Equations are those of Xu et al. (2015). Letters as in `fused_decoder`: N images, G captions of each, C cells
-of an encoder's grid, P pixels, D encoder_dim, A attention_dim, H decoder_dim; T steps, W tokens in all. In a
-step n captions take part. Tokens are packed as in `torch.nn.utils.rnn.PackedSequence`: the first token of
-every caption, then the second of those that have one, and so on, captions by decreasing length.
+Equations are those of Xu et al. (2015), in other letters: the paper's L, C and K are P, L and V here. As in
+`fused_decoder`: N images, G captions of each, C cells of an encoder's grid, P pixels, D encoder_dim,
+A attention_dim, H decoder_dim; T steps, W tokens in all. In a step n captions take part. Tokens are packed as
+in `torch.nn.utils.rnn.PackedSequence`: the first token of every caption, then the second of those that have
+one, and so on, captions by decreasing length.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-Block = tuple[int, int, int]  # (first, last, k): images first to last - 1, the first k captions of each
+# (start, stop, k): images[start:stop], the first k captions of each. Attention computes a block at a time: on
+# the CPU an image per block, so that its numbers stay in the cache; on a GPU one block for all images.
+Block = tuple[int, int, int]
 
 
 class ProjectedImages(NamedTuple):
@@ -40,11 +43,11 @@ class PackedCaptions(NamedTuple):
     """
 
     image_order: Tensor  # (N,) the images by their longest caption
-    by_image: Tensor  # (N * G,) of each caption, by decreasing length, its place in (N, G)
-    sorted_indices: Tensor  # (N * G,) of each caption, by decreasing length, its index in the batch
+    by_image: Tensor  # (N * G,) by_image[r]: place in the flattened (N, G) layout of the r-th longest caption
+    sorted_indices: Tensor  # (N * G,) sorted_indices[r]: index in the batch of the r-th longest caption
     group: int  # G
     batch_sizes: list[int]  # (T) captions that take part: the first ones
-    blocks: list[list[Block]]  # (T) what attention computes at a time
+    blocks: list[list[Block]]  # (T) of each step
     token_captions: Tensor  # (W,) each token's caption, as an index in the batch
     token_steps: Tensor  # (W,) and its step
     cpu_tokens: tuple[Tensor, Tensor]  # token_captions and token_steps on the CPU, where the captions are
@@ -103,15 +106,16 @@ def attention_energies(projection: Tensor, query: Tensor, weight: Tensor, blocks
 
     Args:
         projection: (N, P, A). query: (N, G, A). weight: (A,).
-        blocks: what to compute at a time.
+        blocks: which of these to compute, a block at a time.
 
     Returns:
         (N, G, P), zero where no block was.
     """
     energies = projection.new_zeros(*query.shape[:2], projection.shape[1])
-    for first, last, k in blocks:
-        hidden = projection[first:last].unsqueeze(1) + query[first:last, :k].unsqueeze(2)  # (n, k, P, A)
-        energies[first:last, :k] = hidden.relu_() @ weight
+    for start, stop, k in blocks:
+        images = slice(start, stop)
+        hidden = projection[images].unsqueeze(1) + query[images, :k].unsqueeze(2)  # (stop - start, k, P, A)
+        energies[images, :k] = hidden.relu_() @ weight
     return energies
 
 
@@ -176,12 +180,13 @@ class TeacherForcing(Function):
                 now = slice(start, start + size)
                 kept.h_in[now], kept.c_in[now] = h[:size], c[:size]
                 products = torch.addmm(hidden_bias, kept.h_in[now], hidden_weight.T)
-                own, gate, kept.queries[now] = products.split(sizes, dim=1)
+                from_hidden, gate, kept.queries[now] = products.split(sizes, dim=1)
                 kept.betas[now] = gate.sigmoid()
                 attend(kept, now, images, energy_weight, packing, step)
                 gated = kept.betas[now] * kept.contexts[now]
-                z = torch.addmm(own, gated, context_weight.T).to(h.dtype) + gates_of_words[now]
-                h, c = lstm_cell(kept, now, z)
+                preactivations = torch.addmm(from_hidden, gated, context_weight.T).to(h.dtype)
+                preactivations = preactivations + gates_of_words[now]
+                h, c = lstm_cell(kept, now, preactivations)
                 hidden[now] = h
                 start += size
         ctx.packing = packing
@@ -191,49 +196,56 @@ class TeacherForcing(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_hidden: Tensor, d_alphas: Tensor):
-        """Backpropagation through time, the weights' gradients last. d_x is the loss's gradient by x."""
+        """Backpropagation through time, the weights' gradients last. d_x is the loss's gradient with respect
+        to x."""
         *saved, context_weight, hidden_weight, energy_weight = ctx.saved_tensors
-        kept, images = Activations(*saved[:8]), ProjectedImages(*saved[8:])
+        count = len(Activations._fields)
+        kept, images = Activations(*saved[:count]), ProjectedImages(*saved[count:])
         packing, dtype, full = ctx.packing, images.cells.dtype, kept.c_in.dtype
         d_products = kept.h_in.new_empty(len(kept.h_in), len(hidden_weight))
         sizes = [kept.gates.shape[1], images.cells.shape[2], len(energy_weight)]
-        d_own, d_gate, d_query = d_products.split(sizes, dim=1)
+        d_preactivations, d_gate, d_query = d_products.split(sizes, dim=1)
         encoder_is_trained = ctx.needs_input_grad[4]
         d_contexts = torch.empty_like(kept.contexts) if encoder_is_trained else None
-        # the gradient by an energy's input is energy_weight * slope; slopes are summed before they are used
-        slopes = torch.zeros_like(images.projection, dtype=full)
-        query_slopes = torch.empty_like(kept.queries)
-        d_h = d_c = d_hidden.new_zeros(0, d_hidden.shape[1])  # by a step's result, as the next step says
+        # d_relu = d_energy x [projection + query > 0]; the gradient with respect to projection + query is
+        # energy_weight x d_relu. Summed over steps and captions, and over pixels:
+        d_relu_by_image = torch.zeros_like(images.projection, dtype=full)  # (N, P, A)
+        d_relu_by_query = torch.empty_like(kept.queries)  # (W, A)
+        # gradients with respect to this step's h and c, from step t + 1
+        d_h = d_c = d_hidden.new_zeros(0, d_hidden.shape[1])
         end = len(kept.h_in)
         for step, size in reversed(list(enumerate(packing.batch_sizes))):
             now = slice(end - size, end)
-            d_h = add_rows(d_hidden[now].clone(), d_h)  # and as the logits say
-            d_own[now], d_c = lstm_cell_backward(kept, now, d_h, d_c)
-            d_gated = d_own[now] @ context_weight
+            d_h = add_rows(d_hidden[now].clone(), d_h)  # and from this step's logits
+            d_preactivations[now], d_c = lstm_cell_backward(kept, now, d_h, d_c)
+            d_gated = d_preactivations[now] @ context_weight
             beta = kept.betas[now]
             d_gate[now] = d_gated * kept.contexts[now] * beta * (1 - beta)
             d_context = d_gated.mul_(beta)
             if encoder_is_trained:
                 d_contexts[now] = d_context
             d_energies = attend_backward(kept, now, images, d_context, d_alphas[now], packing)
-            query_slopes[now] = energies_backward(kept, now, images, d_energies, slopes, packing, step)
-            d_query[now] = query_slopes[now] * energy_weight
+            d_relu_by_query[now] = energies_backward(
+                kept, now, images, d_energies, d_relu_by_image, packing, step
+            )
+            d_query[now] = d_relu_by_query[now] * energy_weight
             d_h = (d_products[now] @ hidden_weight).to(full)
             end -= size
-        d_energy_weight = (slopes * images.projection).sum(dim=(0, 1))
-        d_energy_weight = d_energy_weight + (kept.queries * query_slopes).sum(dim=0)
+        # relu(p + q) = mask x (p + q), so the sum splits into a part of p and a part of q
+        d_energy_weight = (d_relu_by_image * images.projection).sum(dim=(0, 1))
+        d_energy_weight = d_energy_weight + (kept.queries * d_relu_by_query).sum(dim=0)
         return (
-            None,
-            d_own.to(full),
-            d_h,
-            d_c,
-            cells_backward(kept, images, d_contexts, packing) if encoder_is_trained else None,
-            (slopes * energy_weight).to(dtype),
-            None,
-            d_own.T @ (kept.betas * kept.contexts),
-            d_products.T @ kept.h_in,
-            d_products.sum(dim=0),
-            d_energy_weight.to(dtype),
+            None,  # packing
+            d_preactivations.to(full),  # gates_of_words
+            d_h,  # h
+            d_c,  # c
+            cells_backward(kept, images, d_contexts, packing) if encoder_is_trained else None,  # cells
+            (d_relu_by_image * energy_weight).to(dtype),  # projection
+            None,  # pooling
+            d_preactivations.T @ (kept.betas * kept.contexts),  # context_weight
+            d_products.T @ kept.h_in,  # hidden_weight
+            d_products.sum(dim=0),  # hidden_bias
+            d_energy_weight.to(dtype),  # energy_weight
         )
 
 
@@ -265,11 +277,12 @@ def attend_backward(
     d_alpha: Tensor,
     packing: PackedCaptions,
 ) -> Tensor:
-    """The gradient by a step's energies (n, P), from those by its contexts (n, D) and alphas (n, P)."""
+    """The gradient with respect to a step's energies (n, P), from those with respect to its contexts (n, D)
+    and alphas (n, P)."""
     alpha = kept.alphas[now]
     d_weights = packing.from_images(packing.to_images(d_context) @ images.cells.mT, len(alpha))  # (n, C)
     d_alpha = d_alpha + (d_weights if images.pooling is None else d_weights @ images.pooling.T)
-    return alpha * (d_alpha - (alpha * d_alpha).sum(dim=1, keepdim=True))  # the softmax's
+    return alpha * (d_alpha - (alpha * d_alpha).sum(dim=1, keepdim=True))  # backward pass of the softmax
 
 
 def energies_backward(
@@ -277,53 +290,55 @@ def energies_backward(
     now: slice,
     images: ProjectedImages,
     d_energies: Tensor,
-    slopes: Tensor,
+    d_relu_by_image: Tensor,
     packing: PackedCaptions,
     step: int,
 ) -> Tensor:
-    """The slopes of a step's energies, each times the energy's gradient.
+    """d_relu of a step, as defined in `TeacherForcing.backward`, from d_energies (n, P).
 
-    A slope is 1 where relu lets pass, else 0. Adds their sum over the step's captions to `slopes` (N, P, A);
-    returns their sum over the pixels (n, A).
+    Adds its sum over the step's captions to `d_relu_by_image` (N, P, A); returns its sum over the pixels,
+    d_relu_by_query (n, A).
     """
     query = packing.to_images(kept.queries[now])
     d_energies = packing.to_images(d_energies.to(query.dtype))  # (N, G, P)
-    over_pixels = torch.zeros_like(query)
-    for first, last, k in packing.blocks[step]:
-        projection = images.projection[first:last]
-        slope = projection.new_empty(last - first, k, *projection.shape[1:])
-        torch.gt(projection.unsqueeze(1), -query[first:last, :k].unsqueeze(2), out=slope)  # 1 or 0
-        slope *= d_energies[first:last, :k].unsqueeze(3)
-        over_pixels[first:last, :k] = slope.sum(dim=2)
-        slopes[first:last] += slope.sum(dim=1)
-    return packing.from_images(over_pixels, now.stop - now.start)
+    d_relu_by_query = torch.zeros_like(query)
+    for start, stop, k in packing.blocks[step]:
+        projection = images.projection[start:stop]
+        d_relu = projection.new_empty(stop - start, k, *projection.shape[1:])
+        torch.gt(projection.unsqueeze(1), -query[start:stop, :k].unsqueeze(2), out=d_relu)  # 1 or 0
+        d_relu *= d_energies[start:stop, :k].unsqueeze(3)
+        d_relu_by_query[start:stop, :k] = d_relu.sum(dim=2)
+        d_relu_by_image[start:stop] += d_relu.sum(dim=1)
+    return packing.from_images(d_relu_by_query, now.stop - now.start)
 
 
-def lstm_cell(kept: Activations, now: slice, z: Tensor) -> tuple[Tensor, Tensor]:
-    """h and c from the gates' inputs z (n, 4 H), equations 1 to 3; fills the step's gates and tanh_c."""
+def lstm_cell(kept: Activations, now: slice, preactivations: Tensor) -> tuple[Tensor, Tensor]:
+    """h and c from the gates' preactivations (n, 4 H), equations 1 to 3; fills the step's gates and
+    tanh_c."""
     i, f, g, o = kept.gates[now].chunk(4, dim=1)
-    z_i, z_f, z_g, z_o = z.chunk(4, dim=1)
-    torch.sigmoid(z_i, out=i)
-    torch.sigmoid(z_f, out=f)
-    torch.tanh(z_g, out=g)
-    torch.sigmoid(z_o, out=o)
+    into_i, into_f, into_g, into_o = preactivations.chunk(4, dim=1)
+    torch.sigmoid(into_i, out=i)
+    torch.sigmoid(into_f, out=f)
+    torch.tanh(into_g, out=g)
+    torch.sigmoid(into_o, out=o)
     c = f * kept.c_in[now] + i * g
     kept.tanh_c[now] = c.tanh()
     return o * kept.tanh_c[now], c
 
 
 def lstm_cell_backward(kept: Activations, now: slice, d_h: Tensor, d_c: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients by z (n, 4 H) and by c_in (n, H); d_c has rows for the captions that go on."""
+    """The gradients with respect to the preactivations (n, 4 H) and to c_in (n, H); d_c has rows for the
+    captions that have a step t + 1."""
     i, f, g, o = kept.gates[now].chunk(4, dim=1)
     tanh_c = kept.tanh_c[now]
     d_c = add_rows(d_h * o * (1 - tanh_c**2), d_c)
-    d_z = (
+    d_preactivations = (
         d_c * g * i * (1 - i),
         d_c * kept.c_in[now] * f * (1 - f),
         d_c * i * (1 - g**2),
         d_h * tanh_c * o * (1 - o),
     )
-    return torch.cat(d_z, dim=1), d_c * f
+    return torch.cat(d_preactivations, dim=1), d_c * f
 
 
 def add_rows(values: Tensor, more: Tensor) -> Tensor:
@@ -335,7 +350,7 @@ def add_rows(values: Tensor, more: Tensor) -> Tensor:
 def cells_backward(
     kept: Activations, images: ProjectedImages, d_contexts: Tensor, packing: PackedCaptions
 ) -> Tensor:
-    """The gradient by the cells (N, C, D) through the contexts, all steps at once."""
+    """The gradient with respect to the cells (N, C, D) through the contexts, all steps at once."""
     weights = kept.alphas.to(images.cells.dtype)
     if images.pooling is not None:
         weights = weights @ images.pooling  # (W, C)

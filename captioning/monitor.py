@@ -1,4 +1,4 @@
-"""What is shown of a training while it runs: sample captions, the time that remains, curves.png, trackers."""
+"""Progress reports during a training: sample captions, the time that remains, curves.png, trackers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from captioning.engine import Run, best_epoch
 from utils import UserError, atomic_write, printable
 
 SAMPLES = 3  # validation images whose captions are printed after every epoch
-LONGEST_SAMPLE = 90  # letters
+LONGEST_SAMPLE = 90  # characters
 
 
 class Monitor:
@@ -33,7 +33,7 @@ class Monitor:
         self.seconds: list[float] = []  # of this run's epochs
         self.tracker = start_tracker(settings, output) if run.is_main else None
 
-    def epoch(self, history: list[dict], captions: dict[int, str], text: str) -> None:
+    def report_epoch(self, history: list[dict], captions: dict[int, str], text: str) -> None:
         """Report the last epoch of the history; `text` says how it went, `captions` are by image index."""
         line, run = history[-1], self.run
         run.log(f"epoch {line['epoch']}: {text}")

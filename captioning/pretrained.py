@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from captioning.fused_decoder import fold_batch_norms
+from captioning.fold_batch_norms import fold_batch_norms
 from models import ENCODERS, Encoder, EncoderSpec
 from utils import UserError
 

@@ -35,7 +35,9 @@ class Resumed:
     checkpoint: dict
     source: Path
     given: frozenset[str]  # settings that were given to this run
-    differences: str  # what holds now and did not hold then, or the other way round
+    # one line for the log: what this run changes, and what it takes from the checkpoint instead of its
+    # defaults
+    differences: str
 
     @property
     def history(self) -> list[dict]:
@@ -45,8 +47,8 @@ class Resumed:
     def merge(cls, settings, checkpoint: dict, source: Path, fixed: Iterable[str]) -> tuple[Any, Resumed]:
         """The settings of the run that goes on, and what it goes on from.
 
-        What was given holds. What was not is the checkpoint's, but for paths and the like, which are this
-        run's, and for `epochs`: the larger number.
+        Settings given on the command line apply. All others come from the checkpoint, except those in
+        OF_THIS_RUN, and `epochs`, for which the larger value is used.
 
         Args:
             settings: of this run.

@@ -114,7 +114,8 @@ def test_an_encoder_is_one_entry(tmp_path):
     copy = altered_copy("Another encoder", tmp_path)
     checked = run(copy, "-c", (
         "import torch\n"
-        "from captioning.pretrained import build_encoder, fold_batch_norms\n"
+        "from captioning.fold_batch_norms import fold_batch_norms\n"
+        "from captioning.pretrained import build_encoder\n"
         "from models import Encoder\n"
         "images = torch.randn(2, 3, 64, 64)\n"
         "plain = Encoder('regnet_y_400mf')\n"

@@ -7,7 +7,8 @@ import torchvision
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from captioning.features import encode_images
-from captioning.fused_decoder import caption_logits, fold_batch_norms
+from captioning.fold_batch_norms import fold_batch_norms
+from captioning.fused_decoder import caption_logits, require_same_as_plain
 from captioning.fused_recurrence import pack_captions
 from captioning.plain_decoder import caption_logits as plain_caption_logits
 from captioning.pretrained import build_encoder, load_embeddings
@@ -102,6 +103,21 @@ def test_fused_decoder_equals_forward(side, group):
     assert fused.pop("attention.full_att.bias") is None
     for name, gradient in fused.items():
         torch.testing.assert_close(gradient, plain[name], msg=name)
+
+
+@pytest.mark.parametrize("output", [0, 3], ids=["logits", "alphas"])
+def test_a_decoder_with_other_logits_or_alphas_is_refused(output):
+    class Changed(DecoderWithAttention):
+        def forward(self, *arguments):
+            results = super().forward(*arguments)
+            return (*results[:output], results[output] + 0.01, *results[output + 1 :])
+
+    decoder = make_decoder().train()
+    require_same_as_plain(decoder)
+    decoder.__class__ = Changed
+    with pytest.raises(UserError, match="--fused False"):
+        require_same_as_plain(decoder)
+    assert decoder.training
 
 
 def test_gradients_equal_independent_reference():
@@ -215,6 +231,14 @@ def test_folded_batch_norms_give_the_same_features_and_gradients(name):
     assert trainable
     for key in trainable:
         torch.testing.assert_close(ours[key].grad, theirs[key].grad, msg=key)
+
+
+def test_a_convolution_with_a_bias_is_not_folded():
+    encoder = Encoder("resnet18")
+    encoder.network[0] = torch.nn.Conv2d(3, 64, 7, 2, 3)
+    images = torch.randn(2, 3, 64, 64)
+    expected = encoder.grid(images)
+    torch.testing.assert_close(fold_batch_norms(encoder).grid(images), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_encoder_of_many_images_equals_one_by_one():
