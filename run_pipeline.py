@@ -248,7 +248,7 @@ def run_training(
         announce(f"{step}: {wanted.output_folder}/ is up to date, skipped")
         return history[best_epoch(history, wanted.score)]
     announce(f"{step}: going on after {checkpoint}", non_default_settings(wanted))
-    return run(replace(wanted, checkpoint=str(checkpoint)))
+    return run(make_settings(type(wanted), asdict(wanted) | {"checkpoint": str(checkpoint)}))
 
 
 def caption_with_attention(settings: Settings, announce: Callable[..., None]) -> None:
