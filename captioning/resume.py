@@ -34,7 +34,7 @@ class Resumed:
 
     checkpoint: dict
     source: Path
-    given: frozenset[str]  # settings that were given to this run
+    changed: frozenset[str]  # settings with another value than the checkpoint's
     # one line for the log: what this run changes, and what it takes from the checkpoint instead of its
     # defaults
     differences: str
@@ -78,7 +78,7 @@ class Resumed:
         parts = ["changed: " + describe_settings(changed)] if changed else []
         parts += ["from the checkpoint: " + describe_settings(kept)] if kept else []
         differences = "; ".join(parts) or "the settings are the checkpoint's"
-        return settings, cls(checkpoint, source, given, differences)
+        return settings, cls(checkpoint, source, frozenset(changed), differences)
 
     def restore(
         self,
@@ -92,7 +92,7 @@ class Resumed:
 
         Args:
             modules: whose parameters the optimizer's groups hold, one module per group.
-            rate_names: the setting of each group's rate; one that was given begins without decays.
+            rate_names: the setting of each group's rate; one that was changed begins without decays.
         """
         states = self.checkpoint
         if "optimizers" in states:
@@ -110,7 +110,7 @@ class Resumed:
             self._check_averages(optimizer)
             if len(states.get("rates", {}).get("decays", rates.decays)) != len(rates.decays):
                 raise UserError(f"{self.source}: its learning rates are damaged")
-            restarted = [number for number, name in enumerate(rate_names) if name in self.given]
+            restarted = [number for number, name in enumerate(rate_names) if name in self.changed]
             earlier = {"steps": states.get("schedule", {}).get("last_epoch", 0), "decays": rates.decays}
             rates.load_state_dict(states.get("rates", earlier), restarted)
             if states.get("scaler") and run.scaler.is_enabled():

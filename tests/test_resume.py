@@ -145,3 +145,17 @@ def test_earlier_runs_are_numbered_on(tmp_path):
     (tmp_path / "a.pth").touch()
     archive_previous_run(tmp_path, "*.pth")
     assert (tmp_path / "earlier_3" / "a.pth").is_file()
+
+
+@pytest.mark.parametrize("changed, expected", [((), [2, 1]), (("decoder_lr",), [0, 1])])
+def test_a_rate_that_was_not_changed_keeps_its_decays(first, tmp_path, changed, expected):
+    modules = torch.nn.Linear(2, 1), torch.nn.Linear(1, 1)
+    settings = train.Settings(mixed_precision="no")
+    optimizer = torch.optim.Adam([{"params": list(m.parameters()), "lr": 0.1} for m in modules])
+    rates, run = LearningRate(optimizer, settings, 10), Run.start("no")
+    states = run.states(optimizer, rates) | {"rates": {"steps": 0, "decays": [2, 1]}, "history": []}
+    resumed = Resumed(states, tmp_path / "checkpoint.pth", frozenset(changed), "")
+    resumed.restore(optimizer, rates, run, modules, train.RATES)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(
+        [0.1 * 0.8**n for n in expected]
+    )
