@@ -81,7 +81,7 @@ SET_BY_PIPELINE = {
 }
 SET_BY_PIPELINE |= {"test_folder", "output_csv", "word_map", "resume", "checkpoint", "model", "encoder_path"}
 SET_BY_PIPELINE |= {"decoder_path", "model_path", "base_model", "images", "img", "figure", "show"}
-Settings.steps = [
+Settings.pipeline_steps = [
     Step("settings of create_input_files.py", create_input_files.Settings, "", frozenset(SET_BY_PIPELINE)),
     Step("settings of train.py", train.Settings, "", frozenset(SET_BY_PIPELINE)),
     Step("settings of caption.py", caption.Settings, "", frozenset(SET_BY_PIPELINE)),

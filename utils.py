@@ -130,8 +130,8 @@ def parse_settings(settings_class: type, argv: list[str] | None = None, descript
     the comment at the end of the field's line. A bool may stand alone (`--flag`) or with a value (`--flag
     False`). A tuple whose metadata has `positional` takes the plain arguments.
 
-    A class may have `steps`, a list of `Step`: then their settings are options too, and those that were given
-    are in the instance's `step_values`, by their options' names.
+    A class may have `pipeline_steps`, a list of `Step`: then their settings are options too, and those that
+    were given are in the instance's `step_values`, by their options' names.
 
     Raises:
         UserError: for an unknown option, a value of the wrong type or a setting that the class refuses.
@@ -139,7 +139,7 @@ def parse_settings(settings_class: type, argv: list[str] | None = None, descript
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.allow_abbrev = False
     flags = _add_options(parser, settings_class)
-    for step in getattr(settings_class, "steps", ()):
+    for step in getattr(settings_class, "pipeline_steps", ()):
         group = parser.add_argument_group(step.title)
         _add_options(
             group, step.settings_class, step.prefix, {*settings_class.__dataclass_fields__, *step.decided}
@@ -153,7 +153,7 @@ def parse_settings(settings_class: type, argv: list[str] | None = None, descript
             values[name] = tuple(item for items in value for item in items)
     own = {name: value for name, value in values.items() if name in settings_class.__dataclass_fields__}
     settings = make_settings(settings_class, own)
-    if hasattr(settings_class, "steps"):
+    if hasattr(settings_class, "pipeline_steps"):
         settings.step_values = {name: value for name, value in values.items() if name not in own}
     return settings
 

@@ -9,9 +9,9 @@ from conftest import read_history, small_settings
 
 import train
 from captioning.checkpoints import archive_previous_run, load_checkpoint
-from captioning.engine import LearningRate
+from captioning.engine import LearningRate, Run
 from captioning.prepared import read_prepared
-from captioning.resume import find_same_run, is_complete
+from captioning.resume import Resumed, find_same_run, is_complete
 from utils import UserError, make_settings
 
 
