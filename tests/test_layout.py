@@ -1,7 +1,11 @@
 """Who may import whom: six floors, each standing on those below it, and no circle."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = ("models", "datasets", "utils")  # the three that stand beside the scripts
@@ -61,3 +65,11 @@ def test_captioning_has_no_circle():
 
 def test_few_files_in_front():
     assert len([*ROOT.glob("*.py")]) <= 14
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", sorted(file.name for file in (ROOT / "benchmarks").glob("*_speed.py")))
+def test_every_benchmark_starts(script):
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--help"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0 and "(default:" in result.stdout, result.stderr
