@@ -68,8 +68,8 @@ def test_few_files_in_front():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", sorted(file.name for file in (ROOT / "benchmarks").glob("*_speed.py")))
-def test_every_benchmark_starts(script):
-    command = [sys.executable, str(ROOT / "benchmarks" / script), "--help"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0 and "(default:" in result.stdout, result.stderr
+@pytest.mark.parametrize("script", sorted(file.stem for file in (ROOT / "benchmarks").glob("*_speed.py")))
+def test_what_a_benchmark_imports_is_there(script):
+    command = [sys.executable, "-c", f"import {script}"]
+    result = subprocess.run(command, cwd=ROOT / "benchmarks", capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
