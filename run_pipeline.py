@@ -171,6 +171,8 @@ def choose_data(settings: Settings, announce: Callable[..., None]) -> Settings:
     own = settings.annotations != defaults.annotations or settings.image_folder != defaults.image_folder
     if own or Path(settings.annotations).exists():
         announce(f"data: {settings.annotations}, {settings.image_folder}/")
+        if not Path(settings.test_folder).is_dir():
+            print(f"      no {settings.test_folder}/: there will be a model, but no captions")
         return settings
     drawing = make_demo_data.Settings()
     if settings.demo_images:
@@ -339,8 +341,8 @@ def report(settings: Settings, best: dict, blip_best: dict) -> None:
     print()
     for model, _, _, line in made:
         print(f"{model}: validation BLEU-4 {line['val_bleu4']:.4f} (greedy, epoch {line['epoch']})")
-    references = find_references(settings)
-    if references and all(result.is_file() for _, result, _, _ in made):
+    references, captioned = find_references(settings), Path(settings.test_folder).is_dir()
+    if references and captioned and all(result.is_file() for _, result, _, _ in made):
         rows = [{"model": model} | score_submission(result, references) for model, result, _, _ in made]
         print("test scores:")
         evaluation.print_table(rows)
@@ -353,7 +355,7 @@ def report(settings: Settings, best: dict, blip_best: dict) -> None:
                 print(f"      reference: {printable(text)}")
     print()
     for model, result, folder, _ in made:
-        captions = f"captions in {result}, " if result.is_file() else ""
+        captions = f"captions in {result}, " if captioned and result.is_file() else ""
         print(f"{model}: {captions}model and history.csv in {folder}/")
 
 

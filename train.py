@@ -30,7 +30,6 @@ from captioning import fused_decoder, plain_decoder
 from captioning.captioner import Captioner
 from captioning.checkpoints import (
     STATES,
-    archive_previous_run,
     check_content,
     checkpoint_to_resume,
     decoder_from,
@@ -43,9 +42,9 @@ from captioning.engine import (
     Run,
     caption_scores,
     epochs_since_improvement,
-    repair_outputs,
     report_best,
     save_epoch,
+    start_outputs,
 )
 from captioning.features import cache_features, encode_images
 from captioning.files import lock_folder
@@ -63,6 +62,7 @@ from utils import (
     check_at_least,
     check_output,
     check_share,
+    leave_sigterm_to_main_process,
     progress_bar,
     read_json,
     run_script,
@@ -153,7 +153,6 @@ def train(settings: Settings) -> dict:
 
 def run_training(settings: Settings) -> dict:
     word_map, references = read_data(settings.data_folder)
-    repair_outputs(Path(settings.output_folder))
     settings, resumed = resume(settings)
     run, output, score = Run.start(settings.mixed_precision), Path(settings.output_folder), settings.score
     settings = replace(settings, mixed_precision=run.mixed_precision)
@@ -169,8 +168,8 @@ def run_training(settings: Settings) -> dict:
     rates = LearningRate(optimizer, settings, len(train_loader.sampler.steps) * settings.epochs)
     if resumed:
         run.log(resumed.restore(optimizer, rates, run, (decoder, encoder), RATES))
-    if run.is_main and not (resumed and resumed.source.resolve().parent == output.resolve()):
-        archive_previous_run(output, *OUTPUT_FILES)
+    if run.is_main:
+        start_outputs(output, resumed.source if resumed else None, len(history), OUTPUT_FILES)
     run.log_file = output / "train.log"  # set only now: archiving would move it
     monitor = Monitor(run, output, settings, read_json(Path(settings.data_folder) / "val_image_ids.json"))
 
@@ -298,6 +297,7 @@ def start_stage(
             sampler=sampler,
             num_workers=settings.workers,
             persistent_workers=settings.workers > 0,
+            worker_init_fn=leave_sigterm_to_main_process,
             pin_memory=run.device.type == "cuda",
             generator=torch.Generator(),  # so that starting workers draws nothing from the training's
         )

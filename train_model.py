@@ -32,7 +32,6 @@ from captioning.annotations import Record, read_training_splits
 from captioning.checkpoints import (
     STATES,
     WEIGHTS,
-    archive_previous_run,
     check_content,
     checkpoint_to_resume,
     read_checkpoint,
@@ -42,9 +41,9 @@ from captioning.engine import (
     Run,
     caption_scores,
     epochs_since_improvement,
-    repair_outputs,
     report_best,
     save_epoch,
+    start_outputs,
 )
 from captioning.files import lock_folder
 from captioning.monitor import Monitor
@@ -159,7 +158,6 @@ def run_training(settings: Settings) -> dict:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    repair_outputs(Path(settings.output_folder))
     settings, resumed = resume(settings)
     train_records, val_records = read_records(settings)
     if resumed and resumed.checkpoint["data"] != data_digest(train_records, val_records):
@@ -194,8 +192,8 @@ def run_training(settings: Settings) -> dict:
         # both groups (decay, no decay) have one setting; modules are for checkpoints of the first release
         rate_names = ("learning_rate", "learning_rate")
         run.log(resumed.restore(optimizer, rates, run, modules=(), rate_names=rate_names))
-    if run.is_main and not (resumed and resumed.source.resolve().parent == output.resolve()):
-        archive_previous_run(output, *OUTPUT_FILES)
+    if run.is_main:
+        start_outputs(output, resumed.source if resumed else None, len(history), OUTPUT_FILES)
     run.log_file = output / "train.log"  # set only now: archiving would move it
     monitor = Monitor(run, output, settings, [record.image_id for record in val_set.records])
 

@@ -88,6 +88,11 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM came: the same as Ctrl-C, but for the exit status."""
 
 
+def leave_sigterm_to_main_process(*_) -> None:
+    """For worker processes of a DataLoader: they end with the main process, which says what was kept."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def _interrupt(*_) -> typing.NoReturn:
     raise Terminated
 

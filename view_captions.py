@@ -150,6 +150,9 @@ def caption_all(settings: Settings, records: Sequence[Record]) -> list[ShownMode
         captions, missing, unknown = match_submission(file, ids, whose, partial=True)
         if missing or (unknown and not settings.limit):
             print(f"{file}: {len(missing)} images without a caption, {len(unknown)} unknown rows left out")
+        empty = sum(not text.strip() for text in captions.values())
+        if empty:
+            print(f"{file}: {empty} of {len(captions)} captions are empty; they count as wrong")
         models.append(
             ShownModel(file, {key: ShownCaption(text, text.split()) for key, text in captions.items()})
         )

@@ -7,8 +7,10 @@ record of the prepared data), `history` (a line an epoch), and the state_dicts `
 
 from __future__ import annotations
 
+import re
 import shutil
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -20,7 +22,7 @@ from captioning.pretrained import build_encoder
 from captioning.schema import Number, find_mismatch
 from captioning.tutorial_checkpoint import read_tutorial_checkpoint
 from models import DecoderWithAttention, Encoder
-from utils import LARGEST, UserError, atomic_write, natural_order, pick_device, read_json
+from utils import LARGEST, UserError, atomic_write, pick_device, read_json
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
@@ -150,9 +152,14 @@ def write_best(source: Path, checkpoint: dict) -> None:
         shutil.copyfile(source, tmp_path)
 
 
-def epoch_checkpoints(folder: str | Path) -> list[Path]:
-    """The files checkpoint_epoch_N.pth of a folder, by their epochs."""
-    return sorted(Path(folder).glob("checkpoint_epoch_*.pth"), key=lambda file: natural_order(file.name))
+def epoch_checkpoints(folder: str | Path, after: int = 0) -> list[Path]:
+    """The files checkpoint_epoch_N.pth of a folder with N above `after`, by N."""
+    numbered = []
+    for file in Path(folder).glob("checkpoint_epoch_*.pth"):
+        match = re.fullmatch(r"checkpoint_epoch_(\d+)", file.stem)
+        if match and int(match[1]) > after:
+            numbered.append((int(match[1]), file))
+    return [file for _, file in sorted(numbered)]
 
 
 def checkpoint_to_resume(output_folder: str | Path, resume: bool, checkpoint: str | None) -> Path | None:
@@ -174,14 +181,18 @@ def checkpoint_to_resume(output_folder: str | Path, resume: bool, checkpoint: st
 def archive_previous_run(folder: Path, *patterns: str) -> None:
     """Move the files of an earlier run in the folder to its subfolder earlier_N, so that runs do not mix."""
     files = {file for pattern in patterns for file in folder.glob(pattern)}
-    if not any(file.suffix in (".pth", ".safetensors") for file in files):
-        return
+    if any(file.suffix in (".pth", ".safetensors") for file in files):
+        print(f"the earlier run in {folder}/ is now in {archive(folder, files)}/")
+
+
+def archive(folder: Path, files: Iterable[Path]) -> Path:
+    """Move files of the folder to its new subfolder earlier_N; return that."""
     numbers = [int(name) for path in folder.glob("earlier_*") if (name := path.name[8:]).isdecimal()]
-    archive = folder / f"earlier_{max(numbers, default=0) + 1}"
-    archive.mkdir()
+    earlier = folder / f"earlier_{max(numbers, default=0) + 1}"
+    earlier.mkdir()
     for file in files:
-        file.rename(archive / file.name)
-    print(f"the earlier run in {folder}/ is now in {archive}/")
+        file.rename(earlier / file.name)
+    return earlier
 
 
 def load_models(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,8 @@ from torch import Tensor
 
 from captioning.checkpoints import (
     BEST_FILES,
+    archive,
+    archive_previous_run,
     epoch_checkpoints,
     peek,
     read_checkpoint,
@@ -277,6 +279,22 @@ def report_best(run: Run, history: list[dict], score: str, output: Path) -> dict
         f"CIDEr {best['val_cider']:.4f}; written to {output}/"
     )
     return best
+
+
+def start_outputs(output: Path, source: Path | None, epochs: int, patterns: Sequence[str]) -> None:
+    """Leave in the output folder what belongs to the run that begins, and move the rest to earlier_N.
+
+    Args:
+        source: the checkpoint that the run goes on from, if any. epochs: that it has.
+        patterns: of a run's files.
+    """
+    if source is None or source.resolve().parent != output.resolve():
+        archive_previous_run(output, *patterns)
+        return
+    abandoned = epoch_checkpoints(output, after=epochs)
+    if abandoned:
+        print(f"the epochs after epoch {epochs} in {output}/ are now in {archive(output, abandoned)}/")
+    repair_outputs(output)
 
 
 def repair_outputs(output: Path) -> None:

@@ -139,8 +139,9 @@ def check_folder(folder: str | Path) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Remove an earlier gallery's images and attention maps, and nothing else."""
+    """Remove an earlier gallery's images, attention maps and quality.json, and nothing else."""
     check_folder(folder)
+    (folder / "quality.json").unlink(missing_ok=True)
     for part, pattern in (("images", r"\d{5,}\.jpg"), ("attention", r"\d{3,}\.js")):
         (folder / part).mkdir(parents=True, exist_ok=True)
         for file in (folder / part).iterdir():

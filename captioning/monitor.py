@@ -82,8 +82,8 @@ def draw_curves(history: list[dict], score: str, file: Path) -> None:
     """Write losses, scores and learning rate over the epochs as a PNG; the best epoch is marked."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    losses, scores, rates = figure.subplots(1, 3)
+    figure = Figure(figsize=(14, 3.4), layout="constrained")
+    losses, bleu, cider, rates = figure.subplots(1, 4)
     epochs = [line["epoch"] for line in history]
     best = epochs[best_epoch(history, score)]
 
@@ -94,16 +94,18 @@ def draw_curves(history: list[dict], score: str, file: Path) -> None:
 
     plot(losses, "train_loss", "training")
     plot(losses, "val_loss", "validation")
-    plot(scores, "val_bleu4", "BLEU-4")
-    plot(scores, "val_cider", "CIDEr")
+    plot(bleu, "val_bleu4", "BLEU-4")
+    plot(cider, "val_cider", "CIDEr")
     for name in ("decoder_lr", "learning_rate"):
         plot(rates, name, name, style="C2-")
-    for axis, title in ((losses, "loss"), (scores, "validation scores"), (rates, "learning rate")):
+    titles = ("loss", "validation BLEU-4", "validation CIDEr", "learning rate")
+    for axis, title in zip((losses, bleu, cider, rates), titles):
         axis.axvline(best, color="0.6", linestyle=":", label=f"best: epoch {best}")
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
+    rates.set_ylim(bottom=0)
     rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     with atomic_write(file) as tmp_path:
         figure.savefig(tmp_path, format="png", dpi=110)

@@ -1,6 +1,7 @@
 """What a training that goes on keeps of its checkpoint, and what it takes from the command line."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -159,3 +160,28 @@ def test_a_rate_that_was_not_changed_keeps_its_decays(first, tmp_path, changed, 
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(
         [0.1 * 0.8**n for n in expected]
     )
+
+
+def test_going_back_moves_the_abandoned_epochs_away(prepared, tmp_path):
+    """Otherwise --resume would go on from an epoch of the abandoned branch."""
+    train.train(small_settings(prepared, tmp_path, epochs=3))
+    first = str(tmp_path / "checkpoint_epoch_1.pth")
+    train.train(small_settings(prepared, tmp_path, epochs=2, seed=7, checkpoint=first))
+    names = {file.name for file in tmp_path.glob("checkpoint_epoch_*.pth")}
+    assert names == {"checkpoint_epoch_1.pth", "checkpoint_epoch_2.pth"}
+    moved = {file.name for file in (tmp_path / "earlier_1").iterdir()}
+    assert moved == {"checkpoint_epoch_2.pth", "checkpoint_epoch_3.pth"}
+    best = load_checkpoint(tmp_path / "best_checkpoint.pth")
+    assert len(best["history"]) <= 2 and len(read_history(tmp_path)) == 2
+    assert load_checkpoint(tmp_path / "checkpoint_epoch_2.pth")["settings"]["seed"] == 7
+
+
+def test_a_refused_resume_changes_no_file(prepared, first, tmp_path):
+    shutil.copytree(first, tmp_path / "run")
+    (tmp_path / "run" / "encoder.pth").unlink()  # as after a kill; the next training would mend it
+    before = {file: file.read_bytes() for file in (tmp_path / "run").iterdir() if file.is_file()}
+    names = {"data_folder": str(prepared), "output_folder": str(tmp_path / "run"), "resume": True}
+    with pytest.raises(UserError, match="--decoder_dim 100"):
+        train.train(make_settings(train.Settings, names | {"decoder_dim": 100, "epochs": 5}))
+    assert {file: file.read_bytes() for file in before} == before
+    assert not (tmp_path / "run" / "encoder.pth").exists()
