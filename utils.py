@@ -80,7 +80,10 @@ def run_script(main: Callable, settings_class: type) -> typing.NoReturn:
             kept = str(error) or "finished files are kept, unfinished ones are removed"
             print(f"\ninterrupted: {kept}", file=sys.stderr)
         status = 143 if isinstance(error, Terminated) else 130
-    _leave_processes(failed=status in (2, 130, 143))
+    if _leave_processes(failed=status in (2, 130, 143)):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status or 0)  # as threads of the process group can abort an ordinary exit
     sys.exit(status or 0)
 
 
@@ -97,17 +100,19 @@ def _interrupt(*_) -> typing.NoReturn:
     raise Terminated
 
 
-def _leave_processes(failed: bool) -> None:
-    """End the connections to the other processes: left open, they may abort this one when it exits.
+def _leave_processes(failed: bool) -> bool:
+    """End the connections to the other processes, if there are any; whether there were.
 
     NCCL's are left when this process has failed, as they might wait for the other processes.
     """
-    if "torch" in sys.modules:
-        from torch import distributed
+    if "torch" not in sys.modules:
+        return False
+    from torch import distributed
 
-        started = distributed.is_available() and distributed.is_initialized()
-        if started and not (failed and distributed.get_backend() == "nccl"):
-            distributed.destroy_process_group()
+    started = distributed.is_available() and distributed.is_initialized()
+    if started and not (failed and distributed.get_backend() == "nccl"):
+        distributed.destroy_process_group()
+    return started
 
 
 def _report(message: str) -> None:

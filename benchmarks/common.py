@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 from captioning.annotations import END, PAD, START, UNK  # noqa: E402
 from captioning.fold_batch_norms import fold_batch_norms  # noqa: E402
 from models import Encoder, normalize_images  # noqa: E402
+from utils import write_json  # noqa: E402
 
 
 def timed(work: Callable, *arguments, device: torch.device | None = None) -> tuple[Any, float]:
@@ -86,6 +87,16 @@ def make_captions(
     captions.scatter_(2, (words + 1).unsqueeze(2), vocabulary - 1)
     captions *= torch.arange(max_len + 2) <= (words + 1).unsqueeze(2)
     return captions, words + 2
+
+
+def write_record(
+    folder: Path, splits: dict[str, int], captions_per_image: int, image_size: int, vocabulary: int
+) -> None:
+    """Write the prepared.json of splits with so many images."""
+    counts = {name: {"images": size, "captions": size * captions_per_image} for name, size in splits.items()}
+    settings = {"image_size": image_size, "captions_per_image": captions_per_image}
+    record = {"settings": settings, "inputs": {}, "splits": counts, "words": vocabulary - 4, "skipped": []}
+    write_json(folder / "prepared.json", record)
 
 
 # --- models -------------------------------------------------------------------------------------------------

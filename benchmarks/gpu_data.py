@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from common import make_captions, make_images, make_word_map, random_encoder  # isort: skip
+from common import make_captions, make_images, make_word_map, random_encoder, write_record  # isort: skip
 import h5py
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class Data:
             file.attrs["captions_per_image"] = 5
         with h5py.File(self.folder / "train_features.hdf5", "w") as file:
             file["features"] = self.host_features.numpy()
-        write_json(self.folder / "prepared.json", {"splits": {"train": {}}})
+        write_record(self.folder, {"train": len(self.images)}, 5, self.images.shape[3], len(self.word_map))
 
     def decoder(self) -> DecoderWithAttention:
         decoder = DecoderWithAttention(*self.sizes, dropout=0)  # without, losses can be compared

@@ -23,11 +23,11 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-import torch
-from common import make_captions, make_word_map
+from common import make_captions, make_word_map, write_record
 from torch import nn
 
 import train
+from captioning.engine import Run
 from captioning.features import weights_digest
 from utils import UserError, check_at_least, progress_bar, run_script, write_json
 
@@ -61,6 +61,9 @@ class NoEncoder(nn.Module):
 
     name = "none"
 
+    def fine_tune(self, fine_tune: bool) -> None:
+        pass
+
 
 def main(settings: Settings) -> None:
     if not Path("/proc/self/smaps_rollup").is_file():
@@ -90,9 +93,10 @@ def write_data(folder: Path, settings: Settings) -> None:
     cells = (settings.grid, settings.grid, settings.feature_dim)
     some_features = np.random.default_rng(0).random((1000, *cells)).astype(np.float16)
     for seed, (split, images) in enumerate(splits.items()):
-        with h5py.File(folder / f"{split}_images.hdf5", "w") as file:  # no chunk is written: a small file
-            shape = (3, 256, 256)
-            file.create_dataset("images", (images, *shape), "uint8", chunks=(1, *shape))
+        with h5py.File(folder / f"{split}_images.hdf5", "w") as file:  # small images: nobody reads them
+            stored = file.create_dataset("images", (images, 3, 32, 32), "uint8")
+            for start in range(0, images, 1000):
+                stored[start : start + 1000] = 0
             file.attrs.update({"captions_per_image": settings.captions_per_image, "digest": split})
         with h5py.File(folder / f"{split}_features_{NoEncoder.name}.hdf5", "w") as file:
             file.attrs.update({"weights": weights_digest(NoEncoder()), "pictures": split})
@@ -104,7 +108,7 @@ def write_data(folder: Path, settings: Settings) -> None:
         )
         write_json(folder / f"{split}_encoded_captions.json", captions.flatten(0, 1).tolist())
         write_json(folder / f"{split}_caption_lengths.json", lengths.flatten().tolist())
-    write_json(folder / "prepared.json", {"splits": {split: {} for split in splits}})
+    write_record(folder, splits, settings.captions_per_image, 32, settings.vocabulary)
 
 
 def make_loader(folder: Path, settings: Settings) -> Iterable:
@@ -112,7 +116,7 @@ def make_loader(folder: Path, settings: Settings) -> Iterable:
     training = train.Settings(
         data_folder=str(folder), batch_size=settings.batch_size, workers=settings.workers
     )
-    loader, _ = train.build_loaders(NoEncoder(), training, torch.device("cpu"), fine_tuned=False)
+    loader, _ = train.start_stage(NoEncoder(), training, Run.start("no"), fine_tuned=False, epoch=1)
     return loader
 
 

@@ -21,6 +21,7 @@ from scored_images import ROOT, make_images
 
 sys.path.insert(0, str(ROOT))
 import metrics
+import metrics.tokenizer
 from metrics import CiderD, Meteor, MeteorDataError, score_captions, tokenize
 
 # Settings
@@ -83,7 +84,7 @@ def without_meteor():
 
 
 def tokenizer_rate(captions: list[str]) -> None:
-    metrics._tokens_of_chunk.cache_clear()
+    metrics.tokenizer._tokens_of_chunk.cache_clear()
     _, ours = timed(lambda: [tokenize(caption) for caption in captions])
     line = f"tokenizer: {len(captions) / ours:,.0f} captions a second"
     with contextlib.suppress(ImportError):

@@ -25,6 +25,7 @@ from common import make_captions, make_images, random_encoder, timed
 from torch import Tensor, nn
 
 import train
+from captioning.engine import Run
 from captioning.features import encode_images
 from models import DecoderWithAttention, Encoder, normalize_images
 from tests.reference import TextbookDecoder, TextbookEncoder, pool, textbook_loss
@@ -159,7 +160,8 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
         for optimizer in self.optimizers:
-            torch.nn.utils.clip_grad_value_(optimizer.param_groups[0]["params"], self.settings.grad_clip)
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_value_(parameters, self.settings.grad_clip)
             optimizer.step()
         return float(loss.detach())
 
@@ -180,14 +182,17 @@ class Textbook(Trainer):
 
 class Ours(Trainer):
     def make_optimizers(self) -> list[torch.optim.Optimizer]:
-        return list(train.build_optimizers(self.encoder, self.decoder, self.settings, {}).values())
+        self.run = Run.start("no")
+        return [train.build_optimizer(self.encoder, self.decoder, self.settings)]
 
     def step(self, batch: Batch) -> float:
         """One step on a batch, which may have features in place of its images; its loss."""
         lengths = batch[2]
-        entropy, penalty, _, _ = train.caption_loss(self.encoder, self.decoder, *batch, self.device)
-        words = int((lengths - 1).sum())
-        return self.follow(entropy / words + self.settings.alpha_c * penalty / lengths.numel())
+        cross_entropy, penalty, _, _ = train.caption_loss(
+            self.encoder, self.decoder, *batch, self.settings, self.run
+        )
+        tokens = int((lengths - 1).sum())
+        return self.follow(cross_entropy / tokens + self.settings.alpha_c * penalty / lengths.numel())
 
 
 def gradient_difference(ours: Ours, textbook: Textbook) -> float:
