@@ -98,20 +98,21 @@ def remove_unfinished(folder: Path) -> None:
     """Remove what `utils.atomic_write` and the like left when their process was killed."""
     for path in folder.glob(".*.partial"):
         number = re.search(r"\.(\d{1,9})\.partial$", path.name)
-        if number and not _is_alive(int(number[1])):
+        if number and not is_alive(int(number[1])):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
 
 
-def _is_alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
+    """Whether there is a process of this number."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
+        pass
     return True
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from captioning.files import is_alive
 from captioning.folder_plan import (
     FolderOptions,
     Plan,
@@ -95,7 +96,7 @@ def caption_folder(
             interrupt.args = (kept,)
             if is_main_process():
                 journal.end_early()
-            elif not _is_alive(main_process) and not journal.ended_early():  # it can no longer say so
+            elif not is_alive(main_process) and not journal.ended_early():  # it can no longer say so
                 print(f"interrupted: {kept}", file=sys.stderr)
             raise
         finally:
@@ -218,16 +219,6 @@ def _gather(problems: list[Problem], journal: Journal) -> list[Problem]:
             f"another process of this run has ended before its share was done; {journal.count()} captions "
             f"are kept in {journal}, and the same command goes on from there"
         ) from None
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 # --- the output --------------------------------------------------------------------------------------------
