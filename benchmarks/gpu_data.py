@@ -53,9 +53,10 @@ class Data:
         write_json(self.folder / "train_caption_lengths.json", self.lengths.flatten().tolist())
         with h5py.File(self.folder / "train_images.hdf5", "w") as file:
             file["images"] = self.images.numpy()
-            file.attrs["captions_per_image"] = 5
+            file.attrs.update({"captions_per_image": 5, "digest": "made up"})
         with h5py.File(self.folder / "train_features.hdf5", "w") as file:
             file["features"] = self.host_features.numpy()
+            file.attrs["pictures"] = "made up"  # the digest of their images
         write_record(self.folder, {"train": len(self.images)}, 5, self.images.shape[3], len(self.word_map))
 
     def decoder(self) -> DecoderWithAttention:
