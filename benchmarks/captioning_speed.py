@@ -180,6 +180,7 @@ def compare_folder(
             ),
             "word_map": word_map,
             "data": {"settings": {"image_size": settings.image_size}},
+            "history": [],
             "encoder": encoder.state_dict(),
             "decoder": decoder.state_dict(),
         },
