@@ -363,10 +363,11 @@ def validate(
         loader, desc="validation", unit="batch", leave=False, disable=quiet
     ):
         with run.autocast():
+            grid = encode(encoder, images, run.device)
             cross_entropy, penalty, logits, targets = caption_loss(
-                encoder, decoder, images, captions, lengths, settings, run
+                encoder, decoder, grid, captions, lengths, settings, run
             )
-            found = captioner.search([encode(encoder, images, run.device)], beam_size=1)
+            found = captioner.search([grid], beam_size=1)
         correct = (logits.topk(min(5, logits.shape[1])).indices == targets.unsqueeze(1)).sum()
         counts = (cross_entropy, penalty, correct, len(targets), lengths.numel())
         sums += torch.tensor([float(count) for count in counts], dtype=torch.float64)
