@@ -45,7 +45,8 @@ class CaptionDataset(Dataset):
     """The images of one prepared split, each with its N_c captions, read a batch at a time.
 
     For a `Request` of n images it returns (images, captions, lengths): images uint8 (n, 3, S, S), or where a
-    cache is given their features float16 (n, h, w, D); captions int64 (n, N_c, L), padded with 0; lengths
+    cache is given their features float16 (n, h, w, D), of several views of an image one that the seed draws;
+    captions int64 (n, N_c, L), padded with 0; lengths
     int64 (n, N_c), `<start>` and `<end>` included.
 
     Captions are kept as small integers in one array, which worker processes share.
@@ -84,9 +85,13 @@ class CaptionDataset(Dataset):
         if self.stored is None:
             self.stored = self._open()
         indices = request.indices
-        images = np.empty((len(indices), *self.stored.shape[1:]), self.stored.dtype)
-        for row, index in enumerate(indices):
-            self.stored.read_direct(images, np.s_[index], np.s_[row])
+        images = np.empty((len(indices), *self.stored.shape[-3:]), self.stored.dtype)
+        places = [(index,) for index in indices]
+        if self.stored.ndim == 5:  # (I, views, h, w, D)
+            views = np.random.default_rng(request.seed).integers(self.stored.shape[1], size=len(indices))
+            places = list(zip(indices, views))
+        for row, place in enumerate(places):
+            self.stored.read_direct(images, place, np.s_[row])
         images = torch.from_numpy(images)
         if self.augment:
             rng = Random(request.seed)
@@ -97,6 +102,15 @@ class CaptionDataset(Dataset):
         lengths = self.lengths[indices].astype(np.int64)
         captions = self.captions[indices, :, : lengths.max()].astype(np.int64)
         return images, torch.from_numpy(captions), torch.from_numpy(lengths)
+
+    def draw_views(self, index: int, count: int) -> Tensor:
+        """Views of an image, uint8 (count, 3, S, S): itself, then it changed at random, always in the same
+        ways."""
+        if self.stored is None:
+            self.stored = self._open()
+        image, flip = torch.from_numpy(self.stored[index]), self.may_flip[index]
+        changed = [augment_image(image, Random(f"{index} {view}"), flip) for view in range(1, count)]
+        return torch.stack([image, *changed])
 
     def _open(self) -> h5py.Dataset:
         """The images or features, which must be of the preparation that the captions are of."""

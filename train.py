@@ -18,15 +18,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.utils.data import DataLoader
 
-from captioning import fused_decoder, plain_decoder
+from captioning import fused_decoder
+from captioning.averaging import WeightAverage
 from captioning.captioner import Captioner
 from captioning.checkpoints import (
     STATES,
@@ -38,23 +39,34 @@ from captioning.checkpoints import (
     write_best,
 )
 from captioning.engine import (
+    REWARD,
     LearningRate,
     Run,
     caption_scores,
+    epochs_of_patience,
     epochs_since_improvement,
     report_best,
     save_epoch,
     start_outputs,
 )
-from captioning.features import cache_features, encode_images
+from captioning.features import cache_features
 from captioning.files import lock_folder
+from captioning.losses import (
+    CrossEntropy,
+    caption_logits,
+    coverage_penalty,
+    drop_embeddings,
+    encode,
+    sampling_probability,
+)
 from captioning.monitor import Monitor
 from captioning.prepared import Prepared, read_prepared
 from captioning.pretrained import build_encoder, load_embeddings
 from captioning.resume import Resumed
+from captioning.self_critical import Reward, SelfCritical
 from datasets import BatchSampler, CaptionDataset
 from metrics import tokenize
-from models import DecoderWithAttention, Encoder, normalize_images
+from models import DecoderWithAttention, Encoder
 from utils import (
     Device,
     UserError,
@@ -95,7 +107,21 @@ class Settings:
     alpha_c: float = 1.0  # weight of the doubly stochastic penalty: 196 lambda of Xu et al., equation 14
     fine_tune_encoder: bool = False  # train the encoder's layers from stride 8 on too
     fine_tune_after: int = 0  # but only after this many epochs
+    label_smoothing: float = 0.0  # share of each target's probability that is spread over all words
+    embedding_dropout: float = 0.0  # share of the word vectors' values that is dropped
+    feature_dropout: float = 0.0  # share of the encoding's channels that is dropped
+    word_dropout: float = 0.0  # share of the fed words that <unk> replaces
+    weight_decay: float = 0.0  # of AdamW
+    average_weights: float = 0.0  # decay of the weights' moving average, which is what is kept; 0: none
+    scheduled_sampling: float = 0.0  # largest share of the fed words that the model's own words replace
+    self_critical_after: int | None = (
+        None  # epochs of cross-entropy before the self-critical stage; None: all
+    )
+    self_critical_lr: float = 5e-5  # learning rate of that stage, for decoder and encoder
+    self_critical_samples: int = 5  # captions that are sampled of each image
+    reward_bleu4: float = 0.0  # weight of BLEU-4 in the reward, beside CIDEr-D
     augment: bool = False  # crop, recolour and flip images at random while the encoder is trained
+    cached_views: int = 1  # of each image in the cache of a frozen encoder; all but one are augmented
     cache_features: bool = True  # encode each image once and keep the result, where the encoder is frozen
     embeddings: str | None = None  # start from these word vectors (GloVe text file); sets emb_dim
     fine_tune_embeddings: bool = True  # train the word embeddings
@@ -114,10 +140,20 @@ class Settings:
         check_at_least(self, 1, "grad_accumulation", "decay_after")
         check_at_least(self, 0, "fine_tune_after", "workers", "encoder_lr", "decoder_lr", "alpha_c", "seed")
         check_at_least(self, 0, "patience", "keep_checkpoints")
-        check_share(self, "dropout", "warmup")
+        check_at_least(self, 0, "self_critical_lr", "reward_bleu4", "weight_decay")
+        check_at_least(self, 2, "self_critical_samples")
+        check_at_least(self, 1, "cached_views")
+        check_share(self, "dropout", "warmup", "label_smoothing", "embedding_dropout", "feature_dropout")
+        check_share(self, "word_dropout", "average_weights", "scheduled_sampling")
         check_above_zero(self, "grad_clip", "decay")
         if (self.augment or self.fine_tune_after) and not self.fine_tune_encoder:
             raise UserError("--augment and --fine_tune_after go with --fine_tune_encoder: add it")
+        if self.self_critical_after is not None:
+            check_at_least(self, 0, "self_critical_after")
+            if not (self.self_critical_after or self.checkpoint or self.resume):
+                raise UserError("--self_critical_after 0 goes on from a trained model: give its --checkpoint")
+        if self.cached_views > 1 and not self.cache_features:
+            raise UserError("--cached_views needs --cache_features True")
 
     @property
     def score(self) -> str:
@@ -127,6 +163,14 @@ class Settings:
     def is_fine_tuned(self, epoch: int) -> bool:
         """Whether the encoder is trained in this epoch, counted from 1."""
         return self.fine_tune_encoder and epoch > self.fine_tune_after
+
+    def is_self_critical(self, epoch: int) -> bool:
+        """Whether this epoch trains towards the metric."""
+        return self.self_critical_after is not None and epoch > self.self_critical_after
+
+    @property
+    def cross_entropy_epochs(self) -> int:
+        return min(self.epochs, self.epochs if self.self_critical_after is None else self.self_critical_after)
 
 
 # fixed by the checkpoint: these cannot change when a training is resumed
@@ -165,43 +209,55 @@ def run_training(settings: Settings) -> dict:
     run.log(f"{settings.encoder_name}, decoder of {size:,} parameters, on {run.describe()}")
     fine_tuned = settings.is_fine_tuned(len(history) + 1)
     train_loader, val_loader = start_stage(encoder, settings, run, fine_tuned, len(history) + 1)
-    rates = LearningRate(optimizer, settings, len(train_loader.sampler.steps) * settings.epochs)
+    steps_per_epoch = len(train_loader.sampler.steps)
+    rates = LearningRate(optimizer, settings, steps_per_epoch * settings.cross_entropy_epochs)
+    average = WeightAverage(encoder, decoder, settings.average_weights)
     if resumed:
         run.log(resumed.restore(optimizer, rates, run, (decoder, encoder), RATES))
+        average.restart(resumed.checkpoint, rates.steps)
     if run.is_main:
         start_outputs(output, resumed.source if resumed else None, len(history), OUTPUT_FILES)
     run.log_file = output / "train.log"  # set only now: archiving would move it
     monitor = Monitor(run, output, settings, read_json(Path(settings.data_folder) / "val_image_ids.json"))
+    reward = None
 
     for epoch in range(len(history) + 1, settings.epochs + 1):
         if settings.is_fine_tuned(epoch) != fine_tuned:
             fine_tuned = not fine_tuned
             train_loader, val_loader = start_stage(encoder, settings, run, fine_tuned, epoch)
-        waited = epochs_since_improvement(history, score)
+        waited = epochs_of_patience(history, settings)
         if settings.patience and waited >= settings.patience:
             run.log(f"stopped: no better {settings.select_by} for {waited} epochs")
             break
-        rates.before_epoch(waited)
+        rates.before_epoch(epochs_since_improvement(history, score))
+        if settings.is_self_critical(epoch) and reward is None:
+            reward = start_self_critical(settings, average, optimizer, rates, history, resumed, run)
         # order and dropout of an epoch do not depend on a resume; dropout differs between processes
         torch.manual_seed(settings.seed + epoch + 1000 * run.state.process_index)
         train_loader.sampler.start_epoch(epoch)
         began = time.monotonic()
+        objective = choose_objective(encoder, decoder, settings, run, word_map, reward, train_loader, epoch)
         line = {"epoch": epoch}
-        line |= train_one_epoch(encoder, decoder, train_loader, optimizer, rates, settings, run, epoch)
-        scores, captions = validate(encoder, decoder, val_loader, references, word_map, settings, run)
+        line |= train_one_epoch(objective, train_loader, optimizer, rates, average, settings, run, epoch)
+        scores, captions = validate(average, val_loader, references, word_map, settings, run)
         line |= scores
         line |= {"decoder_lr": optimizer.param_groups[0]["lr"], "seconds": time.monotonic() - began}
         history.append(line)
         if run.is_main:
-            states = run.states(optimizer, rates)
-            save(output, encoder, decoder, states, history, word_map, settings)
-        text = (
-            f"loss {line['train_loss']:.3f}, {line['captions_per_second']:.0f} captions/s; "
-            f"validation loss {line['val_loss']:.3f}, top-5 {line['val_top5']:.1%}, "
-            f"BLEU-4 {line['val_bleu4']:.4f}, CIDEr {line['val_cider']:.4f}"
-        )
-        monitor.report_epoch(history, captions, text)
+            states = run.states(optimizer, rates) | average.states()
+            save(output, states, history, word_map, settings)
+        monitor.report_epoch(history, captions, describe(line))
     return report_best(run, history, score, output)
+
+
+def describe(line: dict) -> str:
+    """An epoch's row of the history in words."""
+    reward = f", reward {line[REWARD]:.3f}" if REWARD in line else ""
+    return (
+        f"loss {line['train_loss']:.3f}{reward}, {line['captions_per_second']:.0f} captions/s; "
+        f"validation loss {line['val_loss']:.3f}, top-5 {line['val_top5']:.1%}, "
+        f"BLEU-4 {line['val_bleu4']:.4f}, CIDEr {line['val_cider']:.4f}"
+    )
 
 
 # --- what is trained, and on what ---------------------------------------------------------------------------
@@ -251,19 +307,20 @@ def build_models(
         if embeddings is not None:
             decoder.embedding.weight.data.copy_(embeddings)
     decoder.embedding.requires_grad_(settings.fine_tune_embeddings)
+    drop_embeddings(decoder, settings.embedding_dropout)
     decoder.fused = settings.fused
     if settings.fused:
         fused_decoder.require_same_as_plain(decoder)
     return settings, encoder, decoder
 
 
-def build_optimizer(encoder: Encoder, decoder: DecoderWithAttention, settings: Settings) -> torch.optim.Adam:
+def build_optimizer(encoder: Encoder, decoder: DecoderWithAttention, settings: Settings) -> torch.optim.AdamW:
     """Adam with a group for each model; what is frozen has no gradients, and does not change."""
     groups = [
         {"params": list(decoder.parameters()), "lr": settings.decoder_lr},
         {"params": list(encoder.parameters()), "lr": settings.encoder_lr},
     ]
-    return torch.optim.Adam(groups, fused=True)
+    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
 
 
 def start_stage(
@@ -275,12 +332,14 @@ def start_stage(
     run.log(f"from epoch {epoch} on the encoder is {'fine-tuned' if fine_tuned else 'frozen'}")
     loaders = []
     for split in ("train", "val"):
-        training, features = split == "train", None
-        augment = settings.augment and fine_tuned and training
+        training = split == "train"
+        views = settings.cached_views if training and not fine_tuned else 1
+        augment = training and (settings.augment if fine_tuned else views > 1)
         dataset = CaptionDataset(settings.data_folder, split, augment=augment)  # complain before long work
         if settings.cache_features and not fine_tuned:
+            draw_views = partial(dataset.draw_views, count=views) if views > 1 else None
             with run.state.main_process_first():
-                features = cache_features(encoder, settings.data_folder, split, run.device)
+                features = cache_features(encoder, settings.data_folder, split, run.device, views, draw_views)
             dataset = CaptionDataset(settings.data_folder, split, features)
         sampler = BatchSampler(
             len(dataset),
@@ -305,48 +364,85 @@ def start_stage(
     return loaders[0], loaders[1]
 
 
+def start_self_critical(
+    settings: Settings, average: WeightAverage, optimizer: torch.optim.Optimizer, rates: LearningRate,
+    history: list[dict], resumed: Resumed | None, run: Run,
+) -> Reward:  # fmt: skip
+    """Prepare the self-critical stage, which begins with the best epoch's weights, or with those of the
+    checkpoint that was given, and a new Adam."""
+    records = Prepared(settings.data_folder).records("train")
+    reward = Reward([[tokenize(text) for text in r.captions] for r in records], settings.reward_bleu4)
+    rates.hold(settings.self_critical_lr)
+    if history and REWARD in history[-1]:
+        return reward  # the stage goes on
+    optimizer.state.clear()
+    run.state.wait_for_everyone()  # until the best is written
+    best = Path(settings.output_folder) / "best_checkpoint.pth"
+    is_given = settings.checkpoint and len(history) == len(resumed.history)
+    if best.is_file() and not is_given:
+        checkpoint = load_checkpoint(best, "encoder", "decoder")
+        average.restart(checkpoint, average.steps)
+        run.log(f"self-critical training goes on from epoch {len(checkpoint['history'])}")
+    return reward
+
+
 # --- an epoch -----------------------------------------------------------------------------------------------
 
 
+def choose_objective(
+    encoder: Encoder, decoder: DecoderWithAttention, settings: Settings, run: Run, word_map: dict[str, int],
+    reward: Reward | None, loader: DataLoader, epoch: int,
+) -> CrossEntropy | SelfCritical:  # fmt: skip
+    """What an epoch minimizes."""
+    decoder.train()
+    if reward is not None:
+        longest = int(loader.dataset.lengths.max()) - 1
+        return SelfCritical(encoder, decoder, settings, run, word_map, reward, longest, epoch)
+    sampling = sampling_probability(settings.scheduled_sampling, epoch, settings.cross_entropy_epochs)
+    return CrossEntropy(encoder, decoder, settings, run, word_map, sampling)
+
+
 def train_one_epoch(
-    encoder: Encoder,
-    decoder: DecoderWithAttention,
+    objective: CrossEntropy | SelfCritical,
     loader: DataLoader,
-    optimizer: torch.optim.Adam,
+    optimizer: torch.optim.Optimizer,
     rates: LearningRate,
+    average: WeightAverage,
     settings: Settings,
     run: Run,
     epoch: int,
 ) -> dict[str, float]:
-    """One pass over the training images: {"train_loss", "captions_per_second"}."""
-    decoder.train()
+    """One pass over the training images: {"train_loss", "captions_per_second"}, and of self-critical training
+    "train_reward"."""
     sampler, lengths_of = loader.sampler, loader.dataset.lengths  # (I, captions_per_image)
     total, captions_done, began = torch.zeros((), device=run.device), 0, time.monotonic()
-    batches = iter(loader)
+    requests, batches = iter(sampler), iter(loader)
     progress = progress_bar(sampler.steps, desc=f"epoch {epoch}", unit="step", disable=not run.is_main)
     for step, indices in enumerate(progress, start=1):
-        # counted over all processes and micro-batches, so that every token has the same weight
-        tokens, captions = int((lengths_of[indices] - 1).sum()), lengths_of[indices].size
+        objective.start_step(lengths_of[indices])
+        step_loss = torch.zeros((), device=run.device)
         for _ in range(sampler.accumulation_steps):
             with run.autocast():
-                cross_entropy, penalty, _, _ = caption_loss(encoder, decoder, *next(batches), settings, run)
-                loss = cross_entropy / tokens + settings.alpha_c * penalty / captions
+                loss = objective(next(requests).indices, *next(batches))
             run.backward(loss)
-            total += loss.detach()
-        run.step(optimizer, settings.grad_clip, settings.grad_clip_by)
+            step_loss += loss.detach()
+        divisor = objective.finish_step()
+        total += step_loss / divisor
+        run.step(optimizer, settings.grad_clip, settings.grad_clip_by, divisor)
         rates.after_step()
-        captions_done += captions
+        average.update()
+        captions_done += objective.captions
         if step % 10 == 0 or step == len(sampler.steps):  # seldom: reading the loss waits for the device
             mean = run.mean_loss(total, step, epoch, "lower --decoder_lr or --encoder_lr")
-            captions_per_second = captions_done / (time.monotonic() - began)
-            progress.set_postfix_str(f"loss {mean:.3f}, {captions_per_second:.0f} captions/s")
-    return {"train_loss": mean, "captions_per_second": captions_per_second}
+            line = {"train_loss": mean, "captions_per_second": captions_done / (time.monotonic() - began)}
+            line |= objective.report()
+            progress.set_postfix_str(", ".join(f"{name} {value:.4g}" for name, value in line.items()))
+    return line
 
 
 @torch.no_grad()
 def validate(
-    encoder: Encoder,
-    decoder: DecoderWithAttention,
+    average: WeightAverage,
     loader: DataLoader,
     references: list[list[list[str]]],
     word_map: dict[str, int],
@@ -355,7 +451,7 @@ def validate(
 ) -> tuple[dict[str, float], dict[int, str]]:
     """Loss and top-5 accuracy with teacher forcing, BLEU-4 and CIDEr of greedy captions: {"val_loss",
     "val_top5", "val_bleu4", "val_cider"}, of all processes' images; the captions by index."""
-    decoder.eval()
+    encoder, decoder = average.encoder, average.decoder.eval()
     captioner = Captioner([(encoder, decoder)], word_map)
     sums, texts = torch.zeros(5, dtype=torch.float64), []
     quiet = not run.is_main
@@ -364,9 +460,11 @@ def validate(
     ):
         with run.autocast():
             grid = encode(encoder, images, run.device)
-            cross_entropy, penalty, logits, targets = caption_loss(
-                encoder, decoder, grid, captions, lengths, settings, run
+            logits, targets, coverage, *_ = caption_logits(settings.fused)(
+                decoder, grid, captions.flatten(0, 1), lengths.flatten()
             )
+            cross_entropy = F.cross_entropy(logits, targets, reduction="sum")
+            penalty = coverage_penalty(coverage)
             found = captioner.search([grid], beam_size=1)
         correct = (logits.topk(min(5, logits.shape[1])).indices == targets.unsqueeze(1)).sum()
         counts = (cross_entropy, penalty, correct, len(targets), lengths.numel())
@@ -383,49 +481,11 @@ def validate(
     }, by_index
 
 
-def caption_loss(
-    encoder: Encoder,
-    decoder: DecoderWithAttention,
-    images: Tensor,
-    captions: Tensor,
-    lengths: Tensor,
-    settings: Settings,
-    run: Run,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Cross-entropy summed over the tokens, doubly stochastic penalty summed over the captions.
-
-    Args:
-        images: uint8 (N, 3, S, S) or features (N, h, w, D); captions (N, G, L); lengths (N, G).
-
-    Returns:
-        cross_entropy (), penalty (), logits (W, V), targets (W,), where W is the number of tokens.
-    """
-    grid = encode(encoder, images, run.device)
-    caption_logits = fused_decoder.caption_logits if settings.fused else plain_decoder.caption_logits
-    logits, targets, coverage = caption_logits(decoder, grid, captions.flatten(0, 1), lengths.flatten())
-    cross_entropy = F.cross_entropy(logits, targets, reduction="sum")
-    # Xu et al., equation 14, but averaged over the 196 pixels where it sums, so alpha_c = 196 lambda
-    penalty = ((1 - coverage) ** 2).mean(dim=1).sum()
-    return cross_entropy, penalty, logits, targets
-
-
-def encode(encoder: Encoder, images: Tensor, device: torch.device) -> Tensor:
-    """Images of a batch, or their features, as the decoder's grid (N, h, w, D)."""
-    images = images.to(device, non_blocking=True)
-    if images.dtype != torch.uint8:
-        return images.float()
-    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in encoder.parameters()):
-        return encoder.grid(normalize_images(images))
-    return encode_images(encoder, images).clone()  # an inference tensor itself may not take part in training
-
-
 # --- what is kept -------------------------------------------------------------------------------------------
 
 
 def save(
     output: Path,
-    encoder: Encoder,
-    decoder: DecoderWithAttention,
     states: dict[str, dict],
     history: list[dict],
     word_map: dict[str, int],
@@ -438,8 +498,7 @@ def save(
         "data": {key: read_prepared(settings.data_folder)[key] for key in ("settings", "inputs")},
         "history": history,
     }
-    weights = {"encoder": encoder.state_dict(), "decoder": decoder.state_dict()}
-    checkpoint = about | weights | states
+    checkpoint = about | states
 
     def make_best(file: Path) -> None:
         write_best(file, checkpoint)

@@ -292,9 +292,16 @@ LARGEST = {  # of settings; more is a slip, or asks for more memory than there i
     **dict.fromkeys(("emb_dim", "attention_dim", "decoder_dim"), 16384),
     **dict.fromkeys(("batch_size", "val_batch_size", "grad_accumulation"), 65536),
     **dict.fromkeys(("beam_size", "num_beams", "max_new_tokens", "max_length", "max_len"), 1000),
-    **dict.fromkeys(("encoder_lr", "decoder_lr", "learning_rate", "weight_decay", "alpha_c"), 1000),
+    **dict.fromkeys(("encoder_lr", "decoder_lr", "self_critical_lr", "learning_rate"), 1000),
+    **dict.fromkeys(("weight_decay", "alpha_c", "reward_bleu4", "self_critical_samples"), 1000),
     **{"image_size": 4096, "workers": 256, "captions_per_image": 1000, "seed": 2**32 - 1},
-    **{"epochs": 10**6, "length_penalty": 100, "decay": 1},
+    **{
+        "epochs": 10**6,
+        "self_critical_after": 10**6,
+        "cached_views": 1000,
+        "length_penalty": 100,
+        "decay": 1,
+    },
 }
 
 
@@ -373,9 +380,10 @@ def write_json(path: str | Path, value) -> None:
 
 
 def write_table(path: str | Path, rows: list[dict]) -> None:
-    """Write rows with the same keys as a CSV, the keys as its header."""
+    """Write rows as a CSV, their keys as its header; what a row lacks is left empty."""
     with atomic_write(path) as tmp_path, tmp_path.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, rows[0], lineterminator="\n")
+        columns = dict.fromkeys(name for row in rows for name in row)
+        writer = csv.DictWriter(stream, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 

@@ -86,7 +86,7 @@ def train_decoder(features: Tensor, settings: Settings, device: torch.device) ->
     captions, lengths = make_captions(len(features), 1, settings.vocabulary, 50, settings.seed)
     optimizer = torch.optim.Adam(decoder.parameters(), lr=2e-3)
     for _ in range(settings.training_steps):
-        scores, targets, _ = caption_logits(
+        scores, targets, *_ = caption_logits(
             decoder, features.float().to(device), captions[:, 0].to(device), lengths[:, 0].to(device)
         )
         loss = F.cross_entropy(scores, targets)

@@ -160,7 +160,7 @@ def trained_decoder(data: Data) -> DecoderWithAttention:
     optimizer = torch.optim.Adam(decoder.parameters(), lr=1 / data.settings.width)
     grid = data.features[:count].float()
     for _ in range(100):
-        logits, targets, _ = caption_logits(decoder, grid, data.captions[:count, 0], data.lengths[:count, 0])
+        logits, targets, *_ = caption_logits(decoder, grid, data.captions[:count, 0], data.lengths[:count, 0])
         optimizer.zero_grad()
         F.cross_entropy(logits, targets).backward()
         optimizer.step()

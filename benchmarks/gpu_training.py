@@ -47,7 +47,7 @@ class Trainer:
                     copies = pool(copies.float())
                 return textbook_loss(self.decoder, copies, flat.to(self.device), steps.to(self.device))
             grid = self.encoder.grid(normalize_images(images)) if images.dtype == torch.uint8 else images
-            logits, targets, coverage = caption_logits(self.decoder, grid.float(), flat, steps)
+            logits, targets, coverage, *_ = caption_logits(self.decoder, grid.float(), flat, steps)
             penalty = ((1 - coverage) ** 2).mean(dim=1).sum()
             return F.cross_entropy(logits, targets, reduction="sum") / len(targets) + penalty / len(flat)
 

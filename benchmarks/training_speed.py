@@ -25,8 +25,10 @@ from common import make_captions, make_images, random_encoder, timed
 from torch import Tensor, nn
 
 import train
+from captioning.annotations import UNK
 from captioning.engine import Run
 from captioning.features import encode_images
+from captioning.losses import CrossEntropy
 from models import DecoderWithAttention, Encoder, normalize_images
 from tests.reference import TextbookDecoder, TextbookEncoder, pool, textbook_loss
 from utils import check_at_least, pick_device, run_script
@@ -182,17 +184,14 @@ class Textbook(Trainer):
 
 class Ours(Trainer):
     def make_optimizers(self) -> list[torch.optim.Optimizer]:
-        self.run = Run.start("no")
+        run = Run.start("no")
+        self.objective = CrossEntropy(self.encoder, self.decoder, self.settings, run, {UNK: 0})
         return [train.build_optimizer(self.encoder, self.decoder, self.settings)]
 
     def step(self, batch: Batch) -> float:
         """One step on a batch, which may have features in place of its images; its loss."""
-        lengths = batch[2]
-        cross_entropy, penalty, _, _ = train.caption_loss(
-            self.encoder, self.decoder, *batch, self.settings, self.run
-        )
-        tokens = int((lengths - 1).sum())
-        return self.follow(cross_entropy / tokens + self.settings.alpha_c * penalty / lengths.numel())
+        self.objective.start_step(batch[2].numpy())
+        return self.follow(self.objective(range(len(batch[0])), *batch))
 
 
 def gradient_difference(ours: Ours, textbook: Textbook) -> float:

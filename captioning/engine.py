@@ -102,8 +102,11 @@ class Run:
                 f"OMP_NUM_THREADS=1 in front of the command, threads do not wait for each other"
             )
 
-    def step(self, optimizer: torch.optim.Optimizer, grad_clip: float, grad_clip_by: str) -> None:
-        """Add up the processes' gradients, clip them, update the weights, forget the gradients.
+    def step(
+        self, optimizer: torch.optim.Optimizer, grad_clip: float, grad_clip_by: str, divisor: float = 1.0
+    ) -> None:
+        """Add up the processes' gradients, divide them by `divisor`, clip them, update the weights, forget
+        the gradients.
 
         grad_clip: largest value of a gradient, or largest norm of all together, as `grad_clip_by` says
             ("value" or "norm").
@@ -112,6 +115,8 @@ class Run:
         if self.state.num_processes > 1:
             sum_gradients(parameters)
         self.scaler.unscale_(optimizer)
+        if divisor != 1:
+            torch._foreach_div_([parameter.grad for parameter in parameters], divisor)
         if grad_clip_by == "norm":
             torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
         else:
@@ -210,7 +215,12 @@ class LearningRate:
         self.warmup_steps = round(settings.warmup * total_steps)
         self.decay_after, self.decay = settings.decay_after, settings.decay
         self.base = [group["lr"] for group in optimizer.param_groups]
-        self.steps, self.decays = 0, [0] * len(self.base)
+        self.steps, self.decays, self.constant = 0, [0] * len(self.base), None
+        self._apply()
+
+    def hold(self, rate: float | None) -> None:
+        """From now on this rate for all groups; None: the schedule."""
+        self.constant = rate
         self._apply()
 
     def after_step(self) -> None:
@@ -247,7 +257,10 @@ class LearningRate:
                 share = after / max(1, self.total_steps - self.warmup_steps)
                 factor = max(0.0, 0.5 * (1 + math.cos(math.pi * share)))
         for group, base, decays in zip(self.optimizer.param_groups, self.base, self.decays):
-            group["lr"] = base * factor * self.decay**decays
+            group["lr"] = base * factor * self.decay**decays if self.constant is None else self.constant
+
+
+REWARD = "train_reward"  # column of the epochs of self-critical training
 
 
 # --- history ------------------------------------------------------------------------------------------------
@@ -262,6 +275,15 @@ def best_epoch(history: list[dict], score: str) -> int:
 
 def epochs_since_improvement(history: list[dict], score: str) -> int:
     return len(history) - 1 - best_epoch(history, score) if history else 0
+
+
+def epochs_of_patience(history: list[dict], settings) -> int:
+    """Epochs without a better score that count against `patience`; where a self-critical stage follows or has
+    begun, those of that stage alone."""
+    waited = epochs_since_improvement(history, settings.score)
+    if getattr(settings, "self_critical_after", None) is None:
+        return waited
+    return min(waited, sum(REWARD in line for line in history))
 
 
 def caption_scores(references: list[list[list[str]]], captions: dict[int, str]) -> dict[str, float]:

@@ -90,13 +90,16 @@ def is_up_to_date(file: str | Path, fingerprints: dict[str, str], size: int) -> 
 
 
 def open_features(file: str | Path, data: Prepared, split: str) -> h5py.Dataset:
-    """The features (I, h, w, D) that `cache_features` wrote of these images.
+    """The features (I, h, w, D) or (I, views, h, w, D) that `cache_features` wrote of these images.
 
     Raises:
         UserError: they are damaged, or of other images.
     """
     try:
-        features = open_dataset(file, "features", np.float16, 4)
+        features = open_dataset(file, "features", np.float16)
+        if features.ndim not in (4, 5):
+            features.file.close()
+            raise ValueError(f"its features have {features.ndim} dimensions")
         if features.file.attrs.get("pictures") != data.images_digest(split):
             features.file.close()
             raise ValueError("of other images")
@@ -108,33 +111,45 @@ def open_features(file: str | Path, data: Prepared, split: str) -> h5py.Dataset:
 # --- the attention model's encoder --------------------------------------------------------------------------
 
 
-def cache_features(encoder: Encoder, data_folder: str | Path, split: str, device: torch.device) -> Path:
-    """Encode each image of a prepared split once; return the HDF5 file with `features`, float16 (I, h, w, D).
+def cache_features(
+    encoder: Encoder,
+    data_folder: str | Path,
+    split: str,
+    device: torch.device,
+    views: int = 1,
+    draw_views: Callable[[int], Tensor] | None = None,
+) -> Path:
+    """Encode each image of a prepared split once; return the HDF5 file with `features`, float16
+    (I, h, w, D), or of several views of each image (I, views, h, w, D).
 
     A file that is there and up to date is used as it is, any other is replaced.
+
+    Args:
+        draw_views: the index of an image -> its views, uint8 (views, 3, S, S), the same in every run.
 
     Raises:
         UserError: the disk has not enough space.
     """
-    file = _cache_file(encoder, data_folder, split)
-    data = Prepared(data_folder)
+    file, data = _cache_file(encoder, data_folder, split, views), Prepared(data_folder)
     fingerprints = _fingerprints(encoder, data, split)
     if is_up_to_date(file, fingerprints, data.require_split(split)):
         return file
-    images, batch_size = data.images(split), 64
+    images, batch_size = data.images(split), max(1, 64 // views)
+    size, description = len(images), f"{split} images" if views == 1 else f"{split} images in {views} views"
+
+    def read_batch(start: int) -> Tensor:  # (N, 3, S, S) or (N, views, 3, S, S)
+        stop = min(start + batch_size, size)
+        if draw_views is None:
+            return torch.from_numpy(images[start:stop])
+        return torch.stack([draw_views(index) for index in range(start, stop)])
+
+    def encode(batch: Tensor) -> Tensor:
+        encoded = encode_images(encoder, batch.flatten(0, -4).to(device))
+        return encoded.unflatten(0, batch.shape[:-3])
+
     with images.file:
-        batches = (
-            torch.from_numpy(images[start : start + batch_size])
-            for start in range(0, len(images), batch_size)
-        )
-        write_features(
-            file,
-            fingerprints,
-            batches,
-            lambda batch: encode_images(encoder, batch.to(device)),
-            len(images),
-            f"{split} images",
-        )
+        batches = map(read_batch, range(0, size, batch_size))
+        write_features(file, fingerprints, batches, encode, size, description)
     return file
 
 
@@ -147,8 +162,9 @@ def cached_features(encoder: Encoder, data_folder: str | Path, split: str) -> Pa
     return file if is_good else None
 
 
-def _cache_file(encoder: Encoder, data_folder: str | Path, split: str) -> Path:
-    return Path(data_folder) / f"{split}_features_{encoder.name}.hdf5"
+def _cache_file(encoder: Encoder, data_folder: str | Path, split: str, views: int = 1) -> Path:
+    suffix = f"_{views}_views" if views > 1 else ""
+    return Path(data_folder) / f"{split}_features_{encoder.name}{suffix}.hdf5"
 
 
 def _fingerprints(encoder: Encoder, data: Prepared, split: str) -> dict[str, str]:

@@ -166,19 +166,28 @@ def teacher_forcing(
     return hidden, alphas, packing
 
 
-def caption_logits(
-    decoder: DecoderWithAttention, grid: Tensor, captions: Tensor, lengths: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The logits of all tokens, for training; arguments as in `teacher_forcing`.
+class TokenLogits(NamedTuple):
+    """The logits of W tokens of a batch of captions, packed."""
 
-    Returns:
-        logits (W, V) and targets (W,), packed, W = sum(lengths - 1); coverage (N * G, P), the alphas summed
-        over each caption's tokens.
+    logits: Tensor  # (W, V)
+    targets: Tensor  # (W,) the ground-truth tokens that they should predict
+    coverage: Tensor  # (captions, P) the alphas summed over each caption's tokens
+    captions: Tensor  # (W,) each token's caption, as an index in the batch
+    steps: Tensor  # (W,) and its step: the target is the caption's word steps + 1
+
+
+def caption_logits(
+    decoder: DecoderWithAttention, grid: Tensor, captions: Tensor, lengths: Tensor, fed: Tensor | None = None
+) -> TokenLogits:
+    """The logits of all tokens, W = sum(lengths - 1), for training; arguments as in `teacher_forcing`.
+
+    fed: words (N * G, L) to feed in place of the ground-truth tokens of `captions`.
     """
-    hidden, alphas, packing = teacher_forcing(decoder, grid, captions, lengths)
+    hidden, alphas, packing = teacher_forcing(decoder, grid, captions if fed is None else fed, lengths)
     (targets,) = copy_to_device([captions[:, 1:].cpu()[packing.cpu_tokens]], grid.device)
     coverage = alphas.new_zeros(len(captions), alphas.shape[1]).index_add(0, packing.token_captions, alphas)
-    return decoder.fc(decoder.dropout(hidden)), targets, coverage
+    logits = decoder.fc(decoder.dropout(hidden))
+    return TokenLogits(logits, targets, coverage, packing.token_captions, packing.token_steps)
 
 
 @torch.no_grad()
@@ -195,7 +204,7 @@ def require_same_as_plain(decoder: DecoderWithAttention) -> None:
     grid = torch.linspace(0, 1, 2 * ENCODED_SIZE**2 * encoder_dim, device=device)
     grid = grid.view(2, ENCODED_SIZE, ENCODED_SIZE, encoder_dim).cos()
     try:
-        fused_logits, _, coverage = caption_logits(decoder, grid, captions, torch.tensor([3, 3]))
+        fused_logits, _, coverage, *_ = caption_logits(decoder, grid, captions, torch.tensor([3, 3]))
         # captions of equal length stay in their order
         logits, _, _, alphas, _ = decoder(grid, captions, torch.tensor([[3], [3]], device=device))
         logits = logits.transpose(0, 1).flatten(0, 1)  # packed

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from captioning.engine import Run, best_epoch
+from captioning.engine import REWARD, Run, best_epoch
 from utils import UserError, atomic_write, printable
 
 SAMPLES = 3  # validation images whose captions are printed after every epoch
@@ -96,6 +96,7 @@ def draw_curves(history: list[dict], score: str, file: Path) -> None:
     plot(losses, "val_loss", "validation")
     plot(bleu, "val_bleu4", "BLEU-4")
     plot(cider, "val_cider", "CIDEr")
+    plot(cider, REWARD, "reward in training")
     for name in ("decoder_lr", "learning_rate"):
         plot(rates, name, name, style="C2-")
     titles = ("loss", "validation BLEU-4", "validation CIDEr", "learning rate")

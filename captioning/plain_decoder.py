@@ -10,19 +10,26 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from captioning.fused_decoder import TokenLogits
 from models import DecoderWithAttention, pool_grid
 
 
 def caption_logits(
-    decoder: DecoderWithAttention, grid: Tensor, captions: Tensor, lengths: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    decoder: DecoderWithAttention, grid: Tensor, captions: Tensor, lengths: Tensor, fed: Tensor | None = None
+) -> TokenLogits:
     """The logits of all tokens; see `fused_decoder.caption_logits`."""
     copies = pool_grid(grid).repeat_interleave(len(captions) // len(grid), dim=0)
     captions, lengths = captions.to(grid.device), lengths.to(grid.device)
-    logits, captions, steps, alphas, order = decoder(copies, captions, lengths.unsqueeze(1))
-    logits = pack_padded_sequence(logits, steps, batch_first=True).data
-    targets = pack_padded_sequence(captions[:, 1:], steps, batch_first=True).data
-    return logits, targets, alphas.sum(dim=1)[order.argsort()]
+    fed = captions if fed is None else fed.to(grid.device)
+    logits, _, steps, alphas, order = decoder(copies, fed, lengths.unsqueeze(1))
+
+    def pack(values: Tensor) -> Tensor:
+        return pack_padded_sequence(values, steps, batch_first=True).data
+
+    of_caption = order.unsqueeze(1).expand(-1, logits.shape[1])
+    of_step = torch.arange(logits.shape[1], device=grid.device).expand(logits.shape[:2])
+    coverage = alphas.sum(dim=1)[order.argsort()]
+    return TokenLogits(pack(logits), pack(captions[order, 1:]), coverage, pack(of_caption), pack(of_step))
 
 
 class PlainSearchState:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from captioning.checkpoints import HISTORY, check_content, epoch_checkpoints, read_checkpoint
-from captioning.engine import LearningRate, Run, epochs_since_improvement
+from captioning.engine import LearningRate, Run, epochs_of_patience
 from utils import UserError, describe_settings, given_names
 
 # these are of each run, whatever the checkpoint says
@@ -99,6 +99,7 @@ class Resumed:
             states = states | merge_optimizers(states["optimizers"], optimizer, modules)
         kept = "optimizer" in states
         if kept:
+            options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
             try:
                 optimizer.load_state_dict(states["optimizer"])
             except ValueError:  # of the first release, which left out what was frozen
@@ -107,6 +108,8 @@ class Resumed:
                 raise UserError(
                     f"{self.source}: its optimizer's state is damaged; go on from another"
                 ) from None
+            for group, ours in zip(optimizer.param_groups, options):
+                group.update(ours)  # the weight decay is a setting; the rates follow below
             self._check_averages(optimizer)
             if len(states.get("rates", {}).get("decays", rates.decays)) != len(rates.decays):
                 raise UserError(f"{self.source}: its learning rates are damaged")
@@ -164,5 +167,5 @@ def find_same_run(settings, data: object) -> tuple[Path, list[dict]] | None:
 
 
 def is_complete(settings, history: list[dict]) -> bool:
-    waited = epochs_since_improvement(history, settings.score)
+    waited = epochs_of_patience(history, settings)
     return len(history) >= settings.epochs or 0 < settings.patience <= waited

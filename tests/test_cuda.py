@@ -76,7 +76,7 @@ def test_mixed_precision_survives_an_overflow():
     for factor in (1.0, 1e38, 1.0):  # the second step's gradients overflow
         before = {name: value.clone() for name, value in decoder.state_dict().items()}
         with run.autocast():
-            logits, targets, _ = caption_logits(decoder, grid, captions, lengths)
+            logits, targets, *_ = caption_logits(decoder, grid, captions, lengths)
             loss = F.cross_entropy(logits, targets) * factor
         run.backward(loss)
         run.step(optimizer, 5.0, "value")

@@ -32,7 +32,7 @@ def make_captions(images: int, group: int) -> tuple[Tensor, Tensor]:
 
 
 def caption_loss(decoder, grid: Tensor, captions: Tensor, lengths: Tensor) -> Tensor:
-    logits, targets, coverage = fused_decoder.caption_logits(decoder, grid, captions, lengths)
+    logits, targets, coverage, *_ = fused_decoder.caption_logits(decoder, grid, captions, lengths)
     return F.cross_entropy(logits, targets) + ((1 - coverage) ** 2).mean()
 
 

@@ -123,7 +123,7 @@ def test_a_decoder_with_other_logits_or_alphas_is_refused(output):
 def test_gradients_equal_independent_reference():
     decoder, grid = make_decoder().double(), torch.rand(3, 8, 8, 32, dtype=torch.float64)
     captions, lengths = make_captions(3, 2)
-    logits, targets, coverage = caption_logits(decoder, grid, captions, lengths)
+    logits, targets, coverage, *_ = caption_logits(decoder, grid, captions, lengths)
     (F.cross_entropy(logits, targets) + ((1 - coverage) ** 2).mean()).backward()
     textbook, logits, alphas = textbook_decoding(decoder, grid, captions, lengths)
     penalty = ((1 - alphas.sum(dim=1)) ** 2).mean()
@@ -140,7 +140,7 @@ def test_half_precision_follows_full():
     for half in (False, True):
         decoder.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            scores, targets, coverage = caption_logits(decoder, grid, captions, lengths)
+            scores, targets, coverage, *_ = caption_logits(decoder, grid, captions, lengths)
             loss = F.cross_entropy(scores, targets) + ((1 - coverage) ** 2).mean()
         loss.backward()
         gradients.append({name: p.grad for name, p in decoder.named_parameters() if p.grad is not None})
@@ -315,7 +315,7 @@ def test_tutorial_size_model_trains_and_captions_on_the_cpu():
     optimizer = torch.optim.Adam(decoder.parameters(), lr=4e-4)
     losses = []
     for _ in range(3):
-        scores, targets, _ = caption_logits(decoder, grid, captions, lengths)
+        scores, targets, *_ = caption_logits(decoder, grid, captions, lengths)
         loss = F.cross_entropy(scores, targets)
         optimizer.zero_grad()
         loss.backward()

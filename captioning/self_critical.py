@@ -1,0 +1,175 @@
+"""Self-critical training: captions that the model samples are rewarded by their CIDEr-D.
+
+After Rennie et al. (2017), in the form of Luo (2020, "A Better Variant of Self-Critical Sequence Training"):
+of each image several captions are sampled, and the baseline of each one's reward is the mean reward of the
+others. There is no greedy pass. With S samples of an image, reward r_s and words w_st,
+
+    loss = - sum over s, t of  log p(w_st) (r_s - mean of the other r)  /  number of words
+
+`<end>` is a word of the samples and of the references, so that captions which break off lose reward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from captioning.annotations import END, START
+from captioning.engine import REWARD, Run
+from captioning.fused_decoder import FusedSearchState
+from captioning.losses import caption_logits, drop_channels, encode
+from captioning.plain_decoder import PlainSearchState
+from metrics import CiderD
+from metrics.ngrams import bleu_counts, named_bleu
+from models import DecoderWithAttention, Encoder
+
+
+class Reward:
+    """The reward of captions as lists of words, without `<end>`.
+
+    CIDEr-D with the document frequencies of these references, plus `bleu4_weight` times BLEU-4 in [0, 1].
+
+    Args:
+        references: for each training image its reference captions, each a list of words.
+    """
+
+    def __init__(self, references: Sequence[Sequence[Sequence[str]]], bleu4_weight: float = 0.0):
+        self.references = [[(*words, END) for words in captions] for captions in references]
+        self.cider, self.bleu4_weight = CiderD.from_references(self.references), bleu4_weight
+
+    def __call__(self, index: int, captions: Sequence[Sequence[str]]) -> list[float]:
+        """The rewards of captions of the image with this index; a finished one ends with `<end>`."""
+        references = self.references[index]
+        rewards = self.cider.score([references] * len(captions), captions)
+        if self.bleu4_weight:
+            bleu4 = [named_bleu(bleu_counts(references, words))["Bleu_4"] for words in captions]
+            rewards = [reward + self.bleu4_weight * bleu for reward, bleu in zip(rewards, bleu4)]
+        return rewards
+
+
+class SelfCritical:
+    """The loss above, in the place of `losses.CrossEntropy`.
+
+    Args:
+        settings: of the training: `self_critical_samples`, at least 2; `feature_dropout`, `fused`, `seed`.
+        reward: of the training images.
+        longest: words of a sample at most, `<end>` included.
+        epoch: samples depend on the seed, the epoch and the image, not on batches or processes.
+
+    Attributes:
+        rewards: of this process's samples in the epoch, summed; samples: how many they are.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        decoder: DecoderWithAttention,
+        settings,
+        run: Run,
+        word_map: dict[str, int],
+        reward: Reward,
+        longest: int,
+        epoch: int,
+    ):
+        self.encoder, self.decoder, self.settings, self.run = encoder, decoder, settings, run
+        self.word_map, self.reward, self.longest, self.epoch = word_map, reward, longest, epoch
+        self.words = {index: word for word, index in word_map.items()}
+        self.rewards, self.samples = 0.0, 0
+
+    def start_step(self, lengths: np.ndarray) -> None:
+        """lengths: of the ground-truth captions of all the step's images."""
+        self.step_words, self.captions = 0, len(lengths) * self.settings.self_critical_samples
+
+    def __call__(self, indices: Sequence[int], images: Tensor, *_: Tensor) -> Tensor:
+        """This batch's part of the step's loss, not yet divided by the number of words."""
+        settings = self.settings
+        grid = encode(self.encoder, images, self.run.device)
+        uniforms = self._uniforms(indices)
+        start, end = self.word_map[START], self.word_map[END]
+        captions, lengths = sample_captions(self.decoder, grid.detach(), uniforms, start, end, settings.fused)
+        rewards = torch.tensor(self._rewards(indices, captions, lengths))  # (N, S)
+        self.rewards, self.samples = self.rewards + float(rewards.sum()), self.samples + rewards.numel()
+        self.step_words += int((lengths - 1).sum())
+        advantages = leave_one_out(rewards).flatten().to(grid.device)
+        grid = drop_channels(grid, settings.feature_dropout)
+        found = caption_logits(settings.fused)(self.decoder, grid, captions, lengths)
+        log_probs = found.logits.float().log_softmax(dim=1).gather(1, found.targets.unsqueeze(1)).squeeze(1)
+        return -(log_probs * advantages[found.captions]).sum()
+
+    def finish_step(self) -> float:
+        """The number of words of the step's samples, over all processes."""
+        words = self.run.gather({self.run.state.process_index: self.step_words})
+        return float(sum(words.values()))
+
+    def report(self) -> dict[str, float]:
+        """The mean reward of all processes' samples in the epoch so far."""
+        parts = self.run.gather({self.run.state.process_index: (self.rewards, self.samples)}).values()
+        return {REWARD: sum(rewards for rewards, _ in parts) / sum(samples for _, samples in parts)}
+
+    def _uniforms(self, indices: Sequence[int]) -> Tensor:
+        """Random numbers in [0, 1) (N, S, longest), each image's its own."""
+        shape = self.settings.self_critical_samples, self.longest
+        seeds = [[self.settings.seed, self.epoch, int(index)] for index in indices]
+        return torch.from_numpy(
+            np.stack([np.random.default_rng(seed).random(shape, np.float32) for seed in seeds])
+        )
+
+    def _rewards(self, indices: Sequence[int], captions: Tensor, lengths: Tensor) -> list[list[float]]:
+        samples = [
+            [self.words[index] for index in caption[1:length]]
+            for caption, length in zip(captions.tolist(), lengths.tolist())
+        ]
+        count = self.settings.self_critical_samples
+        return [
+            self.reward(int(index), samples[place * count : (place + 1) * count])
+            for place, index in enumerate(indices)
+        ]
+
+
+def leave_one_out(rewards: Tensor) -> Tensor:
+    """Advantages (N, S): each reward less the mean of the image's others."""
+    count = rewards.shape[1]
+    return (rewards - rewards.mean(dim=1, keepdim=True)) * count / (count - 1)
+
+
+@torch.no_grad()
+def sample_captions(
+    decoder: DecoderWithAttention, grid: Tensor, uniforms: Tensor, start: int, end: int, fused: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Draw S captions of each of N images from the decoder's distribution, all at the same time.
+
+    Args:
+        grid: (N, h, w, D).
+        uniforms: (N, S, T) in [0, 1), on the CPU: word t is where the cumulative distribution passes the t-th
+            number. T is the largest number of words, `<end>` included.
+
+    Returns:
+        captions (N * S, L) with `<start>` and `<end>`, padded with 0; lengths (N * S,), both counted. Both on
+        the CPU.
+    """
+    images, samples, steps = uniforms.shape
+    state = (FusedSearchState if fused else PlainSearchState)(decoder, grid)
+    uniforms = uniforms.to(grid.device)
+    words = torch.full((images, 1), start, device=grid.device)
+    drawn: list[Tensor] = []
+    ended = torch.zeros(images, samples, dtype=torch.bool, device=grid.device)
+    for step in range(steps):
+        logits, _ = state.step(words)  # (N, 1 or S, V)
+        cumulative = logits.float().softmax(dim=2).cumsum(dim=2)
+        wanted = uniforms[:, :, step].unsqueeze(1 if step == 0 else 2) * cumulative[:, :, -1:]
+        words = torch.searchsorted(cumulative, wanted, right=True).view(images, samples)
+        words = words.clamp(max=logits.shape[2] - 1)
+        drawn.append(words.masked_fill(ended, 0))
+        ended |= words == end
+        if step == 0:
+            state.reorder(torch.zeros_like(words))
+        if step % 4 == 3 and bool(ended.all()):  # seldom: reading it waits for the device
+            break
+    captions = torch.stack(drawn, dim=2).flatten(0, 1).cpu()  # (N * S, T')
+    ends = (captions == end).int()
+    lengths = torch.where(ends.any(dim=1), ends.argmax(dim=1) + 1, captions.shape[1]) + 1
+    captions = torch.cat([torch.full((len(captions), 1), start), captions], dim=1)
+    return captions[:, : int(lengths.max())], lengths
