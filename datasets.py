@@ -20,13 +20,21 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from captioning.annotations import Record, require_image
 from captioning.features import is_up_to_date, open_features, weights_digest, write_features
 from captioning.images import read_image
 from captioning.prepared import Prepared
-from utils import UserError, parallel_map, pick_device, printable, processes, progress_bar
+from utils import (
+    UserError,
+    leave_sigterm_to_main_process,
+    parallel_map,
+    pick_device,
+    printable,
+    processes,
+    progress_bar,
+)
 
 if TYPE_CHECKING:
     from captioning.blip import BlipCaptioner
@@ -180,6 +188,22 @@ class BatchSampler:
                 place = accumulated * self.processes + self.rank
                 seed = np.random.SeedSequence([self.seed, self.epoch, number, place]).generate_state(1)[0]
                 yield Request(np.sort(micro_batches[place]), int(seed))
+
+
+def make_loader(
+    dataset: CaptionDataset, sampler: BatchSampler, workers: int, device: torch.device
+) -> DataLoader:
+    """A loader of the sampler's batches, read by worker processes that live through all epochs."""
+    return DataLoader(
+        dataset,
+        batch_size=None,  # the dataset reads a batch at a time
+        sampler=sampler,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        worker_init_fn=leave_sigterm_to_main_process,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # so that starting workers draws nothing from the training's
+    )
 
 
 # --- BLIP ---------------------------------------------------------------------------------------------------

@@ -23,12 +23,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from captioning import fused_decoder
 from captioning.averaging import WeightAverage
-from captioning.captioner import Captioner
 from captioning.checkpoints import (
     STATES,
     check_content,
@@ -42,7 +40,6 @@ from captioning.engine import (
     REWARD,
     LearningRate,
     Run,
-    caption_scores,
     epochs_of_patience,
     epochs_since_improvement,
     report_best,
@@ -53,18 +50,16 @@ from captioning.features import cache_features
 from captioning.files import lock_folder
 from captioning.losses import (
     CrossEntropy,
-    caption_logits,
-    coverage_penalty,
     drop_embeddings,
-    encode,
     sampling_probability,
 )
 from captioning.monitor import Monitor
 from captioning.prepared import Prepared, read_prepared
 from captioning.pretrained import build_encoder, load_embeddings
 from captioning.resume import Resumed
-from captioning.self_critical import Reward, SelfCritical
-from datasets import BatchSampler, CaptionDataset
+from captioning.self_critical import Reward, SelfCritical, start_self_critical
+from captioning.validation import validate
+from datasets import BatchSampler, CaptionDataset, make_loader
 from metrics import tokenize
 from models import DecoderWithAttention, Encoder
 from utils import (
@@ -74,7 +69,6 @@ from utils import (
     check_at_least,
     check_output,
     check_share,
-    leave_sigterm_to_main_process,
     progress_bar,
     read_json,
     run_script,
@@ -112,16 +106,14 @@ class Settings:
     feature_dropout: float = 0.0  # share of the encoding's channels that is dropped
     word_dropout: float = 0.0  # share of the fed words that <unk> replaces
     weight_decay: float = 0.0  # of AdamW
-    average_weights: float = 0.0  # decay of the weights' moving average, which is what is kept; 0: none
+    average_weights: float = 0.0  # decay of the moving average of the weights, which is kept; 0: no average
     scheduled_sampling: float = 0.0  # largest share of the fed words that the model's own words replace
-    self_critical_after: int | None = (
-        None  # epochs of cross-entropy before the self-critical stage; None: all
-    )
+    self_critical_after: int | None = None  # epochs before the self-critical stage; None: no such stage
     self_critical_lr: float = 5e-5  # learning rate of that stage, for decoder and encoder
     self_critical_samples: int = 5  # captions that are sampled of each image
     reward_bleu4: float = 0.0  # weight of BLEU-4 in the reward, beside CIDEr-D
     augment: bool = False  # crop, recolour and flip images at random while the encoder is trained
-    cached_views: int = 1  # of each image in the cache of a frozen encoder; all but one are augmented
+    cached_views: int = 1  # views of each image in a frozen encoder's cache, all but one of them augmented
     cache_features: bool = True  # encode each image once and keep the result, where the encoder is frozen
     embeddings: str | None = None  # start from these word vectors (GloVe text file); sets emb_dim
     fine_tune_embeddings: bool = True  # train the word embeddings
@@ -200,7 +192,7 @@ def run_training(settings: Settings) -> dict:
     settings, resumed = resume(settings)
     run, output, score = Run.start(settings.mixed_precision), Path(settings.output_folder), settings.score
     settings = replace(settings, mixed_precision=run.mixed_precision)
-    history = resumed.history if resumed else []
+    history = list(resumed.history) if resumed else []
     torch.manual_seed(settings.seed)
     settings, encoder, decoder = build_models(settings, word_map, resumed, run.log)
     encoder, decoder = encoder.to(run.device), decoder.to(run.device)
@@ -231,7 +223,8 @@ def run_training(settings: Settings) -> dict:
             break
         rates.before_epoch(epochs_since_improvement(history, score))
         if settings.is_self_critical(epoch) and reward is None:
-            reward = start_self_critical(settings, average, optimizer, rates, history, resumed, run)
+            given = bool(settings.checkpoint) and len(history) == len(resumed.history)
+            reward = start_self_critical(settings, average, optimizer, rates, history, given, run)
         # order and dropout of an epoch do not depend on a resume; dropout differs between processes
         torch.manual_seed(settings.seed + epoch + 1000 * run.state.process_index)
         train_loader.sampler.start_epoch(epoch)
@@ -239,7 +232,9 @@ def run_training(settings: Settings) -> dict:
         objective = choose_objective(encoder, decoder, settings, run, word_map, reward, train_loader, epoch)
         line = {"epoch": epoch}
         line |= train_one_epoch(objective, train_loader, optimizer, rates, average, settings, run, epoch)
-        scores, captions = validate(average, val_loader, references, word_map, settings, run)
+        scores, captions = validate(
+            average.encoder, average.decoder, val_loader, references, word_map, settings, run
+        )
         line |= scores
         line |= {"decoder_lr": optimizer.param_groups[0]["lr"], "seconds": time.monotonic() - began}
         history.append(line)
@@ -350,40 +345,8 @@ def start_stage(
             shuffle=training,
             seed=settings.seed,
         )
-        loader = DataLoader(
-            dataset,
-            batch_size=None,  # the dataset reads a batch at a time
-            sampler=sampler,
-            num_workers=settings.workers,
-            persistent_workers=settings.workers > 0,
-            worker_init_fn=leave_sigterm_to_main_process,
-            pin_memory=run.device.type == "cuda",
-            generator=torch.Generator(),  # so that starting workers draws nothing from the training's
-        )
-        loaders.append(loader)
+        loaders.append(make_loader(dataset, sampler, settings.workers, run.device))
     return loaders[0], loaders[1]
-
-
-def start_self_critical(
-    settings: Settings, average: WeightAverage, optimizer: torch.optim.Optimizer, rates: LearningRate,
-    history: list[dict], resumed: Resumed | None, run: Run,
-) -> Reward:  # fmt: skip
-    """Prepare the self-critical stage, which begins with the best epoch's weights, or with those of the
-    checkpoint that was given, and a new Adam."""
-    records = Prepared(settings.data_folder).records("train")
-    reward = Reward([[tokenize(text) for text in r.captions] for r in records], settings.reward_bleu4)
-    rates.hold(settings.self_critical_lr)
-    if history and REWARD in history[-1]:
-        return reward  # the stage goes on
-    optimizer.state.clear()
-    run.state.wait_for_everyone()  # until the best is written
-    best = Path(settings.output_folder) / "best_checkpoint.pth"
-    is_given = settings.checkpoint and len(history) == len(resumed.history)
-    if best.is_file() and not is_given:
-        checkpoint = load_checkpoint(best, "encoder", "decoder")
-        average.restart(checkpoint, average.steps)
-        run.log(f"self-critical training goes on from epoch {len(checkpoint['history'])}")
-    return reward
 
 
 # --- an epoch -----------------------------------------------------------------------------------------------
@@ -438,47 +401,6 @@ def train_one_epoch(
             line |= objective.report()
             progress.set_postfix_str(", ".join(f"{name} {value:.4g}" for name, value in line.items()))
     return line
-
-
-@torch.no_grad()
-def validate(
-    average: WeightAverage,
-    loader: DataLoader,
-    references: list[list[list[str]]],
-    word_map: dict[str, int],
-    settings: Settings,
-    run: Run,
-) -> tuple[dict[str, float], dict[int, str]]:
-    """Loss and top-5 accuracy with teacher forcing, BLEU-4 and CIDEr of greedy captions: {"val_loss",
-    "val_top5", "val_bleu4", "val_cider"}, of all processes' images; the captions by index."""
-    encoder, decoder = average.encoder, average.decoder.eval()
-    captioner = Captioner([(encoder, decoder)], word_map)
-    sums, texts = torch.zeros(5, dtype=torch.float64), []
-    quiet = not run.is_main
-    for images, captions, lengths in progress_bar(
-        loader, desc="validation", unit="batch", leave=False, disable=quiet
-    ):
-        with run.autocast():
-            grid = encode(encoder, images, run.device)
-            logits, targets, coverage, *_ = caption_logits(settings.fused)(
-                decoder, grid, captions.flatten(0, 1), lengths.flatten()
-            )
-            cross_entropy = F.cross_entropy(logits, targets, reduction="sum")
-            penalty = coverage_penalty(coverage)
-            found = captioner.search([grid], beam_size=1)
-        correct = (logits.topk(min(5, logits.shape[1])).indices == targets.unsqueeze(1)).sum()
-        counts = (cross_entropy, penalty, correct, len(targets), lengths.numel())
-        sums += torch.tensor([float(count) for count in counts], dtype=torch.float64)
-        texts += [captioner.text(hypothesis) for hypothesis in found]
-    indices = [index for request in loader.sampler for index in request.indices.tolist()]
-    sums = sum(run.gather({run.state.process_index: sums}).values())
-    cross_entropy, penalty, correct, tokens, captions = sums.tolist()
-    by_index = run.gather(dict(zip(indices, texts, strict=True)))
-    return {
-        "val_loss": cross_entropy / tokens + settings.alpha_c * penalty / captions,
-        "val_top5": correct / tokens,
-        **caption_scores(references, by_index),
-    }, by_index
 
 
 # --- what is kept -------------------------------------------------------------------------------------------

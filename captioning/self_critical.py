@@ -12,17 +12,21 @@ others. There is no greedy pass. With S samples of an image, reward r_s and word
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from captioning.annotations import END, START
-from captioning.engine import REWARD, Run
+from captioning.averaging import WeightAverage
+from captioning.checkpoints import load_checkpoint
+from captioning.engine import REWARD, LearningRate, Run
 from captioning.fused_decoder import FusedSearchState
 from captioning.losses import caption_logits, drop_channels, encode
 from captioning.plain_decoder import PlainSearchState
-from metrics import CiderD
+from captioning.prepared import Prepared
+from metrics import CiderD, tokenize
 from metrics.ngrams import bleu_counts, named_bleu
 from models import DecoderWithAttention, Encoder
 
@@ -173,3 +177,37 @@ def sample_captions(
     lengths = torch.where(ends.any(dim=1), ends.argmax(dim=1) + 1, captions.shape[1]) + 1
     captions = torch.cat([torch.full((len(captions), 1), start), captions], dim=1)
     return captions[:, : int(lengths.max())], lengths
+
+
+def start_self_critical(
+    settings,
+    average: WeightAverage,
+    optimizer: torch.optim.Optimizer,
+    rates: LearningRate,
+    history: list[dict],
+    is_given: bool,
+    run: Run,
+) -> Reward:
+    """Prepare the self-critical stage, which begins with a new Adam and the weights of the best epoch so far.
+
+    Args:
+        settings: of the training: `data_folder`, `output_folder`, `self_critical_lr`, `reward_bleu4`.
+        history: of the epochs so far; where the last one was self-critical, the stage goes on.
+        is_given: begin with the weights as they are, those of a checkpoint that the user chose.
+    """
+    records = Prepared(settings.data_folder).records("train")
+    reward = Reward([[tokenize(text) for text in r.captions] for r in records], settings.reward_bleu4)
+    rates.hold(settings.self_critical_lr)
+    if history and REWARD in history[-1]:
+        return reward
+    optimizer.state.clear()
+    run.state.wait_for_everyone()  # until the best is written
+    best = Path(settings.output_folder) / "best_checkpoint.pth"
+    start = average.states()
+    if best.is_file() and not is_given:
+        start = load_checkpoint(best, "encoder", "decoder")
+        run.log(f"self-critical training goes on from epoch {len(start['history'])}")
+    average.restart(
+        {name: start[name] for name in ("encoder", "decoder")}, average.steps
+    )  # from the averages
+    return reward

@@ -88,7 +88,7 @@ def test_fused_decoder_equals_forward(side, group):
     for form in (caption_logits, plain_caption_logits):
         decoder.zero_grad()
         grid.grad = None
-        logits, targets, coverage = form(decoder, grid, captions, lengths)
+        logits, targets, coverage, *_ = form(decoder, grid, captions, lengths)
         (F.cross_entropy(logits, targets) + ((1 - coverage) ** 2).mean()).backward()
         gradients = {name: parameter.grad for name, parameter in decoder.named_parameters()}
         results.append((logits, targets, coverage, gradients | {"grid": grid.grad}))
