@@ -247,12 +247,15 @@ def run_training(settings: Settings) -> dict:
 
 def describe(line: dict) -> str:
     """An epoch's row of the history in words."""
-    reward = f", reward {line[REWARD]:.3f}" if REWARD in line else ""
     return (
-        f"loss {line['train_loss']:.3f}{reward}, {line['captions_per_second']:.0f} captions/s; "
-        f"validation loss {line['val_loss']:.3f}, top-5 {line['val_top5']:.1%}, "
+        f"{describe_training(line)}; validation loss {line['val_loss']:.3f}, top-5 {line['val_top5']:.1%}, "
         f"BLEU-4 {line['val_bleu4']:.4f}, CIDEr {line['val_cider']:.4f}"
     )
+
+
+def describe_training(line: dict) -> str:
+    reward = f", reward {line[REWARD]:.3f}" if REWARD in line else ""
+    return f"loss {line['train_loss']:.3f}{reward}, {line['captions_per_second']:.0f} captions/s"
 
 
 # --- what is trained, and on what ---------------------------------------------------------------------------
@@ -399,7 +402,7 @@ def train_one_epoch(
             mean = run.mean_loss(total, step, epoch, "lower --decoder_lr or --encoder_lr")
             line = {"train_loss": mean, "captions_per_second": captions_done / (time.monotonic() - began)}
             line |= objective.report()
-            progress.set_postfix_str(", ".join(f"{name} {value:.4g}" for name, value in line.items()))
+            progress.set_postfix_str(describe_training(line))
     return line
 
 
