@@ -198,6 +198,9 @@ def start_self_critical(
     records = Prepared(settings.data_folder).records("train")
     reward = Reward([[tokenize(text) for text in r.captions] for r in records], settings.reward_bleu4)
     rates.hold(settings.self_critical_lr)
+    run.log(
+        f"from epoch {len(history) + 1} on training is self-critical, with a rate of {rates.constant:.2g}"
+    )
     if history and REWARD in history[-1]:
         return reward
     optimizer.state.clear()
@@ -206,7 +209,7 @@ def start_self_critical(
     start = average.states()
     if best.is_file() and not is_given:
         start = load_checkpoint(best, "encoder", "decoder")
-        run.log(f"self-critical training goes on from epoch {len(start['history'])}")
+        run.log(f"    it starts from the weights of epoch {len(start['history'])}, the best one")
     average.restart(
         {name: start[name] for name in ("encoder", "decoder")}, average.steps
     )  # from the averages
