@@ -90,7 +90,7 @@ class SelfCritical:
     def __call__(self, indices: Sequence[int], images: Tensor, *_: Tensor) -> Tensor:
         """This batch's part of the step's loss, not yet divided by the number of words."""
         settings = self.settings
-        grid = encode(self.encoder, images, self.run.device)
+        grid = drop_channels(encode(self.encoder, images, self.run.device), settings.feature_dropout)
         uniforms = self._uniforms(indices)
         start, end = self.word_map[START], self.word_map[END]
         captions, lengths = sample_captions(self.decoder, grid.detach(), uniforms, start, end, settings.fused)
@@ -98,7 +98,6 @@ class SelfCritical:
         self.rewards, self.samples = self.rewards + float(rewards.sum()), self.samples + rewards.numel()
         self.step_words += int((lengths - 1).sum())
         advantages = leave_one_out(rewards).flatten().to(grid.device)
-        grid = drop_channels(grid, settings.feature_dropout)
         found = caption_logits(settings.fused)(self.decoder, grid, captions, lengths)
         log_probs = found.logits.float().log_softmax(dim=1).gather(1, found.targets.unsqueeze(1)).squeeze(1)
         return -(log_probs * advantages[found.captions]).sum()
