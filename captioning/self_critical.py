@@ -23,12 +23,15 @@ from captioning.averaging import WeightAverage
 from captioning.checkpoints import load_checkpoint
 from captioning.engine import REWARD, LearningRate, Run
 from captioning.fused_decoder import FusedSearchState
+from captioning.fused_recurrence import copy_to_device
 from captioning.losses import caption_logits, drop_channels, encode
 from captioning.plain_decoder import PlainSearchState
 from captioning.prepared import Prepared
 from metrics import CiderD, tokenize
 from metrics.ngrams import bleu_counts, named_bleu
 from models import DecoderWithAttention, Encoder
+
+STEPS_BETWEEN_CHECKS = 4  # of which samples have ended
 
 
 class Reward:
@@ -142,7 +145,8 @@ def leave_one_out(rewards: Tensor) -> Tensor:
 def sample_captions(
     decoder: DecoderWithAttention, grid: Tensor, uniforms: Tensor, start: int, end: int, fused: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Draw S captions of each of N images from the decoder's distribution, all at the same time.
+    """Draw S captions of each of N images from the decoder's distribution, without dropout, all at the same
+    time.
 
     Args:
         grid: (N, h, w, D).
@@ -154,28 +158,46 @@ def sample_captions(
         the CPU.
     """
     images, samples, steps = uniforms.shape
+    device, training = grid.device, decoder.training
+    decoder.eval()
     state = (FusedSearchState if fused else PlainSearchState)(decoder, grid)
-    uniforms = uniforms.to(grid.device)
-    words = torch.full((images, 1), start, device=grid.device)
-    drawn: list[Tensor] = []
-    ended = torch.zeros(images, samples, dtype=torch.bool, device=grid.device)
+    uniforms = uniforms.to(device)
+    captions = torch.zeros(images * samples, steps, dtype=torch.long, device=device)
+    rows = torch.arange(images * samples, device=device).view(images, samples)  # of those that go on
+    ended = torch.zeros_like(rows, dtype=torch.bool)
+    words = torch.full((images, 1), start, device=device)
     for step in range(steps):
-        logits, _ = state.step(words)  # (N, 1 or S, V)
-        cumulative = logits.float().softmax(dim=2).cumsum(dim=2)
-        wanted = uniforms[:, :, step].unsqueeze(1 if step == 0 else 2) * cumulative[:, :, -1:]
-        words = torch.searchsorted(cumulative, wanted, right=True).view(images, samples)
-        words = words.clamp(max=logits.shape[2] - 1)
-        drawn.append(words.masked_fill(ended, 0))
-        ended |= words == end
+        logits, _ = state.step(words)  # (n, 1 or k, V)
+        words = draw_words(logits, uniforms[:, :, step])
+        captions[rows.flatten(), step] = words.masked_fill(ended, 0).flatten()
         if step == 0:
             state.reorder(torch.zeros_like(words))
-        if step % 4 == 3 and bool(ended.all()):  # seldom: reading it waits for the device
-            break
-    captions = torch.stack(drawn, dim=2).flatten(0, 1).cpu()  # (N * S, T')
+        ended |= words == end
+        if step % STEPS_BETWEEN_CHECKS == STEPS_BETWEEN_CHECKS - 1:  # each waits for the device
+            left = (~ended).sum(dim=1).cpu()
+            if not left.any():
+                break
+            (index,) = copy_to_device([left.nonzero().flatten()], device)
+            first = ended[index].int().argsort(dim=1, stable=True)[:, : int(left.max())]  # those that go on
+            state.keep(index)
+            state.reorder(first)
+            uniforms = uniforms[index.unsqueeze(1), first]
+            rows, ended, words = (values[index.unsqueeze(1), first] for values in (rows, ended, words))
+    decoder.train(training)
+    captions = captions.cpu()
     ends = (captions == end).int()
-    lengths = torch.where(ends.any(dim=1), ends.argmax(dim=1) + 1, captions.shape[1]) + 1
+    lengths = torch.where(ends.any(dim=1), ends.argmax(dim=1) + 1, steps) + 1
     captions = torch.cat([torch.full((len(captions), 1), start), captions], dim=1)
     return captions[:, : int(lengths.max())], lengths
+
+
+def draw_words(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Words (N, S) from the distributions of logits (N, S, V) or, the same for an image's samples, (N, 1, V);
+    uniforms (N, S) in [0, 1)."""
+    cumulative = logits.float().softmax(dim=2).cumsum(dim=2)
+    wanted = uniforms.unsqueeze(1 if logits.shape[1] == 1 else 2) * cumulative[:, :, -1:]
+    words = torch.searchsorted(cumulative, wanted, right=True).view(uniforms.shape)
+    return words.clamp(max=logits.shape[2] - 1)  # where rounding made it the whole sum
 
 
 def start_self_critical(
