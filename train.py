@@ -40,6 +40,7 @@ from captioning.engine import (
     REWARD,
     LearningRate,
     Run,
+    copy_best,
     epochs_of_patience,
     epochs_since_improvement,
     report_best,
@@ -144,6 +145,11 @@ class Settings:
             check_at_least(self, 0, "self_critical_after")
             if not (self.self_critical_after or self.checkpoint or self.resume):
                 raise UserError("--self_critical_after 0 goes on from a trained model: give its --checkpoint")
+            if self.self_critical_after >= self.epochs and not (self.checkpoint or self.resume):
+                raise UserError(
+                    f"--self_critical_after {self.self_critical_after}: the training has only {self.epochs} "
+                    f"epochs; raise --epochs"
+                )
         if self.cached_views > 1 and not self.cache_features:
             raise UserError("--cached_views needs --cache_features True")
 
@@ -209,6 +215,8 @@ def run_training(settings: Settings) -> dict:
         average.restart(resumed.checkpoint, rates.steps)
     if run.is_main:
         start_outputs(output, resumed.source if resumed else None, len(history), OUTPUT_FILES)
+        if resumed:
+            copy_best(resumed.source, history, score, output)
     run.log_file = output / "train.log"  # set only now: archiving would move it
     monitor = Monitor(run, output, settings, read_json(Path(settings.data_folder) / "val_image_ids.json"))
     reward = None

@@ -43,12 +43,14 @@ class WeightAverage:
                 torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - decay)
 
     def restart(self, checkpoint: dict, steps: int) -> None:
-        """Go on from a checkpoint's weights, its `unaveraged` ones where it has them, after so many steps."""
+        """Go on from a checkpoint's weights after so many steps; where there is an average, from its
+        `unaveraged` ones, if it has them."""
         encoder, decoder = self.trained
         self.steps, self.encoder = steps, encoder
+        unaveraged = checkpoint.get("unaveraged", {}) if self.decay else {}
         for name, module in (("encoder", encoder), ("decoder", decoder)):
-            module.load_state_dict(checkpoint.get("unaveraged", checkpoint).get(name, checkpoint[name]))
-        if "encoder" in checkpoint.get("unaveraged", {}):
+            module.load_state_dict(unaveraged.get(name, checkpoint[name]))
+        if "encoder" in unaveraged:
             self.encoder = copy.deepcopy(encoder)
             self.encoder.load_state_dict(checkpoint["encoder"])
         self.decoder.load_state_dict(checkpoint["decoder"])

@@ -142,13 +142,14 @@ def peek(path: str | Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def write_best(source: Path, checkpoint: dict) -> None:
-    """Make the checkpoint in the file `source` the best of its folder: write encoder.pth, decoder.pth and
-    best_checkpoint.pth."""
+def write_best(source: Path, checkpoint: dict, folder: Path | None = None) -> None:
+    """Make the checkpoint in the file `source` the best of the folder, which is the file's own unless given:
+    write encoder.pth, decoder.pth and best_checkpoint.pth."""
+    folder = folder or source.parent
     about = {name: checkpoint[name] for name in ("settings", "word_map", "data", "history")}
     for name in ("encoder", "decoder"):
-        save_checkpoint(source.parent / f"{name}.pth", about | {name: checkpoint[name]})
-    with atomic_write(source.parent / "best_checkpoint.pth") as tmp_path:
+        save_checkpoint(folder / f"{name}.pth", about | {name: checkpoint[name]})
+    with atomic_write(folder / "best_checkpoint.pth") as tmp_path:
         shutil.copyfile(source, tmp_path)
 
 

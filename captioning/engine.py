@@ -319,6 +319,19 @@ def start_outputs(output: Path, source: Path | None, epochs: int, patterns: Sequ
     repair_outputs(output)
 
 
+def copy_best(source: Path, history: list[dict], score: str, output: Path) -> None:
+    """Give the output folder of a run that goes on from the checkpoint `source` of another folder the best
+    epoch so far, which is that checkpoint or stands beside it: the run may not find a better one."""
+    if not history or source.resolve().parent == output.resolve():
+        return
+    wanted = history[: best_epoch(history, score) + 1]
+    for file in (source, source.parent / "best_checkpoint.pth"):
+        if peek(file).get("history") == wanted:
+            output.mkdir(parents=True, exist_ok=True)
+            write_best(file, read_checkpoint(file), output)
+            return
+
+
 def repair_outputs(output: Path) -> None:
     """Make a folder's best files and history.csv those of its newest checkpoint, where a training was killed
     while it wrote them."""

@@ -41,7 +41,8 @@ class RowWriter:
         if self.dataset is None:
             shape = values.shape[1:]
             require_disk_space(self.path.parent, self.rows * values[0].nbytes, self.remedy)
-            options = {"maxshape": (None, *shape), "chunks": (1, *shape)}
+            chunks = (1,) * max(1, values.ndim - 3) + values.shape[1:][-3:]  # an image, or one view of it
+            options = {"maxshape": (None, *shape), "chunks": chunks}
             self.dataset = self.file.create_dataset(self.name, (self.rows, *shape), values.dtype, **options)
         self.dataset[self.written : self.written + len(values)] = values
         self.stream.check()
