@@ -116,6 +116,9 @@ class FakeCuda(TorchDispatchMode):
                 result = on_cpu(given["self"]).to(expected.dtype, copy=True)
             elif name == "_thnn_fused_lstm_cell":  # CUDA alone has it
                 result = lstm_cell(*on_cpu(args))
+            elif name in ("_softmax", "_log_softmax") and args[2]:  # from half precision to float, likewise
+                values, dim, _ = on_cpu(args)
+                result = func(values.float(), dim, False)
             else:
                 result = func(*on_cpu(args), **on_cpu(kwargs))
         if any(value.alias_info and value.alias_info.is_write for value in func._schema.returns):
@@ -201,6 +204,10 @@ def backward(loss: Tensor) -> dict[Tensor, Tensor]:
             continue
         arguments = [given.get(number) for number in range(max(given, default=0) + 1)]
         if hasattr(node, "_forward_cls"):  # of a torch.autograd.Function, whose arguments are not all tensors
+            for number, output in enumerate(node._input_metadata):  # zero where the loss does not depend on it
+                if number not in given:
+                    given[number] = torch.zeros(output.shape, dtype=output.dtype, device=CUDA)
+            arguments = [given[number] for number in sorted(given)]
             results = [r for r, needed in zip(node.apply(*arguments), node.needs_input_grad) if needed]
         else:
             results = node(*arguments)

@@ -11,9 +11,12 @@ from torch import Tensor
 
 from captioning import fused_decoder
 from captioning.beam_search import beam_search
+from captioning.engine import Run
 from captioning.features import encode_images
+from captioning.self_critical import Reward, SelfCritical, sample_captions
 from models import DecoderWithAttention, Encoder, normalize_images
 from tests.fake_cuda import CUDA, CudaTensor, FakeCuda, backward, to_cuda
+from train import Settings
 
 VOCABULARY, START, END = 40, 38, 39
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -117,6 +120,58 @@ def test_search_under_autocast_with_attention(dtype):
             [to_cuda(decoder)], [CudaTensor(grid)], START, END, 3, max_steps=6, keep_alphas=True
         )
     assert all(hypothesis.alphas.shape == (len(hypothesis.words), 196) for hypothesis in found)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_samples_on_the_device_are_the_cpus(fused):
+    """The host waits once in four steps, and for the result."""
+    decoder, grid, uniforms = make_decoder(), torch.rand(5, 8, 8, 32), torch.rand(5, 3, 14)
+    decoder.fc.bias.data[END] = 2.0  # some end early, some not at all
+    expected = sample_captions(decoder, grid, uniforms, START, END, fused)
+    steps = int(expected[1].max()) - 1
+    assert steps > 8
+    with FakeCuda() as cuda:
+        found = sample_captions(to_cuda(decoder), CudaTensor(grid), uniforms, START, END, fused)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    # the random numbers to the device once, captions back once
+    assert sum(cuda.waits.values()) <= -(-steps // 4) + 2, cuda.waits
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_self_critical_loss(precision):
+    """Samples, rewards and the loss, with its gradients, in full and half precision."""
+    words = [f"word{index}" for index in range(START)]
+    word_map = {word: index for index, word in enumerate([*words, "<start>", "<end>"])}
+    reward = Reward([[words[1:6], words[3:9]], [words[2:5]]])
+    decoder, grid = make_decoder(), torch.rand(2, 8, 8, 32)
+    decoder.fc.bias.data[END] = 1.0
+    lengths, dtype = torch.full((2, 1), 6), PRECISIONS[precision]
+
+    def loss_of(model, images):
+        run = Run.start("no")
+        run.device = images.device
+        settings = Settings(dropout=0.0)
+        objective = SelfCritical(None, model, settings, run, word_map, reward, 9, epoch=1)
+        objective.start_step(lengths.numpy())
+        return objective([1, 0], images, torch.zeros(2, 1, 6).long(), lengths)
+
+    plain = loss_of(decoder, grid)
+    plain.backward()
+    with FakeCuda():
+        model = to_cuda(decoder)
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            loss = loss_of(model, CudaTensor(grid))
+        assert loss.dtype == torch.float32
+        found = backward(loss)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    gradients = {names[leaf]: gradient.numbers for leaf, gradient in found.items()}
+    assert plain.item() != 0 and {"fc.weight", "attention.encoder_att.weight"} <= set(gradients)
+    for name, parameter in decoder.named_parameters():
+        if precision == "float32" and name != "attention.full_att.bias":
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-4, msg=name)
+        elif name in gradients:  # other samples may be drawn in lower precision
+            assert gradients[name].isfinite().all(), name
 
 
 def test_a_tensor_left_on_the_cpu_raises(monkeypatch):

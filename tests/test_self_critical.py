@@ -409,7 +409,7 @@ def test_the_plain_decoder_trains_as_the_fused_one(prepared, cross_entropy, tmp_
 def test_settings_that_leave_nothing_to_do_are_refused():
     with pytest.raises(UserError, match="give its --checkpoint"):
         train.Settings(self_critical_after=0)
-    with pytest.raises(UserError, match="--self_critical_after 20: .* only 3 epochs"):
+    with pytest.raises(UserError, match=r"--self_critical_after 20: .* only 3 epochs"):
         train.Settings(self_critical_after=20)
     with pytest.raises(UserError, match="--self_critical_samples is 1"):
         train.Settings(self_critical_samples=1)
