@@ -5,6 +5,7 @@ A benchmark imports this module before any of the repository's: it puts the repo
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from captioning.annotations import END, PAD, START, UNK  # noqa: E402
 from captioning.fold_batch_norms import fold_batch_norms  # noqa: E402
-from models import Encoder, normalize_images  # noqa: E402
+from models import DecoderWithAttention, Encoder, normalize_images  # noqa: E402
 from utils import write_json  # noqa: E402
 
 
@@ -99,6 +100,15 @@ def write_record(
     write_json(folder / "prepared.json", record)
 
 
+def words_of(captions: Tensor, lengths: Tensor, vocabulary: int) -> list[list[list[str]]]:
+    """The captions of `make_captions` as lists of words, without `<start>` and `<end>`."""
+    words = list(make_word_map(vocabulary))
+    return [
+        [[words[index] for index in caption[1 : length - 1]] for caption, length in zip(*image)]
+        for image in zip(captions.tolist(), lengths.tolist())
+    ]
+
+
 # --- models -------------------------------------------------------------------------------------------------
 
 
@@ -121,3 +131,9 @@ def random_encoder(encoder_name: str, seed: int, device: torch.device) -> Encode
     with torch.no_grad():
         encoder.grid(normalize_images(make_images(8, 128, 128, seed)))
     return fold_batch_norms(encoder.eval()).to(device)
+
+
+def end_samples(decoder: DecoderWithAttention, words: float) -> DecoderWithAttention:
+    """Make a decoder with random weights end its samples after so many words on average, `<end>` included."""
+    decoder.fc.bias.data[-1] = math.log((decoder.fc.out_features - 1) / (words - 1))
+    return decoder

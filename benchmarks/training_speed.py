@@ -8,6 +8,10 @@ encoder, in float32 where ours are kept in float16. Fine-tuned encoder: the text
 for each caption's copy of the image; we run it once an image. Here each step starts from the textbook's
 weights: Adam makes large steps of the smallest rounding differences in a deep network.
 
+Self-critical training, on the same features: captions sampled, rewarded and learned from a second, beside
+those that cross-entropy learns from, steps in turn. Samples are about as long as the captions. Less than half
+the captions a second is an error.
+
 Both get the same captions, the textbook first. Losses, and gradients of the fine-tuned models, must agree, or
 the script stops with an error. The first step of each warms up and is not counted. Weights, images and
 captions are random; reading them from disk is left out on both sides, and so is dropout. On two CPU cores it
@@ -21,7 +25,15 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
-from common import make_captions, make_images, random_encoder, timed
+from common import (
+    end_samples,
+    make_captions,
+    make_images,
+    make_word_map,
+    random_encoder,
+    timed,
+    words_of,
+)
 from torch import Tensor, nn
 
 import train
@@ -29,6 +41,7 @@ from captioning.annotations import UNK
 from captioning.engine import Run
 from captioning.features import encode_images
 from captioning.losses import CrossEntropy
+from captioning.self_critical import Reward, SelfCritical
 from models import DecoderWithAttention, Encoder, normalize_images
 from tests.reference import TextbookDecoder, TextbookEncoder, pool, textbook_loss
 from utils import check_at_least, pick_device, run_script
@@ -47,6 +60,7 @@ class Settings:
     batches: int = 3  # different ones, used in turn
     steps: int = 20  # frozen encoder, on the same features
     textbook_steps: int = 1  # frozen encoder, the textbook's running
+    self_critical_steps: int = 6  # encoder frozen, the first for warming up
     fine_tuned_steps: int = 2  # encoder fine-tuned, the first for warming up
     tolerance: float = 1e-4  # largest difference of a loss
     gradient_tolerance: float = 1e-2  # of the gradient, as a share of its length; float32 turns ReLUs over
@@ -54,7 +68,7 @@ class Settings:
 
     def __post_init__(self):
         check_at_least(self, 1, "batch_size", "captions_per_image", "batches", "textbook_steps")
-        check_at_least(self, 2, "steps", "fine_tuned_steps")
+        check_at_least(self, 2, "steps", "self_critical_steps", "fine_tuned_steps")
         check_at_least(self, 5, "vocabulary")
 
 
@@ -69,6 +83,7 @@ def main(settings: Settings) -> None:
         flush=True,
     )
     compare_frozen(encoder, batches, settings, device)
+    compare_self_critical(encoder, batches, settings, device)
     compare_fine_tuned(encoder, batches, settings, device)
 
 
@@ -101,6 +116,33 @@ def compare_frozen(encoder: Encoder, batches: list[Batch], settings: Settings, d
             record.seconds["ours"].append(our_seconds)
         record.differ("loss" if same_features else "loss, float16 against float32", abs(loss - our_loss))
     record.report("encoder frozen")
+
+
+def compare_self_critical(
+    encoder: Encoder, batches: list[Batch], settings: Settings, device: torch.device
+) -> None:
+    features = [(encode_images(encoder, batch[0].to(device)).half().cpu(), *batch[1:]) for batch in batches]
+    lengths = torch.cat([batch[2] for batch in batches])
+    trainers = {"cross-entropy": make_pair(encoder, settings, device)[1]}
+    decoder = end_samples(make_pair(encoder, settings, device)[1].decoder, float(lengths.float().mean()) - 1)
+    trainers["self-critical"] = OursSelfCritical(encoder, decoder, device, batches, settings)
+    seconds, captions = defaultdict(float), defaultdict(int)
+    for step in range(settings.self_critical_steps):
+        for name, trainer in trainers.items():
+            _, passed = timed(trainer.step, features[step % len(batches)], device=device)
+            if step > 0:
+                seconds[name] += passed
+                captions[name] += trainer.objective.captions
+    rates = {name: captions[name] / seconds[name] for name in trainers}
+    share = rates["self-critical"] / rates["cross-entropy"]
+    print("encoder frozen, captions a second:")
+    for name, rate in rates.items():
+        print(f"    {name}: {rate:.2f} ({settings.self_critical_steps - 1} steps)")
+    objective = trainers["self-critical"].objective
+    words = objective.step_words / objective.captions
+    print(f"    {share:.2f} times those of cross-entropy; {words:.1f} words a sample", flush=True)
+    if share < 0.5:
+        sys.exit("self-critical training takes more than twice the time of cross-entropy")
 
 
 def compare_fine_tuned(
@@ -191,7 +233,28 @@ class Ours(Trainer):
     def step(self, batch: Batch) -> float:
         """One step on a batch, which may have features in place of its images; its loss."""
         self.objective.start_step(batch[2].numpy())
-        return self.follow(self.objective(range(len(batch[0])), *batch))
+        loss = self.objective(range(len(batch[0])), *batch)
+        return self.follow(loss / self.objective.finish_step())
+
+
+class OursSelfCritical(Ours):
+    """Self-critical training; whatever its images, the references are the first batch's captions."""
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        device: torch.device,
+        batches: list[Batch],
+        settings: Settings,
+    ):
+        super().__init__(encoder, decoder, device)
+        reward = Reward(words_of(*batches[0][1:], settings.vocabulary))
+        longest = int(max(batch[2].max() for batch in batches)) - 1
+        word_map, training = make_word_map(settings.vocabulary), train.Settings(dropout=0)
+        self.objective = SelfCritical(
+            encoder, decoder, training, Run.start("no"), word_map, reward, longest, epoch=1
+        )
 
 
 def gradient_difference(ours: Ours, textbook: Textbook) -> float:

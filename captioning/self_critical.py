@@ -64,7 +64,8 @@ class SelfCritical:
         settings: of the training: `self_critical_samples`, at least 2; `feature_dropout`, `fused`, `seed`.
         reward: of the training images.
         longest: words of a sample at most, `<end>` included.
-        epoch: samples depend on the seed, the epoch and the image, not on batches or processes.
+        epoch: the random numbers of an image's samples depend on the seed, the epoch and the image alone, not
+            on batches or processes.
 
     Attributes:
         rewards: of this process's samples in the epoch, summed; samples: how many they are.

@@ -204,7 +204,9 @@ def backward(loss: Tensor) -> dict[Tensor, Tensor]:
             continue
         arguments = [given.get(number) for number in range(max(given, default=0) + 1)]
         if hasattr(node, "_forward_cls"):  # of a torch.autograd.Function, whose arguments are not all tensors
-            for number, output in enumerate(node._input_metadata):  # zero where the loss does not depend on it
+            for number, output in enumerate(
+                node._input_metadata
+            ):  # zero where the loss does not depend on it
                 if number not in given:
                     given[number] = torch.zeros(output.shape, dtype=output.dtype, device=CUDA)
             arguments = [given[number] for number in sorted(given)]

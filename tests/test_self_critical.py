@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, small_settings
@@ -13,11 +14,14 @@ import train
 from captioning import self_critical
 from captioning.annotations import END, START, UNK
 from captioning.averaging import WeightAverage
-from captioning.checkpoints import load_checkpoint
+from captioning.checkpoints import decoder_from, encoder_from, load_checkpoint
 from captioning.engine import REWARD, Run, epochs_of_patience
+from captioning.features import cache_features
 from captioning.losses import caption_logits
+from captioning.prepared import Prepared
 from captioning.self_critical import Reward, SelfCritical, leave_one_out, sample_captions
-from metrics import CiderD
+from datasets import CaptionDataset, Request
+from metrics import CiderD, tokenize
 from models import DecoderWithAttention, pool_grid
 from utils import UserError
 
@@ -256,14 +260,14 @@ def test_the_gradient_is_that_of_plain_reinforce(fused, monkeypatch):
 
 # --- the stage ----------------------------------------------------------------------------------------------
 
-OPTIONS = {"self_critical_lr": 2e-3, "batch_size": 8, "select_by": "cider"}
+OPTIONS = {"self_critical_lr": 3e-4, "batch_size": 8, "select_by": "cider"}
 
 
 @pytest.fixture(scope="module")
 def cross_entropy(prepared, tmp_path_factory):
-    """Six epochs of cross-entropy: captions that are half right."""
+    """Twenty epochs of cross-entropy: captions that are half right."""
     output = tmp_path_factory.mktemp("cross_entropy")
-    train.train(small_settings(prepared, output, **OPTIONS, epochs=6))
+    train.train(small_settings(prepared, output, **OPTIONS, epochs=20))
     return output
 
 
@@ -276,16 +280,34 @@ def go_on(prepared, source, output, **options):
     return load_checkpoint(sorted(output.glob("checkpoint_epoch_*.pth"))[-1])["history"][first:]
 
 
-def test_it_raises_the_reward_and_cider(prepared, cross_entropy, tmp_path, capsys):
+def test_it_raises_cider(prepared, cross_entropy, tmp_path, capsys):
     start = load_checkpoint(cross_entropy / "best_checkpoint.pth")["history"][-1]
-    rows = go_on(prepared, cross_entropy, tmp_path, epochs=6)
-    assert rows[-1][REWARD] > rows[0][REWARD] * 1.1
+    rows = go_on(prepared, cross_entropy, tmp_path, epochs=5, dropout=0.0)
     assert max(row["val_cider"] for row in rows) > start["val_cider"] * 1.05
-    assert all(row["decoder_lr"] == 2e-3 for row in rows)
+    assert all(row["decoder_lr"] == 3e-4 for row in rows)
     log = capsys.readouterr().out
     assert "training is self-critical" in log and f"reward {rows[0][REWARD]:.3f}" in log
     header = (tmp_path / "history.csv").read_text().splitlines()[0].split(",")
     assert REWARD in header
+
+
+def test_it_raises_the_reward(prepared, cross_entropy):
+    """Of eight images, in forty steps; a mean of ten steps' rewards has a deviation of about 0.03."""
+    checkpoint = load_checkpoint(cross_entropy / "best_checkpoint.pth")
+    encoder, decoder = encoder_from(checkpoint, ""), decoder_from(checkpoint, "").train()
+    file = cache_features(encoder, prepared, "train", torch.device("cpu"))
+    dataset, settings = CaptionDataset(prepared, "train", file), train.Settings(decoder_lr=3e-3)
+    references = [[tokenize(text) for text in r.captions] for r in Prepared(prepared).records("train")]
+    decoder.dropout.p, run, word_map = 0.0, Run.start("no"), checkpoint["word_map"]
+    optimizer = train.build_optimizer(encoder, decoder, settings)
+    request, rewards = Request(np.arange(8), 0), []
+    for step in range(40):
+        objective = SelfCritical(encoder, decoder, settings, run, word_map, Reward(references), 12, step)
+        objective.start_step(dataset.lengths[request.indices])
+        run.backward(objective(request.indices, *dataset[request]))
+        run.step(optimizer, 5.0, "value", objective.finish_step())
+        rewards.append(objective.report()[REWARD])
+    assert sum(rewards[-10:]) > 1.08 * sum(rewards[:10])
 
 
 def weights_of(file) -> dict[str, torch.Tensor]:
@@ -345,9 +367,13 @@ def test_the_stage_begins_with_the_best_weights_and_a_new_adam(prepared, tmp_pat
 
 
 def test_patience_stops_it_and_says_so(prepared, cross_entropy, tmp_path, capsys):
-    """A rate of 0 changes nothing, so that no epoch is better."""
+    """A rate of 0 changes nothing, so that no epoch is better: the best one is the one that was given."""
     rows = go_on(prepared, cross_entropy, tmp_path, epochs=8, patience=2, self_critical_lr=0.0)
     assert len(rows) == 2 and "stopped: no better cider for 2 epochs" in capsys.readouterr().out
+    given = cross_entropy / "best_checkpoint.pth"
+    assert_same_weights(tmp_path / "best_checkpoint.pth", given)
+    assert (tmp_path / "best_checkpoint.pth").read_bytes() == given.read_bytes()
+    assert load_checkpoint(tmp_path / "decoder.pth")["history"] == load_checkpoint(given)["history"]
 
 
 def test_patience_counts_the_stages_epochs_alone():
@@ -391,9 +417,9 @@ def test_two_processes_are_one_with_twice_the_batch(prepared, cross_entropy, tmp
 
 
 def test_a_trainable_encoder_learns_too(prepared, cross_entropy, tmp_path):
-    rows = go_on(prepared, cross_entropy, tmp_path, fine_tune_encoder=True, self_critical_lr=1e-4)
+    rows = go_on(prepared, cross_entropy, tmp_path, fine_tune_encoder=True)
     before = load_checkpoint(cross_entropy / "best_checkpoint.pth")
-    after = load_checkpoint(tmp_path / "best_checkpoint.pth")
+    after = load_checkpoint(*tmp_path.glob("checkpoint_epoch_*.pth"))
     assert len(rows) == 1
     for part in ("encoder", "decoder"):
         moved = [name for name in after[part] if not torch.equal(after[part][name], before[part][name])]
