@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from captioning.beam_search import beam_search, beam_search_n_best
+from captioning.word_masks import WordRules
 from models import DecoderWithAttention, pool_grid
 from tests.reference import TextbookDecoder
 from utils import UserError
@@ -115,7 +116,7 @@ def test_forbidden_words_do_not_occur():
     decoder, grid = make_decoder(), torch.rand(8, 8, 8, 32) * 3
     free = beam_search([decoder], [grid], START, END, max_steps=12)
     used = {word for hypothesis in free for word in hypothesis.words}
-    bound = beam_search([decoder], [grid], START, END, max_steps=12, forbidden=used)
+    bound = beam_search([decoder], [grid], START, END, max_steps=12, rules=WordRules(used))
     assert used.isdisjoint(word for hypothesis in bound for word in hypothesis.words)
 
 

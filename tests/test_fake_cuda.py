@@ -12,6 +12,7 @@ from torch import Tensor
 from captioning import fused_decoder
 from captioning.beam_search import beam_search
 from captioning.features import encode_images
+from captioning.word_masks import WordRules
 from models import DecoderWithAttention, Encoder, normalize_images
 from tests.fake_cuda import CUDA, CudaTensor, FakeCuda, backward, to_cuda
 
@@ -97,7 +98,8 @@ def test_a_training_step_on_features_never_waits(trainable):
 @pytest.mark.parametrize("members", [1, 2])
 def test_search_waits_once_a_step(beam_size, fused, members):
     decoder, grid = make_decoder(), torch.rand(8, 8, 8, 32) * 3
-    options = {"max_steps": 12, "forbidden": (3, 4), "fused": fused}
+    rules = WordRules((3, 4), no_repeat_ngram=2, min_length=2, unfinished=(5, 6))
+    options = {"max_steps": 12, "rules": rules, "fused": fused}
     expected = beam_search([decoder] * members, [grid] * members, START, END, beam_size, **options)
     steps = max(len(hypothesis.words) for hypothesis in expected)
     with FakeCuda() as cuda:
