@@ -231,18 +231,18 @@ class _Beams:
         return Hypothesis(self.words[row, column, 1:].tolist(), score, alphas, ended is not None, log_probs)
 
     def unfinished(self, row: int, rules: WordRules, length_penalty: float) -> list[Hypothesis]:
-        """The live hypotheses of an image by descending score, no two alike."""
+        """The live hypotheses of an image by descending score, no two alike; the score is that of all words,
+        also of those that are cut off."""
         found: dict[tuple[int, ...], Hypothesis] = {}
         for column, total in enumerate(self.scores[row].tolist()):
             if math.isfinite(total):
                 whole = self.hypothesis(row, column, total)
                 words = rules.cut(whole.words)
-                log_probs, alphas = whole.log_probs[: len(words)], whole.alphas
-                total = total if len(words) == len(whole.words) else sum(log_probs)
-                score = normalized_score(total, max(len(words), 1), length_penalty)
-                alphas = None if alphas is None else alphas[: len(words)]
-                found.setdefault(tuple(words), Hypothesis(words, score, alphas, False, log_probs))
-        return sorted(found.values(), key=lambda h: -h.score)
+                score = normalized_score(total, max(len(whole.words), 1), length_penalty)
+                alphas = None if whole.alphas is None else whole.alphas[: len(words)]
+                cut = Hypothesis(words, score, alphas, False, whole.log_probs[: len(words)])
+                found.setdefault(tuple(words), cut)
+        return list(found.values())
 
 
 def _to_host(scores: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,9 @@ def make_decoder(seed: int = 0) -> DecoderWithAttention:
     return decoder
 
 
-def plain_beam_search(decoder, encoding, beam_size, max_steps, length_penalty=0.0):
+def plain_beam_search(
+    decoder, encoding, beam_size, max_steps, length_penalty=0.0, allowed=lambda words, word: True
+):
     """encoding (196, D) -> (words, score), with no tensors across hypotheses."""
     encoding = encoding.unsqueeze(0)
     live = [([], 0.0, *decoder.initial_state(encoding))]
@@ -32,7 +34,11 @@ def plain_beam_search(decoder, encoding, beam_size, max_steps, length_penalty=0.
             word = decoder.embedding(torch.tensor([words[-1] if words else START]))
             logits, h2, c2, _ = decoder.step(word, encoding, h, c)
             log_probs = logits[0].log_softmax(dim=0)
-            continuations += [([*words, w], score + log_probs[w].item(), h2, c2) for w in range(VOCABULARY)]
+            continuations += [
+                ([*words, w], score + log_probs[w].item(), h2, c2)
+                for w in range(VOCABULARY)
+                if allowed(words, w)
+            ]
         continuations.sort(key=lambda continuation: -continuation[1])
         best = continuations[: beam_size - len(ended)]
         ended += [continuation for continuation in best if continuation[0][-1] == END]
