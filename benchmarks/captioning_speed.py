@@ -6,6 +6,8 @@ Evaluation: the textbook goes over a split as its data set holds it, each image 
 captions, one at a time, encoder included; we search batches of images, each once, from the images and
 from their cached features. Both must find the same captions, or the script stops with an error.
 
+Rules: the search from cached features with `no_repeat_ngram` 3, with all rules, and without, in turn.
+
 Captioning a folder: `caption_images` on JPEG files, from the call to the written CSV, beside the encoder's
 forward passes alone on the same images, already read; and the share of the journal in it.
 
@@ -20,7 +22,9 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from statistics import median
 from unittest.mock import patch
 
 import torch
@@ -36,6 +40,7 @@ from captioning.features import encode_images
 from captioning.fused_decoder import caption_logits
 from captioning.images import read_image
 from captioning.journal import Journal
+from captioning.word_masks import WordRules
 from models import DecoderWithAttention, Encoder, normalize_images
 from tests.reference import TextbookDecoder, TextbookEncoder, textbook_search
 from utils import check_at_least, pick_device, run_script
@@ -51,6 +56,7 @@ class Settings:
     textbook_images: int = 6  # of these, which the textbook captions too
     captions_per_image: int = 5  # how often the textbook captions each
     batch_size: int = 32  # images that we search at a time
+    rule_rounds: int = 15  # searches with and without rules, of which the medians are compared
     training_steps: int = 40  # of the decoder, before anything is timed
     folder_images: int = 128  # JPEG files of 640 x 480 pixels
     folder_beam_size: int = 3  # hypotheses, for the folder
@@ -58,6 +64,7 @@ class Settings:
 
     def __post_init__(self):
         check_at_least(self, 1, "captions_per_image", "batch_size", "textbook_images", "folder_images")
+        check_at_least(self, 1, "rule_rounds")
         check_at_least(self, self.textbook_images, "images")
 
 
@@ -73,6 +80,7 @@ def main(settings: Settings) -> None:
     features = torch.cat([encode_images(encoder, part.to(device)).half().cpu() for part in images.split(32)])
     decoder = train_decoder(features, settings, device)
     compare_evaluation(encoder, decoder, images, features, word_map, settings, device)
+    compare_rules(decoder, features, word_map, settings, device)
     with tempfile.TemporaryDirectory() as folder:
         compare_folder(encoder, decoder, word_map, Path(folder), settings, device)
 
@@ -157,6 +165,34 @@ def compare_evaluation(
         print(
             f"    the same captions, {words:.1f} words on average, {len(set(map(tuple, captions)))} different"
         )
+
+
+def compare_rules(
+    decoder: DecoderWithAttention,
+    features: Tensor,
+    word_map: dict[str, int],
+    settings: Settings,
+    device: torch.device,
+) -> None:
+    rules = {
+        "without rules": WordRules(),
+        "no_repeat_ngram 3": WordRules(no_repeat_ngram=3),
+        "all rules": WordRules((0,), 3, 5, range(1, 60)),
+    }
+    start, end = word_map[START], word_map[END]
+    grids = [part.to(device).float() for part in features.split(settings.batch_size)]
+    for beam_size in (1, 3, 5):
+        seconds = {name: [] for name in rules}
+        for _ in range(settings.rule_rounds):
+            for name, own in rules.items():
+                search = partial(beam_search, start=start, end=end, beam_size=beam_size, rules=own)
+                _, taken = timed(lambda: [search([decoder], [grid]) for grid in grids], device=device)  # noqa: B023
+                seconds[name].append(taken)
+        plain = median(seconds["without rules"])
+        ratios = {name: median(own) / plain for name, own in seconds.items()}
+        print(f"rules with beam {beam_size}, time against the search without rules:")
+        for name in list(rules)[1:]:
+            print(f"    {name}: {ratios[name]:.3f}", flush=True)
 
 
 def compare_folder(

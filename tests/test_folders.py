@@ -56,9 +56,9 @@ def make_images(folder, count: int, suffix: str = ".png"):
     return folder
 
 
-def run(captioner, folder, output=None, model="model", beam_size=1, **options) -> list[str]:
+def run(captioner, folder, output=None, model="model", beam_size=1, decoding=None, **options) -> list[str]:
     options = FolderOptions(folder, output_csv=output, batch_size=BATCH, workers=2, **options)
-    return caption_folder(options, lambda: captioner, model, DecodingOptions(beam_size))
+    return caption_folder(options, lambda: captioner, model, decoding or DecodingOptions(beam_size))
 
 
 def no_captioner():
@@ -112,6 +112,45 @@ def test_another_setting_or_model_starts_anew_and_says_so(tmp_path, capsys):
     captioner = ColourCaptioner()
     run(captioner, folder, output, model=[weights])
     assert captioner.seen == 12
+
+
+@pytest.mark.parametrize("decoding", [
+    {"length_penalty": 1.0}, {"no_repeat_ngram": 3}, {"min_length": 5}, {"remove_bad_endings": True},
+    {"allow_unk": True}, {"num_captions": 2}, {"temperature": 1.0}, {"top_p": 0.9}, {"seed": 5},
+])  # fmt: skip
+def test_other_decoding_starts_anew_and_says_so(decoding, tmp_path, capsys):
+    folder, output = make_images(tmp_path / "in", 12), tmp_path / "out.csv"
+    with pytest.raises(Killed):
+        run(ColourCaptioner(kill_at=3), folder, output, decoding=DecodingOptions())
+    captioner = ColourCaptioner()
+    run(captioner, folder, output, decoding=DecodingOptions(**decoding))
+    assert captioner.seen == 12
+    assert f"another {next(iter(decoding))}; not used, starting anew" in capsys.readouterr().out
+
+
+def test_several_captions_with_scores_survive_a_kill(tmp_path):
+    class Several(ColourCaptioner):
+        def decode_prepared(self, images, options, ids, with_scores=False):
+            found = super().decode_prepared(images, options, ids)
+            return [[ScoredCaption(f"{text} {k}", -k / 3, -k / 9) for k in (1, 2)] for ((text, *_),) in found]
+
+    folder = make_images(tmp_path / "in", 30)
+    (folder / "img7.png").write_text("no image")
+    how = {"decoding": DecodingOptions(num_captions=2), "with_scores": True}
+    run(Several(), folder, tmp_path / "whole.csv", **how)
+    with pytest.raises(Killed):
+        run(Several(kill_at=4), folder, tmp_path / "killed.csv", **how)
+    captioner = Several()
+    run(captioner, folder, tmp_path / "killed.csv", **how)
+    assert 0 < captioner.seen < 29
+    assert (tmp_path / "killed.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    lines = (tmp_path / "whole.csv").read_text().splitlines()
+    assert lines[:3] == [
+        "image_id,caption,rank,log_prob,log_prob_per_word",
+        "img0,colour 0 0 200 1,1,-0.3333,-0.1111",
+        "img0,colour 0 0 200 2,2,-0.6667,-0.2222",
+    ]
+    assert "img7,,1,," in lines and len(lines) == 1 + 2 * 29 + 1
 
 
 def test_an_image_that_changed_meanwhile_is_captioned_again(tmp_path):
