@@ -12,6 +12,7 @@ from torch import Tensor
 from captioning import fused_decoder
 from captioning.beam_search import beam_search
 from captioning.features import encode_images
+from captioning.sampling import sample_captions
 from captioning.word_masks import WordRules
 from models import DecoderWithAttention, Encoder, normalize_images
 from tests.fake_cuda import CUDA, CudaTensor, FakeCuda, backward, to_cuda
@@ -108,6 +109,19 @@ def test_search_waits_once_a_step(beam_size, fused, members):
     assert [hypothesis.words for hypothesis in found] == [hypothesis.words for hypothesis in expected]
     assert [h.log_probs for h in found] == [pytest.approx(h.log_probs, abs=1e-5) for h in expected]
     assert steps > 2 and sum(cuda.waits.values()) <= steps + 1, cuda.waits
+    assert "pageable" not in cuda.copies
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_sampling_waits_once_a_step(fused):
+    decoder, grid = make_decoder(), torch.rand(8, 8, 8, 32) * 3
+    rules = WordRules((3, 4), no_repeat_ngram=2, min_length=2, unfinished=(5, 6))
+    options = {"samples": 3, "max_steps": 9, "top_p": 0.9, "rules": rules, "fused": fused}
+    expected = sample_captions([decoder], [grid], START, END, range(8), **options)
+    with FakeCuda() as cuda:
+        found = sample_captions([to_cuda(decoder)], [CudaTensor(grid)], START, END, range(8), **options)
+    assert [[h.words for h in own] for own in found] == [[h.words for h in own] for own in expected]
+    assert sum(cuda.waits.values()) <= 9 + 3, cuda.waits  # and words, log-probabilities, which are stuck
     assert "pageable" not in cuda.copies
 
 
