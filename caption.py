@@ -19,12 +19,13 @@ from torch import Tensor
 
 from captioning.captioner import Captioner
 from captioning.checkpoints import load_models
+from captioning.decoding import DecodingOptions
 from captioning.figures import caption_files, draw_attention
 from captioning.folder_plan import FolderOptions
 from captioning.folders import caption_folder
 from captioning.images import read_image
 from models import DecoderWithAttention, Encoder
-from utils import Device, UserError, check_at_least, run_script
+from utils import Device, UserError, run_script
 
 DEFAULT_OUTPUT = "submission.csv"
 
@@ -53,11 +54,18 @@ class Settings:
     device: Device = "auto"  # auto: a GPU where there is one
     workers: int = 4  # threads that read images
     length_penalty: float = 0.0  # compare captions by log-probability / length ** this
+    no_repeat_ngram: int = 0  # no sequence of so many words occurs twice in a caption; 0: any may
+    min_length: int = 0  # words of a caption, at least
+    remove_bad_endings: bool = False  # no caption ends in "a", "of", "and" or the like
+    allow_unk: bool = False  # captions may have <unk>, as the 2018 tutorial's
+    num_captions: int = 1  # of each image: the best of the beam, or so many samples
+    temperature: float | None = None  # draw samples, from the probabilities to the power of 1 / this
+    top_p: float | None = None  # draw samples, from the likeliest words, of which this share is made up
+    seed: int = 123  # of the samples
+    with_scores: bool = False  # log-probabilities too, in columns log_prob and log_prob_per_word
 
     def __post_init__(self):
-        check_at_least(self, 1, "beam_size")
-        check_at_least(self, -100, "length_penalty")
-        FolderOptions.of(self, DEFAULT_OUTPUT)  # refuses what cannot be
+        FolderOptions.of(self, DEFAULT_OUTPUT).check(DecodingOptions.of(self))  # refuses what cannot be
         if self.img is not None:
             self.images = (*self.images, self.img)
         if self.figure and len(self.images) != 1:
@@ -72,17 +80,16 @@ def main(settings: Settings) -> int:
             encoder_path,
             decoder_path,
             settings.word_map,
-            beam_size=settings.beam_size,
-            length_penalty=settings.length_penalty,
+            **asdict(DecodingOptions.of(settings)),
             **asdict(FolderOptions.of(settings, DEFAULT_OUTPUT)),
         )
         return 1 if failed else 0
     for image in settings.images:
         read_image(image)  # complain before the models are loaded
     encoder, decoder, word_map = load_models(encoder_path, decoder_path, settings.word_map)
-    search = {"beam_size": settings.beam_size, "length_penalty": settings.length_penalty}
     captioner = Captioner([(encoder, decoder)], word_map)
-    for figure in caption_files(captioner, settings.images, settings.figure, **search):
+    options = DecodingOptions.of(settings)
+    for figure in caption_files(captioner, settings.images, options, settings.figure, settings.with_scores):
         if settings.show:
             open_file(figure)
     return 0
@@ -97,13 +104,12 @@ def caption_image_beam_search(
     image_path: str | Path,
     word_map: dict[str, int],
     beam_size: int = 3,
-    length_penalty: float = 0.0,
+    **decoding,
 ) -> tuple[list[str], Tensor]:
     """The caption of an image file as words, and where each word looked: alphas (words, 14, 14), each
-    summing to 1."""
+    summing to 1. decoding: further ones of `DecodingOptions`."""
     captioner = Captioner([(encoder, decoder)], word_map)
-    image = captioner.prepare(image_path).unsqueeze(0)
-    (found,) = captioner.describe_prepared(image, beam_size, length_penalty)
+    found = captioner.caption(image_path, beam_size, details=True, **decoding)
     return found.words, found.attention
 
 
@@ -136,7 +142,6 @@ def caption_images(
     test_folder: str | Path = "test/test",
     output_csv: str | Path | None = DEFAULT_OUTPUT,
     beam_size: int = 3,
-    length_penalty: float = 0.0,
     **options,
 ) -> list[str]:
     """Caption the images of a folder into a CSV `image_id,caption`, a .json or a .jsonl file.
@@ -145,7 +150,8 @@ def caption_images(
     of the folder, in natural order, by its name without extension.
 
     Args:
-        options: further ones of `FolderOptions`, such as batch_size, recursive or sidecars.
+        options: further ones of `FolderOptions`, such as batch_size, recursive or sidecars, and of
+            `DecodingOptions`, such as num_captions.
 
     Returns:
         What was wrong with the images that could not be read, one line each; their captions are empty.
@@ -159,8 +165,9 @@ def caption_images(
         return Captioner([(encoder, decoder)], word_map)
 
     files = [file for file in (encoder_path, decoder_path, word_map_path) if file is not None]
+    decoding = DecodingOptions.taken_from(options, beam_size=beam_size)
     folder = FolderOptions(test_folder, output_csv=output_csv, **options)
-    return caption_folder(folder, load, files, {"beam_size": beam_size, "length_penalty": length_penalty})
+    return caption_folder(folder, load, files, decoding)
 
 
 if __name__ == "__main__":

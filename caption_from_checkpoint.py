@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Literal
 
 from captioning.captioner import Captioner
+from captioning.decoding import DecodingOptions
 from captioning.folder_plan import FolderOptions
 from captioning.folders import caption_folder
-from utils import Device, UserError, check_at_least, is_main_process, natural_order, run_script
+from utils import Device, UserError, is_main_process, natural_order, run_script
 
 DEFAULT_OUTPUT = "submission.csv"
 
@@ -39,14 +40,21 @@ class Settings:
     suffix: str = ""  # words after each caption in a sidecar
     beam_size: int = 3  # hypotheses searched at a time; 1 is greedy
     length_penalty: float = 0.0  # compare captions by log-probability / length ** this
+    no_repeat_ngram: int = 0  # no sequence of so many words occurs twice in a caption; 0: any may
+    min_length: int = 0  # words of a caption, at least
+    remove_bad_endings: bool = False  # no caption ends in "a", "of", "and" or the like
+    allow_unk: bool = False  # captions may have <unk>, as the 2018 tutorial's
+    num_captions: int = 1  # of each image: the best of the beam, or so many samples
+    temperature: float | None = None  # draw samples, from the probabilities to the power of 1 / this
+    top_p: float | None = None  # draw samples, from the likeliest words, of which this share is made up
+    seed: int = 123  # of the samples
+    with_scores: bool = False  # log-probabilities too, in columns log_prob and log_prob_per_word
     batch_size: int = 32  # images searched at a time
     device: Device = "auto"  # auto: a GPU where there is one
     workers: int = 4  # threads that read images
 
     def __post_init__(self):
-        check_at_least(self, 1, "beam_size")
-        check_at_least(self, -100, "length_penalty")
-        FolderOptions.of(self, DEFAULT_OUTPUT)  # refuses what cannot be
+        FolderOptions.of(self, DEFAULT_OUTPUT).check(DecodingOptions.of(self))  # refuses what cannot be
         if len(self.checkpoint) > 1 and not self.ensemble_mode:
             raise UserError("several checkpoints: add --ensemble_mode, or give one")
 
@@ -59,7 +67,7 @@ def main(settings: Settings) -> int:
         FolderOptions.of(settings, DEFAULT_OUTPUT),
         lambda: Captioner.load(files, settings.word_map),
         [*files, settings.word_map] if settings.word_map else files,
-        {"beam_size": settings.beam_size, "length_penalty": settings.length_penalty},
+        DecodingOptions.of(settings),
     )
     return 1 if failed else 0
 

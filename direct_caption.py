@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from captioning import HUB_MODEL
-from captioning.figures import caption_files
+from captioning.decoding import DecodingOptions
+from captioning.figures import caption_files, caption_line
 from captioning.folder_plan import FolderOptions
 from captioning.folders import caption_folder
 from captioning.images import read_image
@@ -57,13 +58,23 @@ class Settings:
     max_new_tokens: int = 30  # longest caption, in tokens
     prompt: str = ""  # words that every caption begins with (BLIP); they are cut from the result
     conditional: bool = False  # leave the prompt in the captions
+    no_repeat_ngram: int = 0  # no sequence of so many tokens occurs twice in a caption; 0: any may
+    min_length: int = 0  # tokens of a caption, at least
+    num_captions: int = 1  # of each image: the best of the beam, or so many samples
+    temperature: float | None = None  # draw samples, from the probabilities to the power of 1 / this
+    top_p: float | None = None  # draw samples, from the likeliest words, of which this share is made up
+    seed: int = 123  # of the samples
+    with_scores: bool = False  # log-probabilities too, in columns log_prob and log_prob_per_word
     mixed_precision: bool = False  # bfloat16 on CUDA
     device: Device = "auto"  # auto: a GPU where there is one
     workers: int = 4  # threads that read and prepare images
 
     def __post_init__(self):
         check_at_least(self, 1, "num_beams", "max_new_tokens")
-        FolderOptions.of(self, DEFAULT_OUTPUT)  # refuses what cannot be
+        options = DecodingOptions.of(self, beam_size=self.num_beams)
+        FolderOptions.of(self, DEFAULT_OUTPUT).check(options)  # refuses what cannot be
+        if self.min_length > self.max_new_tokens:
+            raise UserError(f"--min_length is {self.min_length}: give --max_new_tokens of as many")
         if self.conditional and not self.prompt.strip():
             raise UserError('--conditional needs a prompt: give --prompt "a photo of", or the like')
 
@@ -71,13 +82,15 @@ class Settings:
 def main(settings: Settings) -> int:
     if settings.images:
         return caption_single_images(settings)
+    decoding = asdict(DecodingOptions.of(settings, beam_size=settings.num_beams))
     failed = caption_images(
         settings.model_path,
-        num_beams=settings.num_beams,
+        num_beams=decoding.pop("beam_size"),
         max_new_tokens=settings.max_new_tokens,
         prompt=settings.prompt,
         conditional=settings.conditional,
         mixed_precision=settings.mixed_precision,
+        **decoding,
         **asdict(FolderOptions.of(settings, DEFAULT_OUTPUT)),
     )
     return 1 if failed else 0
@@ -89,15 +102,18 @@ def caption_single_images(settings: Settings) -> int:
         read_image(image)  # complain before the model is loaded
     half = settings.mixed_precision and torch.cuda.is_available()
     captioner = _load(settings.model_path, half, settings.mixed_precision, settings.prompt)
-    search = {"max_new_tokens": settings.max_new_tokens}
+    options = DecodingOptions.of(settings, beam_size=settings.num_beams)
+    search = {"with_scores": settings.with_scores, "max_new_tokens": settings.max_new_tokens}
     if captioner.model.config.model_type == "blip" and not settings.prompt:
-        caption_files(captioner, settings.images, beam_size=settings.num_beams, **search)
+        caption_files(captioner, settings.images, options, **search)
         return 0
     search |= {"prompt": settings.prompt, "keep_prompt": settings.conditional}
     for image in settings.images:
         prepared = captioner.prepare(image).unsqueeze(0)
-        (text,) = captioner.caption_prepared(prepared, settings.num_beams, **search)
-        print(printable(text if len(settings.images) == 1 else f"{image}: {text}"))
+        (found,) = captioner.decode_prepared(prepared, options, [Path(image).stem], **search)
+        for one in found:
+            name = "" if len(settings.images) == 1 else image
+            print(printable(caption_line(one, settings.with_scores, name)))
     print("no figures: these are for BLIP without a prompt", file=sys.stderr)
     return 0
 
@@ -122,7 +138,8 @@ def caption_images(
     its words are cut from the captions, or kept where `conditional`.
 
     Args:
-        options: further ones of `FolderOptions`, such as recursive or sidecars.
+        options: further ones of `FolderOptions`, such as recursive or sidecars, and of `DecodingOptions`,
+            such as num_captions.
 
     Returns:
         What was wrong with the images that could not be read, one line each; their captions are empty.
@@ -131,16 +148,13 @@ def caption_images(
         UserError: wrong input, or not one readable image.
     """
     half = mixed_precision and torch.cuda.is_available()
-    search = {
-        "num_beams": num_beams,
-        "max_new_tokens": max_new_tokens,
-        "prompt": prompt,
-        "keep_prompt": conditional,
-    }
+    decoding = DecodingOptions.taken_from(options, beam_size=num_beams)
+    search = {"max_new_tokens": max_new_tokens, "prompt": prompt, "keep_prompt": conditional}
     return caption_folder(
         FolderOptions(test_folder, test_csv, output_csv, batch_size=batch_size, workers=workers, **options),
         lambda: _load(model_path, half, mixed_precision, prompt),
         _model_files(model_path),
+        decoding,
         search,
         depends_on={"precision": "bfloat16" if half else "float32"},
     )

@@ -17,15 +17,16 @@ all references of each image. The scores are those of the official COCO caption 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from captioning.annotations import Record
 from captioning.comparison import compare_files, compare_models, print_intervals, verdict
+from captioning.decoding import DecodingOptions, ScoredCaption
+from captioning.diversity import caption_diversity, print_diversity
 from captioning.scoring import (
     COLUMNS,
     find_image_folder,
@@ -33,8 +34,9 @@ from captioning.scoring import (
     reference_records,
     score_records,
     score_submission,
+    training_texts,
 )
-from captioning.submissions import write_submission
+from captioning.submissions import caption_rows, write_submission
 from metrics import Scores, score_captions
 from utils import (
     LARGEST,
@@ -42,17 +44,13 @@ from utils import (
     UserError,
     check_at_least,
     check_output,
-    parallel_map,
     processes,
-    progress_bar,
     run_script,
     write_json,
     write_table,
 )
 
 if TYPE_CHECKING:  # files of captions are scored without torch, which takes seconds to import
-    import torch
-
     from captioning.captioner import Captioner
 
 __all__ = ["Settings", "evaluate", "print_table", "score_submission"]
@@ -67,6 +65,10 @@ class Settings:
     split: str = "test"  # train, val or test; also of references that name splits
     beam_sizes: tuple[int, ...] = (1, 3, 5)  # a row of the table each
     length_penalty: float = 0.0  # compare captions by log-probability / length ** this
+    no_repeat_ngram: int = 0  # no sequence of so many words occurs twice in a caption; 0: any may
+    min_length: int = 0  # words of a caption, at least
+    remove_bad_endings: bool = False  # no caption ends in "a", "of", "and" or the like
+    allow_unk: bool = False  # captions may have <unk>, as the 2018 tutorial's
     device: Device = "auto"  # auto: a GPU where there is one
     batch_size: int = 32  # images searched at a time
     cache_features: bool = True  # take the encoder's output from train.py's cache, where there is one
@@ -77,6 +79,11 @@ class Settings:
     output_json: str | None = None  # write the scores here too
     output_captions: str | None = None  # write the captions here: .csv, or .json for COCO results
     per_image_csv: str | None = None  # write each image's file, caption, references and scores here
+    with_scores: bool = False  # in these files log-probabilities too: log_prob and log_prob_per_word
+    diversity: int = field(default=0, metadata={"alone": 5})  # how captions and this many samples vary
+    temperature: float | None = None  # of the samples: from the probabilities to the power of 1 / this
+    top_p: float | None = None  # of the samples: from the likeliest words, of which this share is made up
+    seed: int = 123  # of the samples
     worst: int = 0  # draw this many images with the lowest CIDEr
     figure: str = "worst.png"  # file that --worst draws
     boxes: str | None = None  # boxes.json or COCO instances JSON: score where a model looks
@@ -84,8 +91,12 @@ class Settings:
 
     def __post_init__(self):
         check_at_least(self, 1, "batch_size")
-        check_at_least(self, 0, "worst")
-        check_at_least(self, -100, "length_penalty")
+        check_at_least(self, 0, "worst", "diversity")
+        if self.diversity == 1:
+            raise UserError("--diversity is 1: give 2 or more samples, to compare with each other")
+        self.sample_options()  # refuses what cannot be
+        if not self.diversity and (self.temperature is not None or self.top_p is not None):
+            raise UserError("--temperature and --top_p are of the samples of --diversity: add it")
         if not self.beam_sizes or min(self.beam_sizes) < 1 or max(self.beam_sizes) > LARGEST["beam_size"]:
             raise UserError(f"--beam_sizes is {self.beam_sizes}: give numbers from 1 to 1000, such as 1,3,5")
         if bool(self.submission) != (self.references is not None):
@@ -94,6 +105,15 @@ class Settings:
             raise UserError("--boxes needs a model, which looks: leave --submission out")
         if self.compare and len(self.compare) != 2:
             raise UserError("--compare takes two files, as --per_image_csv writes them")
+
+    def search_options(self, beam_size: int) -> DecodingOptions:
+        """How the captions that are scored are searched."""
+        return DecodingOptions.of(self, beam_size=beam_size, temperature=None, top_p=None)
+
+    def sample_options(self) -> DecodingOptions:
+        """How the samples of --diversity are drawn."""
+        drawn = {"num_captions": self.diversity or 1, "temperature": self.temperature or 1.0}
+        return DecodingOptions.of(self, **drawn)
 
 
 def main(settings: Settings) -> None:
@@ -127,74 +147,89 @@ def evaluate(settings: Settings) -> list[dict]:
 
     Returns:
         A dictionary a beam size: "beam_size", "images", "processes", "images_per_second" (encoding and
-        search), "features" ("computed" or "cached"), "captions" {id: caption}, "scores" (Scores). Empty in
-        all processes but the main one.
+        search), "features" ("computed" or "cached"), "captions" {id: caption}, "scores" (Scores); with those
+        settings "decoded" {id: ScoredCaption} and "diversity". Empty in all processes but the main one.
     """
     from accelerate.utils import gather_object
 
-    from captioning.captioner import Captioner
-    from captioning.features import cached_features
     from captioning.prepared import read_prepared
+    from captioning.split_captions import decode_files, decode_split
 
     state = processes()
     prepared_size = read_prepared(settings.data_folder)["settings"]["image_size"]
     references = read_references(settings.data_folder, settings.split)
+    options = {size: settings.search_options(size) for size in settings.beam_sizes}
+    if settings.diversity:
+        options["samples"] = settings.sample_options()
     if settings.model_path:
-        return evaluate_pretrained(settings, references) if state.is_main_process else []
-    captioner = Captioner.load(settings.checkpoint, settings.word_map)
-    if prepared_size != captioner.image_size:
-        raise UserError(
-            f"{settings.data_folder}: images of {prepared_size} pixels, but the model was trained on "
-            f"{captioner.image_size}; prepare the data with --image_size {captioner.image_size}"
-        )
-    caches = None
+        if not state.is_main_process:
+            return []
+        records = prepared_records(settings.data_folder, settings.split)
+        how = options, settings.batch_size, settings.with_scores
+        gathered = [decode_files(load_model(settings), records, *how)]
+        where = {"processes": 1, "features": "computed"}
+    else:
+        captioner = load_model(settings)
+        if prepared_size != captioner.image_size:
+            raise UserError(
+                f"{settings.data_folder}: images of {prepared_size} pixels, but the model was trained on "
+                f"{captioner.image_size}; prepare the data with --image_size {captioner.image_size}"
+            )
+        files, features = find_files(captioner, settings)
+        with state.split_between_processes(list(range(len(references)))) as own:
+            found = decode_split(captioner, [*references], own, files, options, settings.batch_size)
+        gathered = gather_object([found])
+        if not state.is_main_process:
+            return []
+        where = {"processes": state.num_processes, "features": features}
+    # each process has had neighbours, in the order of the processes
+    decoded = {name: [one for own, _ in gathered for one in own[name]] for name in options}
+    return make_rows(decoded, [seconds for _, seconds in gathered], where, references, settings)
+
+
+def find_files(captioner: Captioner, settings: Settings) -> tuple[list[Path], str]:
+    """The files with a split's images, "computed", or with the features of each encoder, "cached"."""
+    from captioning.features import cached_features
+
+    folder, split = settings.data_folder, settings.split
     if settings.cache_features:
-        caches = [
-            cached_features(encoder, settings.data_folder, settings.split) for encoder in captioner.encoders
-        ]
-        caches = None if None in caches else caches
-    with state.split_between_processes(list(range(len(references)))) as indices:
-        texts, seconds = caption_images(captioner, indices, caches, settings)
-    gathered = gather_object([(indices, texts, seconds)])
-    if not state.is_main_process:
-        return []
-    ids = list(references)
+        caches = [cached_features(encoder, folder, split) for encoder in captioner.encoders]
+        if None not in caches:
+            return caches, "cached"
+    return [Path(folder) / f"{split}_images.hdf5"], "computed"
+
+
+def make_rows(
+    decoded: dict, seconds: list[dict], where: dict, references: dict[str, list[str]], settings: Settings
+) -> list[dict]:
+    """What `evaluate` returns.
+
+    Args:
+        decoded: by beam size, and for "samples", the captions of each image.
+        seconds: of each process.
+        where: "processes" and "features" of the rows.
+    """
     rows = []
     for beam_size in settings.beam_sizes:
-        captions = dict.fromkeys(ids, "")
-        for indices, texts, _ in gathered:
-            captions.update(zip((ids[index] for index in indices), texts[beam_size], strict=True))
-        slowest = max(seconds["encoding"] + seconds[beam_size] for _, _, seconds in gathered)
-        rows.append(
-            {
-                "beam_size": beam_size,
-                "images": len(ids),
-                "processes": state.num_processes,
-                "images_per_second": len(ids) / slowest,
-                "features": "cached" if caches else "computed",
-                "captions": captions,
-                "scores": score_captions(references, captions),
-            }
-        )
+        best = {image_id: own[0] for image_id, own in zip(references, decoded[beam_size], strict=True)}
+        captions = {image_id: caption.text for image_id, caption in best.items()}
+        slowest = max(own["encoding"] + own[beam_size] for own in seconds)
+        row = {"beam_size": beam_size, "images": len(captions), "images_per_second": len(captions) / slowest}
+        row |= where | {"captions": captions, "scores": score_captions(references, captions)}
+        if settings.with_scores:
+            row["decoded"] = best
+        rows.append(row)
+    if settings.diversity:
+        texts = [[sample.text for sample in own] for own in decoded["samples"]]
+        add_diversity(rows, settings, dict(zip(references, texts)))
     return rows
 
 
-def evaluate_pretrained(settings: Settings, references: dict[str, list[str]]) -> list[dict]:
-    """`evaluate` for BLIP, which prepares the image files by itself."""
-    captioner = load_model(settings)
-    records = prepared_records(settings.data_folder, settings.split)
-    batches = [records[i : i + settings.batch_size] for i in range(0, len(records), settings.batch_size)]
-    rows = []
-    for beam_size in settings.beam_sizes:
-        captions, began = {}, time.perf_counter()
-        for batch in progress_bar(batches, desc=f"beam {beam_size}", unit="batch"):
-            texts = captioner.caption([record.path for record in batch], beam_size)
-            captions.update(zip([record.image_id for record in batch], texts))
-        row = {"beam_size": beam_size, "images": len(records), "processes": 1}
-        row["images_per_second"] = len(records) / (time.perf_counter() - began)
-        scores = score_captions(references, captions)
-        rows.append(row | {"features": "computed", "captions": captions, "scores": scores})
-    return rows
+def add_diversity(rows: list[dict], settings: Settings, samples: dict[str, list[str]] | None = None) -> None:
+    """Add to each row "diversity": what `caption_diversity` returns."""
+    _, training_captions = training_texts(settings.data_folder)
+    for row in rows:
+        row["diversity"] = caption_diversity(row["captions"], training_captions, samples)
 
 
 def load_model(settings: Settings):
@@ -220,67 +255,6 @@ def read_references(data_folder: str | Path, split: str) -> dict[str, list[str]]
     return {record.image_id: record.captions for record in records}
 
 
-def caption_images(
-    captioner: Captioner, indices: list[int], caches: list[Path] | None, settings: Settings
-) -> tuple[dict[int, list[str]], dict]:
-    """The captions of some images with each beam size, and the seconds of "encoding" and of each size.
-
-    Each image is encoded once for all beam sizes.
-    """
-    import torch
-
-    texts: dict[int, list[str]] = {beam_size: [] for beam_size in settings.beam_sizes}
-    seconds = dict.fromkeys(("encoding", *settings.beam_sizes), 0.0)
-    device = captioner.decoders[0].fc.weight.device
-
-    def clock() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    with progress_bar(
-        total=len(indices), desc="evaluation", unit="image", disable=not processes().is_main_process
-    ) as progress:
-        for stored in read_batches(captioner, indices, caches, settings):
-            began = clock()
-            grids = [features.to(device) for features in stored] if caches else captioner.encode(stored[0])
-            ended = clock()
-            seconds["encoding"] += ended - began
-            for beam_size in settings.beam_sizes:
-                began = ended
-                found = captioner.search(grids, beam_size, settings.length_penalty)
-                texts[beam_size] += [captioner.text(hypothesis) for hypothesis in found]
-                ended = clock()
-                seconds[beam_size] += ended - began
-            progress.update(len(stored[0]))
-    return texts, seconds
-
-
-def read_batches(
-    captioner: Captioner, indices: list[int], caches: list[Path] | None, settings: Settings
-) -> Iterator[list[torch.Tensor]]:
-    """Batches of images, or of each encoder's features; a thread reads ahead."""
-    import h5py
-    import torch
-
-    images = Path(settings.data_folder) / f"{settings.split}_images.hdf5"
-    files = [h5py.File(file, "r") for file in caches or [images]]
-    try:
-        stored = [file["features" if caches else "images"] for file in files]
-        batches = [
-            indices[start : start + settings.batch_size]
-            for start in range(0, len(indices), settings.batch_size)
-        ]
-
-        def read(batch: list[int]) -> list[torch.Tensor]:
-            return [torch.from_numpy(data[batch[0] : batch[-1] + 1]) for data in stored]  # neighbours
-
-        yield from parallel_map(read, batches, workers=1)
-    finally:
-        for file in files:
-            file.close()
-
-
 def point(rows: list[dict], records: Sequence[Record], settings: Settings) -> None:
     """Add to each row "pointing": whether the model looks at what it names, with the row's beam size."""
     from captioning.interface import describe_files
@@ -290,7 +264,8 @@ def point(rows: list[dict], records: Sequence[Record], settings: Settings) -> No
     boxes = read_boxes(settings.boxes, paths)
     captioner = load_model(settings)
     for row in rows:
-        captions, problems = describe_files(captioner, paths, row["beam_size"], settings.batch_size)
+        options = settings.search_options(row["beam_size"])
+        captions, problems = describe_files(captioner, paths, options, settings.batch_size)
         for problem in problems:
             print(f"left out: {problem}")
         row["pointing"] = pointing_score(captions, *boxes)
@@ -307,6 +282,8 @@ def score_submissions(settings: Settings) -> tuple[list[dict], list[Record]]:
         {"model": file} | score_records(file, records, settings.references, settings.partial)
         for file in settings.submission
     ]
+    if settings.diversity:
+        add_diversity(rows, settings)
     return rows, records
 
 
@@ -351,6 +328,8 @@ def print_table(rows: list[dict]) -> None:
         print(f"{name:{width}} {' '.join(cells)}{rate}")
     note = f", features {rows[0]['features']}" if searched else ""
     print(f"{rows[0]['images']} images{note}")
+    if "diversity" in rows[0]:
+        print_diversity(first, names, [row["diversity"] for row in rows])
     for name, row in zip(names, rows):
         if "pointing" in row:
             print_pointing(f"{first} {name}", row["pointing"])
@@ -377,7 +356,9 @@ def write_results(rows: list[dict], records: Sequence[Record], settings: Setting
         for i, row in enumerate(rows, start=1):
             name = f"{path.stem}_beam{row['beam_size']}" if row["beam_size"] else f"{path.stem}_{i}"
             file = path if len(rows) == 1 else path.with_stem(name)
-            write_submission(file, list(row["captions"].items()))
+            own = row.get("decoded") or {key: ScoredCaption(text) for key, text in row["captions"].items()}
+            own = [(image_id, [caption]) for image_id, caption in own.items()]
+            write_submission(file, *caption_rows(own, False, "decoded" in row))
             written.append(str(file))
     if settings.per_image_csv:
         write_table(settings.per_image_csv, per_image_lines(rows, records))
@@ -393,7 +374,8 @@ def summary(rows: list[dict], settings: Settings) -> dict:
     """The content of --output_json."""
     scores = []
     for row in rows:
-        plain = {key: value for key, value in row.items() if key not in ("captions", "scores", "pointing")}
+        left_out = {"captions", "decoded", "scores", "pointing"}
+        plain = {key: value for key, value in row.items() if key not in left_out}
         if "pointing" in row:
             found = row["pointing"]
             plain["pointing"] = {"score": found.score, "chance": found.chance, "words": found.words}
@@ -419,10 +401,17 @@ def per_image_lines(rows: list[dict], records: Sequence[Record]) -> list[dict]:
             "caption": row["captions"][image_id],
             "references": " | ".join(known[image_id].captions),
         }
+        | log_probs(row, image_id)
         | scores
         for row in rows
         for image_id, scores in row["scores"].per_image.items()
     ]
+
+
+def log_probs(row: dict, image_id: str) -> dict[str, float]:
+    """The columns of --with_scores in --per_image_csv."""
+    own = row["decoded"][image_id]._asdict() if "decoded" in row else {}
+    return {name: round(value, 4) for name, value in own.items() if name != "text"}
 
 
 def draw_worst(row: dict, records: Sequence[Record], settings: Settings) -> None:

@@ -81,6 +81,7 @@ SET_BY_PIPELINE = {
 }
 SET_BY_PIPELINE |= {"test_folder", "output_csv", "word_map", "resume", "checkpoint", "model", "encoder_path"}
 SET_BY_PIPELINE |= {"decoder_path", "model_path", "base_model", "images", "img", "figure", "show"}
+SET_BY_PIPELINE |= {"num_captions"}  # the last step scores one caption of each image
 Settings.pipeline_steps = [
     Step("settings of create_input_files.py", create_input_files.Settings, "", frozenset(SET_BY_PIPELINE)),
     Step("settings of train.py", train.Settings, "", frozenset(SET_BY_PIPELINE)),
@@ -262,12 +263,13 @@ def caption_with_attention(settings: Settings, announce: Callable[..., None]) ->
         decoder_path=str(models[1]),
         test_folder=settings.test_folder,
         output_csv=settings.output_csv,
+        num_captions=1,
     )
     write_captions("captions", caption.main, wanted, models, announce)
 
 
 def caption_with_blip(settings: Settings, announce: Callable[..., None]) -> None:
-    decided = {"model_path": settings.blip_folder, "test_folder": settings.test_folder}
+    decided = {"model_path": settings.blip_folder, "test_folder": settings.test_folder, "num_captions": 1}
     if "beam_size" in settings.step_values and "blip_num_beams" not in settings.step_values:
         decided["num_beams"] = settings.step_values["beam_size"]  # the two are compared
     wanted = step_settings(

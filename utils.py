@@ -138,7 +138,8 @@ def parse_settings(settings_class: type, argv: list[str] | None = None, descript
     Every field is an option `--name value`; its type comes from the annotation (str, int, float, bool,
     Literal, each also `| None`; a tuple takes several values, numbers also with commas), its help text from
     the comment at the end of the field's line. A bool may stand alone (`--flag`) or with a value (`--flag
-    False`). A tuple whose metadata has `positional` takes the plain arguments.
+    False`); so may a field whose metadata has `alone`, its value where it stands alone. A tuple whose
+    metadata has `positional` takes the plain arguments.
 
     A class may have `pipeline_steps`, a list of `Step`: then their settings are options too, and those that
     were given are in the instance's `step_values`, by their options' names.
@@ -200,6 +201,8 @@ def _add_options(
             flags.append(option)
         if typing.get_origin(hints[name]) is tuple:
             options |= {"nargs": "+", "type": _list_converter(kind)}
+        if "alone" in field.metadata:
+            options |= {"nargs": "?", "const": field.metadata["alone"]}
         if field.metadata.get("positional"):
             parser.add_argument(name, **options | {"nargs": "*", "metavar": name})
             continue
@@ -295,13 +298,9 @@ LARGEST = {  # of settings; more is a slip, or asks for more memory than there i
     **dict.fromkeys(("encoder_lr", "decoder_lr", "self_critical_lr", "learning_rate"), 1000),
     **dict.fromkeys(("weight_decay", "alpha_c", "reward_bleu4", "self_critical_samples"), 1000),
     **{"image_size": 4096, "workers": 256, "captions_per_image": 1000, "seed": 2**32 - 1},
-    **{
-        "epochs": 10**6,
-        "self_critical_after": 10**6,
-        "cached_views": 1000,
-        "length_penalty": 100,
-        "decay": 1,
-    },
+    **dict.fromkeys(("epochs", "self_critical_after"), 10**6),
+    **{"cached_views": 1000, "length_penalty": 100, "decay": 1, "temperature": 100, "top_p": 1},
+    **{"no_repeat_ngram": 50, "min_length": 50, "num_captions": 1000, "diversity": 1000},
 }
 
 

@@ -22,12 +22,19 @@ import numpy as np
 
 from captioning.annotations import Record
 from captioning.comparison import compare_models, verdict
+from captioning.decoding import DecodingOptions
 from captioning.figures import draw_attention, draw_maps
 from captioning.folder_plan import find_images
 from captioning.gallery import ShownCaption, ShownModel, check_folder, write_gallery
 from captioning.images import read_image
 from captioning.quality import attention_summary, caption_quality
-from captioning.scoring import find_image_folder, match_submission, prepared_records, reference_records
+from captioning.scoring import (
+    find_image_folder,
+    match_submission,
+    prepared_records,
+    reference_records,
+    training_texts,
+)
 from metrics import score_captions, tokenize
 from utils import (
     Device,
@@ -164,7 +171,9 @@ def caption_all(settings: Settings, records: Sequence[Record]) -> list[ShownMode
     if not paths:
         raise UserError(f"{whose}: no image file of any id; give --image_folder, where the images are")
     for name, captioner in load_captioners(settings):
-        found, problems = describe_files(captioner, paths, settings.beam_size, settings.batch_size)
+        found, problems = describe_files(
+            captioner, paths, DecodingOptions(settings.beam_size), settings.batch_size
+        )
         for problem in problems:
             print(f"left out: {problem}")
         if not found:
@@ -232,16 +241,6 @@ def judge_captions(models: Sequence[ShownModel], records: Sequence[Record], sett
         model.quality["attention"] = attention_summary(
             [caption.words for caption in looked], [caption.attention for caption in looked]
         )
-
-
-def training_texts(data_folder: str) -> tuple[set[str] | None, set[tuple[str, ...]] | None]:
-    """The vocabulary and the training captions of prepared data; None where there are none."""
-    folder = Path(data_folder)
-    if not (folder / "prepared.json").is_file():
-        return None, None
-    records = prepared_records(folder, "train")
-    texts = {tuple(tokenize(text)) for record in records for text in record.captions}
-    return {word for words in texts for word in words}, texts
 
 
 def compare_all(models: Sequence[ShownModel], records: Sequence[Record]) -> list[dict]:

@@ -25,6 +25,7 @@ from PIL import Image
 from tokenizers import BertWordPieceTokenizer
 
 from captioning.blip import BlipCaptioner, load_captioner
+from captioning.decoding import DecodingOptions
 from captioning.folder_plan import FolderOptions
 from captioning.folders import caption_folder
 from captioning.submissions import read_submission
@@ -117,8 +118,8 @@ def our_path(folder: Path, captioner: BlipCaptioner, settings: Settings) -> None
         batch_size=settings.batch_size,
         workers=settings.workers,
     )
-    search = {"num_beams": settings.num_beams, "max_new_tokens": settings.max_new_tokens}
-    caption_folder(options, lambda: captioner, "random weights", search)
+    decoding, search = DecodingOptions(settings.num_beams), {"max_new_tokens": settings.max_new_tokens}
+    caption_folder(options, lambda: captioner, "random weights", decoding, search)
 
 
 if __name__ == "__main__":

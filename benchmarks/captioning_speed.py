@@ -6,6 +6,8 @@ Evaluation: the textbook goes over a split as its data set holds it, each image 
 captions, one at a time, encoder included; we search batches of images, each once, from the images and
 from their cached features. Both must find the same captions, or the script stops with an error.
 
+The search from cached features with and without `no_repeat_ngram` 3, in turn.
+
 Captioning a folder: `caption_images` on JPEG files, from the call to the written CSV, beside the encoder's
 forward passes alone on the same images, already read; and the share of the journal in it.
 
@@ -21,6 +23,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from unittest.mock import patch
 
 import torch
@@ -36,6 +39,7 @@ from captioning.features import encode_images
 from captioning.fused_decoder import caption_logits
 from captioning.images import read_image
 from captioning.journal import Journal
+from captioning.word_masks import NO_RULES, WordRules
 from models import DecoderWithAttention, Encoder, normalize_images
 from tests.reference import TextbookDecoder, TextbookEncoder, textbook_search
 from utils import check_at_least, pick_device, run_script
@@ -51,6 +55,7 @@ class Settings:
     textbook_images: int = 6  # of these, which the textbook captions too
     captions_per_image: int = 5  # how often the textbook captions each
     batch_size: int = 32  # images that we search at a time
+    rule_rounds: int = 15  # searches with and without no_repeat_ngram, of which the medians are compared
     training_steps: int = 40  # of the decoder, before anything is timed
     folder_images: int = 128  # JPEG files of 640 x 480 pixels
     folder_beam_size: int = 3  # hypotheses, for the folder
@@ -58,6 +63,7 @@ class Settings:
 
     def __post_init__(self):
         check_at_least(self, 1, "captions_per_image", "batch_size", "textbook_images", "folder_images")
+        check_at_least(self, 1, "rule_rounds")
         check_at_least(self, self.textbook_images, "images")
 
 
@@ -73,6 +79,7 @@ def main(settings: Settings) -> None:
     features = torch.cat([encode_images(encoder, part.to(device)).half().cpu() for part in images.split(32)])
     decoder = train_decoder(features, settings, device)
     compare_evaluation(encoder, decoder, images, features, word_map, settings, device)
+    compare_rules(decoder, features, word_map, settings, device)
     with tempfile.TemporaryDirectory() as folder:
         compare_folder(encoder, decoder, word_map, Path(folder), settings, device)
 
@@ -156,6 +163,36 @@ def compare_evaluation(
         words = sum(map(len, captions)) / len(captions)
         print(
             f"    the same captions, {words:.1f} words on average, {len(set(map(tuple, captions)))} different"
+        )
+
+
+def compare_rules(
+    decoder: DecoderWithAttention,
+    features: Tensor,
+    word_map: dict[str, int],
+    settings: Settings,
+    device: torch.device,
+) -> None:
+    start, end = word_map[START], word_map[END]
+    grids = [part.to(device).float() for part in features.split(settings.batch_size)]
+
+    def search(beam_size: int, rules: WordRules) -> list[list[int]]:
+        found = (beam_search([decoder], [grid], start, end, beam_size, rules=rules) for grid in grids)
+        return [hypothesis.words for batch in found for hypothesis in batch]
+
+    for beam_size in (1, 3, 5):
+        seconds, words = {}, {}
+        for _ in range(settings.rule_rounds):
+            for rules in (NO_RULES, WordRules(no_repeat_ngram=3)):
+                captions, taken = timed(search, beam_size, rules, device=device)
+                seconds.setdefault(rules, []).append(taken)
+                words[rules] = sum(map(len, captions)) / len(captions)
+        plain, bound = (median(own) for own in seconds.values())
+        lengths = " and ".join(f"{own:.1f}" for own in words.values())
+        print(
+            f"no_repeat_ngram 3 with beam {beam_size}: {bound / plain:.3f} times as long as without, "
+            f"medians of {settings.rule_rounds}, {lengths} words on average",
+            flush=True,
         )
 
 

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from captioning.annotations import END, START
 from captioning.captioner import Captioner
+from captioning.decoding import DecodingOptions
 from captioning.folder_plan import FolderOptions
 from captioning.folders import caption_folder
 from captioning.fused_decoder import caption_logits
@@ -217,7 +218,9 @@ def jpeg_folder(bench: Bench, data: Data) -> None:
     def run(number: int) -> None:
         output = data.folder / f"captions_{number}.csv"
         options = FolderOptions(folder, output_csv=output, batch_size=64, workers=workers)
-        failed = caption_folder(options, lambda: captioner, [data.folder / "word_map.json"], {"beam_size": 3})
+        failed = caption_folder(
+            options, lambda: captioner, [data.folder / "word_map.json"], DecodingOptions()
+        )
         if failed:
             raise ValueError(f"{len(failed)} images were not captioned")
 

@@ -2,14 +2,15 @@
 
 The rule, as in the published Show, Attend and Tell programs: hypotheses are ranked by summed
 log-probability; one that ends is set aside and its image's beam narrows by one; when the beam is used up
-the best ended one wins; where none ended within the step limit, the best unfinished one does.
+the best ended one wins; where none ended within the step limit, the best unfinished one does. `sampling.py`
+draws captions at random instead.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from captioning.fused_decoder import FusedSearchState
 from captioning.fused_recurrence import copy_to_device
 from captioning.plain_decoder import PlainSearchState
+from captioning.word_masks import NO_RULES, WordMasks, WordRules
 from models import ENCODED_SIZE, DecoderWithAttention
 from utils import UserError
 
@@ -26,7 +28,7 @@ class Hypothesis(NamedTuple):
     words: list[int]  # without <start> and <end>
     score: float  # summed log-probability, that of <end> included; divided where length is normalized
     alphas: Tensor | None  # (number of words, 196), where they were asked for
-    finished: bool  # False: the step limit came before <end>
+    finished: bool  # False: the step limit came before <end>, or the rules left no word
     log_probs: list[float]  # natural logarithm, of each word and, where finished, of <end>
 
 
@@ -50,7 +52,7 @@ def beam_search_n_best(
     end: int,
     beam_size: int = 3,
     max_steps: int = 50,
-    forbidden: Collection[int] = (),
+    rules: WordRules = NO_RULES,
     length_penalty: float = 0.0,
     keep_alphas: bool = False,
     n_best: int = 1,
@@ -58,8 +60,9 @@ def beam_search_n_best(
 ) -> list[list[Hypothesis]]:
     """The best captions of each of N images: up to `n_best`, no two alike, by descending score.
 
-    Captions that ended come before those that the step limit cut. An image's captions do not depend on the
-    others in the batch, nor the best one on `n_best`. One beam is greedy decoding.
+    Captions that ended come before unfinished ones: those that the step limit cut, or that by the rules no
+    word may follow. An image's captions do not depend on the others in the batch, nor the best one on
+    `n_best`. One beam is greedy decoding.
 
     Args:
         decoders: in eval mode, with one word map. Of several, the word distributions are averaged at every
@@ -68,7 +71,7 @@ def beam_search_n_best(
         start, end: indices of `<start>` and `<end>`.
         beam_size: hypotheses an image, at least 1.
         max_steps: steps of the search, at least 1; a caption that has not ended by then has that many words.
-        forbidden: indices of words that captions must not have.
+        rules: what captions must not be like.
         length_penalty: ended hypotheses are compared by `normalized_score`, `<end>` counted as a word; 0 is
             the plain sum.
         keep_alphas: return attention too (of several decoders, the mean).
@@ -84,14 +87,20 @@ def beam_search_n_best(
     def score_to_beat(image: int) -> float:
         return best[image][-1].score if len(best[image]) == n_best else -math.inf
 
-    state_class = FusedSearchState if fused else PlainSearchState
-    states = [state_class(decoder, grid) for decoder, grid in zip(decoders, grids)]
-    beams = _Beams(states, images, start, beam_size, keep_alphas, device)
-    (excluded,) = copy_to_device([torch.tensor(list(forbidden), dtype=torch.long)], device)
+    def add_unfinished(row: int) -> None:
+        """Fill up an image's captions with its live hypotheses."""
+        image = beams.image[row]
+        ended_ones = [found.words for found in best[image]]
+        unfinished = beams.unfinished(row, rules, length_penalty)
+        best[image] += [found for found in unfinished if found.words not in ended_ones]
+        del best[image][n_best:]
+
+    beams = _Beams(search_states(decoders, grids, fused), images, start, beam_size, keep_alphas, device)
+    masks = WordMasks(rules, end, device)
     for step in range(1, max_steps + 1):
-        log_probs, alphas = beams.advance()  # (n, K, V), (n, K, P)
+        log_probs, alphas = next_words(beams.states, beams.device_words[:, :, -1])  # (n, K, V), (n, K, P)
         vocabulary = log_probs.shape[2]
-        log_probs.index_fill_(2, excluded, -torch.inf)
+        masks.apply(log_probs, beams.device_words)
         totals = (beams.device_scores.unsqueeze(2) + log_probs).flatten(1)  # (n, K * V)
         scores, chosen = _to_host(*totals.topk(min(beam_size, totals.shape[1]), dim=1))  # descending
         scores = scores.masked_fill(torch.arange(scores.shape[1]) >= beams.room.unsqueeze(1), -torch.inf)
@@ -104,6 +113,8 @@ def beam_search_n_best(
             if score > score_to_beat(image):
                 found = beams.hypothesis(i, int(parents[i, k]), score, total)
                 best[image] = sorted([*best[image], found], key=lambda h: -h.score)[:n_best]
+        for i in (scores.isneginf().all(dim=1) & (beams.room > 0)).nonzero().flatten().tolist():
+            add_unfinished(i)  # the rules leave no word
         beams.follow(parents, words, scores.masked_fill(ended, -torch.inf), ended.sum(dim=1), alphas)
 
         # sums only fall, so without a length penalty one that trails the ended ones can never win
@@ -116,16 +127,35 @@ def beam_search_n_best(
             break
         beams.keep(open_)
     else:
-        for i, image in enumerate(beams.image):
-            for k, total in enumerate(beams.scores[i].tolist()):  # unfinished ones, by descending score
-                if len(best[image]) < n_best and math.isfinite(total):
-                    score = normalized_score(total, max_steps, length_penalty)
-                    best[image].append(beams.hypothesis(i, k, score))
+        for i in range(len(beams.image)):
+            add_unfinished(i)
     if [] in best:
         raise UserError(
             "the decoder's word scores are not numbers: its training went astray, take another checkpoint"
         )
     return best
+
+
+def search_states(
+    decoders: Sequence[DecoderWithAttention], grids: Sequence[Tensor], fused: bool
+) -> list[FusedSearchState | PlainSearchState]:
+    """The state of each decoder before its first word, one hypothesis for each image."""
+    state_class = FusedSearchState if fused else PlainSearchState
+    return [state_class(decoder, grid) for decoder, grid in zip(decoders, grids)]
+
+
+def next_words(states: Sequence[FusedSearchState | PlainSearchState], words: Tensor) -> tuple[Tensor, Tensor]:
+    """Feed a word to each hypothesis (N, K): log-probabilities of the next ones (N, K, V), alphas (N, K, P);
+    of several decoders, of the mean of their distributions, and the mean alphas."""
+    log_probs, alphas = [], []
+    for state in states:
+        logits, alpha = state.step(words)
+        log_probs.append(logits.float().log_softmax(dim=2))
+        alphas.append(alpha)
+    if len(log_probs) == 1:
+        return log_probs[0], alphas[0]
+    mean = torch.stack(log_probs).logsumexp(dim=0) - math.log(len(log_probs))
+    return mean, torch.stack(alphas).mean(dim=0)
 
 
 def normalized_score(total: float, length: int, length_penalty: float) -> float:
@@ -138,7 +168,7 @@ class _Beams:
     """The live hypotheses of the images still searched: n images, K hypotheses each, best first.
 
     What decides the search is on the CPU, so that a step reads from the device once; the decoders' states,
-    the alphas, and copies of the scores and last words are on the device.
+    the alphas, and copies of the scores and words are on the device.
     """
 
     def __init__(
@@ -160,19 +190,7 @@ class _Beams:
         self.device = device
         self.alphas: list[Tensor] | None = [] if keep_alphas else None  # (n, K, P) of each step
         self.device_scores = torch.zeros(images, 1, device=device)
-        self.device_words = torch.full((images, 1), start, device=device)  # (n, K) the last ones
-
-    def advance(self) -> tuple[Tensor, Tensor]:
-        """Feed the last words: log-probabilities of the next ones (n, K, V), alphas (n, K, P)."""
-        log_probs, alphas = [], []
-        for state in self.states:
-            logits, alpha = state.step(self.device_words)
-            log_probs.append(logits.float().log_softmax(dim=2))
-            alphas.append(alpha)
-        if len(log_probs) == 1:
-            return log_probs[0], alphas[0]
-        mean = torch.stack(log_probs).logsumexp(dim=0) - math.log(len(log_probs))
-        return mean, torch.stack(alphas).mean(dim=0)
+        self.device_words = torch.full((images, 1, 1), start, device=device)
 
     def follow(self, parents: Tensor, words: Tensor, scores: Tensor, ended: Tensor, alphas: Tensor) -> None:
         """Take the chosen continuations (n, K), live ones first, in as many columns as any image needs."""
@@ -193,9 +211,7 @@ class _Beams:
         index = torch.tensor(rows)
         self.room, self.scores, self.parents = self.room[index], self.scores[index], self.parents[index]
         self.words, self.totals = self.words[index], self.totals[index]
-        index, parents, self.device_words = copy_to_device(
-            [index, self.parents, self.words[:, :, -1]], self.device
-        )
+        index, parents, self.device_words = copy_to_device([index, self.parents, self.words], self.device)
         (self.device_scores,) = copy_to_device([self.scores], self.device)
         for state in self.states:
             if some_end:
@@ -213,6 +229,20 @@ class _Beams:
         totals = self.totals[row, column].tolist() + ([] if ended is None else [ended])
         log_probs = [after - before for before, after in itertools.pairwise(totals)]
         return Hypothesis(self.words[row, column, 1:].tolist(), score, alphas, ended is not None, log_probs)
+
+    def unfinished(self, row: int, rules: WordRules, length_penalty: float) -> list[Hypothesis]:
+        """The live hypotheses of an image by descending score, no two alike; the score is that of all words,
+        also of those that are cut off."""
+        found: dict[tuple[int, ...], Hypothesis] = {}
+        for column, total in enumerate(self.scores[row].tolist()):
+            if math.isfinite(total):
+                whole = self.hypothesis(row, column, total)
+                words = rules.cut(whole.words)
+                score = normalized_score(total, max(len(whole.words), 1), length_penalty)
+                alphas = None if whole.alphas is None else whole.alphas[: len(words)]
+                cut = Hypothesis(words, score, alphas, False, whole.log_probs[: len(words)])
+                found.setdefault(tuple(words), cut)
+        return list(found.values())
 
 
 def _to_host(scores: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:

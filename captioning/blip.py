@@ -11,10 +11,11 @@ weights, for which nothing has to be downloaded; datasets.py has what a training
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -30,20 +31,27 @@ from transformers import (
     BlipProcessor,
     DynamicCache,
     EncoderDecoderCache,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
 )
+from transformers.generation.utils import GenerateOutput
 from transformers.models.blip import modeling_blip_text
 
 from captioning import HUB_MODEL
+from captioning.decoding import DecodingOptions, ScoredCaption
 from captioning.hdf5 import require_disk_space
 from captioning.images import read_image
 from captioning.interface import BaseCaptioner, Caption, stack_maps
+from captioning.sampling import draw_words, image_seed, uniform_numbers
 from utils import UserError
 
 try:
     from transformers import AutoModelForImageTextToText
 except ImportError:  # before transformers 4.46
     from transformers import AutoModelForVision2Seq as AutoModelForImageTextToText
+
+AnyCaption = TypeVar("AnyCaption", ScoredCaption, Caption)
 
 
 @dataclass
@@ -67,47 +75,108 @@ class BlipCaptioner(BaseCaptioner):
         image = Image.fromarray(array.transpose(1, 2, 0))
         return self.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
 
-    @torch.no_grad()
     def caption_prepared(
+        self, pixels: Tensor, num_beams: int = 3, max_new_tokens: int = 30, prompt: str = "",
+        keep_prompt: bool = False,
+    ) -> list[str]:  # fmt: skip
+        """The captions of prepared images (N, 3, height, width); arguments as in `decode_prepared`."""
+        search = {"max_new_tokens": max_new_tokens, "prompt": prompt, "keep_prompt": keep_prompt}
+        return [own[0].text for own in self.decode_prepared(pixels, DecodingOptions(num_beams), **search)]
+
+    @torch.no_grad()
+    def decode_prepared(
         self,
-        pixels: Tensor,
-        num_beams: int = 3,
+        images: Tensor,
+        options: DecodingOptions,
+        ids: Sequence[str] = (),
+        with_scores: bool = False,
         max_new_tokens: int = 30,
         prompt: str = "",
         keep_prompt: bool = False,
-    ) -> list[str]:
-        """The captions of prepared images (N, 3, height, width).
+    ) -> list[list[ScoredCaption]]:
+        """The captions of each of the prepared images (N, 3, height, width).
 
         Args:
-            num_beams: hypotheses searched at a time; 1 is greedy.
+            options: transformers ranks the captions of a beam by log-probability per token. Lengths and
+                n-grams are counted in tokens.
+            ids: the images' ids, for samples.
+            with_scores: give log-probabilities, of what follows the prompt; for BLIP alone.
             max_new_tokens: longest caption in tokens, the prompt not counted.
             prompt: words that each caption begins with; for BLIP alone.
             keep_prompt: leave the prompt in the captions.
         """
-        inputs = {}
+        inputs, start = {}, ""
         if prompt:
-            inputs = self.tokenizer([prompt] * len(pixels), return_tensors="pt", return_token_type_ids=False)
+            inputs = self.tokenizer([prompt] * len(images), return_tensors="pt", return_token_type_ids=False)
             inputs = inputs.to(self.model.device)
             (start,) = self.tokenizer.batch_decode(inputs["input_ids"][:1], skip_special_tokens=True)
-        with shared_by_beams(self.model, num_beams) as cache:
-            found = self.model.generate(
-                pixel_values=pixels.to(self.model.device, self.model.dtype, non_blocking=True),
-                num_beams=num_beams,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
+        # of the beam all, where several are wanted: tokens that differ may spell the same caption
+        wanted = options.num_captions if options.samples or options.num_captions == 1 else options.beam_size
+        output = self._generate(images, options, ids, wanted, max_new_tokens, with_scores, **inputs)
+        texts = self.tokenizer.batch_decode(output.sequences, skip_special_tokens=True)
+        log_probs = self._log_probs(output) if with_scores else [None] * len(texts)
+        found = []
+        for text, log_prob in zip(map(str.strip, texts), log_probs):
+            new = text.removeprefix(start.strip()).strip() if prompt else text
+            text = text if keep_prompt else new
+            found.append(
+                ScoredCaption.of(text, log_prob, len(new.split())) if with_scores else ScoredCaption(text)
+            )
+        groups = [found[i : i + wanted] for i in range(0, len(found), wanted)]
+        groups = groups if options.samples else map(distinct, groups)
+        return [own[: options.num_captions] for own in groups]
+
+    def _generate(
+        self,
+        images: Tensor,
+        options: DecodingOptions,
+        ids: Sequence[str],
+        count: int,
+        max_new_tokens: int,
+        with_logits: bool = False,
+        **inputs: Tensor,
+    ) -> GenerateOutput:
+        """transformers' search or samples: `count` sequences an image, one image after the other."""
+        refused = [
+            name for name in ("length_penalty", "remove_bad_endings", "allow_unk") if getattr(options, name)
+        ]
+        if refused:
+            raise UserError(f"--{refused[0]} is for attention models alone: leave it out")
+        search, rows = {"num_beams": options.beam_size, "do_sample": False}, options.beam_size
+        if options.samples:
+            draw = DrawnWords(options, ids, count, max(max_new_tokens, options.min_length), self.model.device)
+            # the draws are ours, and depend on the image's seed alone
+            search = {"do_sample": True, "top_k": 0, "logits_processor": LogitsProcessorList([draw])}
+            search, rows = {"num_beams": 1} | search, count
+        with shared_by_beams(self.model, rows) as cache:
+            return self.model.generate(
+                pixel_values=images.to(self.model.device, self.model.dtype, non_blocking=True),
+                num_return_sequences=count,
+                max_new_tokens=max(max_new_tokens, options.min_length),
+                min_new_tokens=options.min_length,
+                no_repeat_ngram_size=options.no_repeat_ngram,
+                return_dict_in_generate=True,
+                output_logits=with_logits,
+                **search,
                 **cache,
                 **inputs,
             )
-        captions = [text.strip() for text in self.tokenizer.batch_decode(found, skip_special_tokens=True)]
-        if prompt and not keep_prompt:
-            captions = [caption.removeprefix(start.strip()).strip() for caption in captions]
-        return captions
+
+    def _log_probs(self, output: GenerateOutput) -> list[float]:
+        """The log-probability of each sequence under the model, that of its end included."""
+        require_blip(self, self.model.config._name_or_path or "this captioner", "--with_scores")
+        scores = self.model.text_decoder.compute_transition_scores(
+            output.sequences, output.logits, getattr(output, "beam_indices", None), normalize_logits=True
+        )
+        ended = output.sequences[:, -scores.shape[1] :] == self.model.config.text_config.sep_token_id
+        return scores.masked_fill(ended.cumsum(dim=1) > ended.int(), 0.0).sum(dim=1).tolist()
 
     @torch.no_grad()
     def describe_prepared(
-        self, pixels: Tensor, beam_size: int = 3, max_new_tokens: int = 30
+        self, images: Tensor, options: DecodingOptions, ids: Sequence[str] = (), max_new_tokens: int = 30
     ) -> list[Caption]:
-        """Prepared images -> their captions with log-probabilities, cross-attention and the n best.
+        """Prepared images -> their captions with log-probabilities, cross-attention and the n best, or all
+        samples.
 
         Attention is the cross-attention of the decoder (N, heads, tokens, 1 + patches) at the step that
         chose a word: the mean over heads and over the last half of the layers, without the class token,
@@ -118,26 +187,18 @@ class BlipCaptioner(BaseCaptioner):
             UserError: the model is not BLIP.
         """
         require_blip(self, self.model.config._name_or_path or "this captioner", "where it looked")
-        pixels = pixels.to(self.model.device, self.model.dtype)
-        with shared_by_beams(self.model, beam_size) as cache:
-            found = self.model.generate(
-                pixel_values=pixels,
-                num_beams=beam_size,
-                num_return_sequences=beam_size,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                **cache,
-            )
+        count = options.num_captions if options.samples else options.beam_size
+        images = images.to(self.model.device, self.model.dtype)
+        found = self._generate(images, options, ids, count, max_new_tokens).sequences
         start, end = self.model.config.text_config.bos_token_id, self.model.config.text_config.sep_token_id
         # each a start token, the caption's, and where it is complete the end token; padding behind it
-        sequences = [[start, *self._after_start(ids, start, end)] for ids in found.tolist()]
-        states = self.model.vision_model(pixel_values=pixels).last_hidden_state
+        sequences = [[start, *self._after_start(tokens, start, end)] for tokens in found.tolist()]
+        states = self.model.vision_model(pixel_values=images).last_hidden_state
         captions = []
-        for i in range(len(pixels)):
-            own = [self._details(ids, states[i : i + 1]) for ids in sequences[i * beam_size :][:beam_size]]
-            texts = [caption.text for caption in own]
-            n_best = [caption for k, caption in enumerate(own) if caption.text not in texts[:k]]
-            captions.append(replace(n_best[0], n_best=n_best))
+        for i in range(len(images)):
+            own = [self._details(tokens, states[i : i + 1]) for tokens in sequences[i * count :][:count]]
+            own = own if options.samples else distinct(own)
+            captions.append(replace(own[0], n_best=own))
         return captions
 
     @staticmethod
@@ -189,6 +250,28 @@ class BlipCaptioner(BaseCaptioner):
             raise UserError(f"{folder}: the model cannot be written ({error})") from None
         BlipProcessor(self.image_processor, self.tokenizer).save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
+
+
+def distinct(captions: Sequence[AnyCaption]) -> list[AnyCaption]:
+    """The first caption of each text."""
+    texts = [caption.text for caption in captions]
+    return [caption for k, caption in enumerate(captions) if caption.text not in texts[:k]]
+
+
+class DrawnWords(LogitsProcessor):
+    """Leaves each sequence one word, drawn with the numbers of its image."""
+
+    def __init__(
+        self, options: DecodingOptions, ids: Sequence[str], count: int, steps: int, device: torch.device
+    ):
+        seeds = [image_seed(options.seed, image_id) for image_id in ids]
+        numbers = uniform_numbers(seeds, count, steps).flatten(0, 1).to(device)  # (N * count, steps)
+        self.columns = iter(numbers.unbind(dim=1))
+        self.temperature, self.top_p = options.temperature or 1.0, options.top_p or 1.0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        words = draw_words(scores, next(self.columns), self.temperature, self.top_p)
+        return torch.full_like(scores, -torch.inf).scatter_(1, words.unsqueeze(1), 0.0)
 
 
 # --- beams that share an image -----------------------------------------------------------------------------

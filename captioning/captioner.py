@@ -23,9 +23,13 @@ from torch import Tensor
 from captioning.annotations import END, PAD, START, UNK
 from captioning.beam_search import Hypothesis, beam_search_n_best
 from captioning.checkpoints import load_models
+from captioning.decoding import DecodingOptions, ScoredCaption
 from captioning.features import encode_images, weights_digest
 from captioning.images import read_image, to_array
 from captioning.interface import BaseCaptioner, Caption
+from captioning.quality import UNFINISHED
+from captioning.sampling import image_seed, sample_captions
+from captioning.word_masks import WordRules
 from models import DecoderWithAttention, Encoder
 from utils import UserError, pick_device
 
@@ -120,40 +124,44 @@ class Captioner(BaseCaptioner):
         images = images.to(device, non_blocking=True)
         return [encode_images(encoder, images) for encoder in self.encoders]
 
-    def search(
-        self, grids: Sequence[Tensor], beam_size: int, length_penalty: float = 0.0, keep_alphas: bool = False
-    ) -> list[Hypothesis]:
-        """The best hypothesis of each image; arguments as `search_n_best` has them."""
-        found = self.search_n_best(grids, beam_size, length_penalty, keep_alphas, n_best=1)
-        return [hypotheses[0] for hypotheses in found]
+    def search(self, grids: Sequence[Tensor], beam_size: int = 3) -> list[Hypothesis]:
+        """The best hypothesis of each image, from what `encode` returns."""
+        return [found[0] for found in self.decode(grids, DecodingOptions(beam_size))]
 
-    def search_n_best(
+    def decode(
         self,
         grids: Sequence[Tensor],
-        beam_size: int,
-        length_penalty: float = 0.0,
+        options: DecodingOptions,
+        ids: Sequence[str] = (),
         keep_alphas: bool = False,
-        n_best: int | None = None,
     ) -> list[list[Hypothesis]]:
-        """The best hypotheses of each image; `<unk>`, no word to show anybody, is not among their words.
+        """The best hypotheses of each image, or its samples: `options.num_captions` of them.
+
+        Unless the options allow it, `<unk>`, no word to show anybody, is not among their words.
 
         Args:
             grids: what `encode` returns, on the decoders' device; float16 features are taken too.
-            beam_size, length_penalty, keep_alphas: as in `beam_search_n_best`.
-            n_best: as there; None: as many as the beam has.
+            ids: the images' ids, for samples.
+            keep_alphas: return attention too.
         """
-        grids = [grid.float() for grid in grids]
-        return beam_search_n_best(
-            self.decoders,
-            [grids[encoder] for encoder in self.encoder_of],
-            self.word_map[START],
-            self.word_map[END],
-            beam_size,
-            forbidden=[self.word_map[word] for word in (PAD, START, UNK)],
-            length_penalty=length_penalty,
-            keep_alphas=keep_alphas,
-            n_best=n_best or beam_size,
-            fused=self.fused,
+        grids = [grids[encoder].float() for encoder in self.encoder_of]
+        ends = self.word_map[START], self.word_map[END]
+        common = {"rules": self._rules(options), "keep_alphas": keep_alphas, "fused": self.fused}
+        if options.samples:
+            seeds = [image_seed(options.seed, image_id) for image_id in ids]
+            drawn = {"temperature": options.temperature or 1.0, "top_p": options.top_p or 1.0} | common
+            return sample_captions(self.decoders, grids, *ends, seeds, options.num_captions, **drawn)
+        searched = {"length_penalty": options.length_penalty, "n_best": options.num_captions} | common
+        return beam_search_n_best(self.decoders, grids, *ends, options.beam_size, **searched)
+
+    def _rules(self, options: DecodingOptions) -> WordRules:
+        forbidden = () if options.allow_unk else (PAD, START, UNK)
+        unfinished = sorted(UNFINISHED) if options.remove_bad_endings else ()
+        return WordRules(
+            [self.word_map[word] for word in forbidden],
+            options.no_repeat_ngram,
+            options.min_length,
+            [self.word_map[word] for word in unfinished if word in self.word_map],
         )
 
     def text(self, hypothesis: Hypothesis) -> str:
@@ -167,9 +175,18 @@ class Captioner(BaseCaptioner):
         """
         return torch.from_numpy(read_image(path, self.image_size))
 
-    def caption_prepared(self, images: Tensor, beam_size: int = 3, length_penalty: float = 0.0) -> list[str]:
-        """uint8 images (N, 3, S, S) -> their captions."""
-        return [self.text(found) for found in self.search(self.encode(images), beam_size, length_penalty)]
+    def decode_prepared(
+        self, images: Tensor, options: DecodingOptions, ids: Sequence[str] = (), with_scores: bool = False
+    ) -> list[list[ScoredCaption]]:
+        """uint8 images (N, 3, S, S) -> the captions of each, always with their log-probabilities."""
+        return self.scored(self.decode(self.encode(images), options, ids))
+
+    def scored(self, found: Sequence[Sequence[Hypothesis]]) -> list[list[ScoredCaption]]:
+        """The captions of what `decode` returned."""
+        return [
+            [ScoredCaption.of(self.text(one), sum(one.log_probs), len(one.words)) for one in own]
+            for own in found
+        ]
 
     def prepare_array(self, array: np.ndarray) -> Tensor:
         """uint8 (3, height, width) -> uint8 (3, S, S), as `prepare` does with a file."""
@@ -178,12 +195,14 @@ class Captioner(BaseCaptioner):
         return torch.from_numpy(array)
 
     def describe_prepared(
-        self, images: Tensor, beam_size: int = 3, length_penalty: float = 0.0
+        self, images: Tensor, options: DecodingOptions, ids: Sequence[str] = ()
     ) -> list[Caption]:
-        """uint8 images (N, 3, S, S) -> their captions, with attention (words, 14, 14) and the n best."""
+        """uint8 images (N, 3, S, S) -> their captions, with attention (words, 14, 14) and all of the beam, or
+        all samples."""
+        if not options.samples:
+            options = replace(options, num_captions=options.beam_size)
         captions = []
-        grids = self.encode(images)
-        for found in self.search_n_best(grids, beam_size, length_penalty, keep_alphas=True):
+        for found in self.decode(self.encode(images), options, ids, keep_alphas=True):
             n_best = [self._details(hypothesis) for hypothesis in found]
             captions.append(replace(n_best[0], n_best=n_best))
         return captions

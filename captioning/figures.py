@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from captioning.decoding import DecodingOptions, ScoredCaption
 from captioning.images import read_image
 from captioning.interface import BaseCaptioner
 from utils import UserError, atomic_write, printable
@@ -84,22 +85,40 @@ def draw_attention(
 
 
 def caption_files(
-    captioner: BaseCaptioner, images: Sequence[str], figure: str | None = None, **search
+    captioner: BaseCaptioner,
+    images: Sequence[str],
+    options: DecodingOptions,
+    figure: str | None = None,
+    with_scores: bool = False,
+    **search,
 ) -> list[str]:
-    """Print the caption of each image file and draw where the model looked; returns the figures' names.
+    """Print the captions of each image file and draw where the model looked for its first one; returns the
+    figures' names.
 
     Args:
         figure: the figure of a single image; otherwise they are attention_NAME.png.
-        search: arguments of `describe_prepared`.
+        with_scores: print log-probabilities too.
+        search: further arguments of `describe_prepared`.
     """
     figures = [figure] if figure else figure_names(images)
     for image, file in zip(images, figures):
-        (found,) = captioner.describe_prepared(captioner.prepare(image).unsqueeze(0), **search)
-        print(printable(found.text if len(images) == 1 else f"{image}: {found.text}"))
+        prepared = captioner.prepare(image).unsqueeze(0)
+        (found,) = captioner.describe_prepared(prepared, options, [Path(image).stem], **search)
+        for one in found.n_best[: options.num_captions]:
+            scored = ScoredCaption.of(one.text, one.log_prob, len(one.words))
+            print(printable(caption_line(scored, with_scores, "" if len(images) == 1 else image)))
         title = f"{found.text}\nlog-probability {found.log_prob:.2f}"
         draw_attention(file, image, found.words, found.attention.cpu().numpy(), title)
         print(f"figure: {file}", file=sys.stderr)
     return figures
+
+
+def caption_line(caption: ScoredCaption, with_scores: bool, image: str = "") -> str:
+    """`photo.jpg: a dog  (log-probability -3.10, -1.03 per word)`"""
+    line = f"{image}: {caption.text}" if image else caption.text
+    if with_scores:
+        line += f"  (log-probability {caption.log_prob:.2f}, {caption.log_prob_per_word:.2f} per word)"
+    return line
 
 
 def figure_names(images: Sequence[str | Path]) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from captioning.annotations import ImageFinder, read_annotations, require_image
+from captioning.decoding import DecodingOptions
 from captioning.images import IMAGE_EXTENSIONS, read_image, walk_images
 from captioning.journal import Entry, Journal, file_stamp, files_digest
 from captioning.sidecars import EXISTING, Sidecars
@@ -37,6 +38,7 @@ class FolderOptions:
     existing: EXISTING = "skip"
     prefix: str = ""
     suffix: str = ""
+    with_scores: bool = False
     batch_size: int = 32
     workers: int = 4
 
@@ -62,12 +64,26 @@ class FolderOptions:
             values["output_csv"] = default_output
         return cls(**values)
 
+    def check(self, decoding: DecodingOptions) -> None:
+        """Raise UserError where the captions and scores have no place in the output."""
+        if self.sidecars and (self.with_scores or decoding.num_captions > 1):
+            raise UserError(
+                "--num_captions and --with_scores are for an output file: a sidecar holds one caption; leave "
+                "--sidecars out"
+            )
+        if decoding.num_captions > 1 and str(self.output_csv).lower().endswith(".json"):
+            raise UserError(
+                f"{self.output_csv}: COCO results hold one caption per image; give --num_captions 1, or a "
+                f"file name that ends in .csv or .jsonl"
+            )
+
     def journal(self) -> Journal:
         return Journal(self.output_csv or Path(self.test_folder) / ".captions")
 
     def described(self) -> dict:
         """Those that decide what the captions and sidecars say, in the terms of JSON."""
         described = {"test_folder": str(self.test_folder), "recursive": self.recursive}
+        described["with_scores"] = self.with_scores
         if self.as_sidecars:
             described |= vars(self.as_sidecars)
         return described

@@ -11,11 +11,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from captioning.decoding import DecodingOptions, ScoredCaption
 from captioning.files import is_alive
 from captioning.folder_plan import (
     FolderOptions,
@@ -30,7 +33,7 @@ from captioning.folder_plan import (
 )
 from captioning.journal import Entry, Journal
 from captioning.sidecars import Sidecars
-from captioning.submissions import write_submission
+from captioning.submissions import caption_rows, write_submission
 from utils import (
     UserError,
     is_main_process,
@@ -44,12 +47,15 @@ from utils import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    Decode = Callable[..., list[list[ScoredCaption]]]  # of prepared images (N, ...) and their `ids`
+
 
 def caption_folder(
     options: FolderOptions,
     load: Callable[[], Any],
     model: str | Sequence[str | Path],
-    search: dict[str, Any],
+    decoding: DecodingOptions,
+    search: dict[str, Any] | None = None,
     depends_on: dict[str, Any] | None = None,
 ) -> list[str]:
     """Caption the images that `find_images` finds; write the output file, or sidecars, or both.
@@ -59,10 +65,10 @@ def caption_folder(
     with it.
 
     Args:
-        load: gives the captioner, with `prepare` and `caption_prepared`; not called where every image has
+        load: gives the captioner, with `prepare` and `decode_prepared`; not called where every image has
             its caption already.
         model: the captioner's files, or its name on the hub. By these and by
-        search, the arguments of `caption_prepared`, and
+        decoding, with search, further arguments of `decode_prepared`, and
         depends_on, anything else that captions depend on, a journal is known as one of the same run. The
             batch size is not among them, as captions do not depend on it.
 
@@ -73,11 +79,12 @@ def caption_folder(
     Raises:
         UserError: wrong input, or not one readable image.
     """
-    plan = None
+    options.check(decoding)
+    plan, search = None, search or {}
 
     def prepare() -> tuple[list[Row], list[Problem], dict, int]:
         nonlocal plan
-        plan = plan_folder(options, model, search | (depends_on or {}))
+        plan = plan_folder(options, model, asdict(decoding) | search | (depends_on or {}))
         return plan.pending, plan.problems, plan.depends_on, os.getpid()
 
     pending, problems, key, main_process = on_main_process(prepare)
@@ -90,7 +97,9 @@ def caption_folder(
             total = len(plan.done) + len(pending)
             bar = progress_bar(total=total, initial=len(plan.done), desc="captioning", unit="image")
         try:
-            found = caption_share(captioner, search, pending, options, key, bar)
+            how = {"options": decoding, "with_scores": options.with_scores} | search
+            decode = partial(captioner.decode_prepared, **how)
+            found = caption_share(decode, captioner.prepare, pending, options, key, bar)
         except KeyboardInterrupt as interrupt:
             kept = f"{journal.count()} captions are kept in {journal}; the same command goes on from there"
             interrupt.args = (kept,)
@@ -103,7 +112,7 @@ def caption_folder(
             if bar is not None:
                 bar.close()
         problems = problems + _gather(found, journal)
-    on_main_process(lambda: write_captions(options, plan, problems))
+    on_main_process(lambda: write_captions(options, plan, problems, decoding.num_captions > 1))
     return [problem.text for problem in problems]
 
 
@@ -111,8 +120,8 @@ def caption_folder(
 
 
 def caption_share(
-    captioner: Any,
-    search: dict[str, Any],
+    decode: Decode,
+    prepare: Callable[[str], Tensor],
     pending: list[Row],
     options: FolderOptions,
     depends_on: dict,
@@ -125,17 +134,15 @@ def caption_share(
     state = processes()
     share = pending[state.process_index :: state.num_processes]
     journal, sidecars = options.journal(), options.as_sidecars
-    caption = HalvingCaptioner(
-        lambda images: captioner.caption_prepared(images, **search), options.batch_size
-    )
+    caption = HalvingCaptioner(decode, options.batch_size)
     problems: list[Problem] = []
 
     def finish(batch: list[ReadRow]) -> None:
-        captions = caption([item.image for item in batch])
+        captions = caption([item.image for item in batch], [item.row.image_id for item in batch])
         entries = []
-        for item, text in zip(batch, captions, strict=True):
+        for item, own in zip(batch, captions, strict=True):
             before = sidecars.read(item.row.path) if sidecars and sidecars.keeps() else ""
-            entries.append(Entry(item.row.image_id, text, item.file, before))
+            entries.append(Entry(item.row.image_id, own, item.file, before))
         journal.append(state.process_index, depends_on, entries)
         if sidecars:
             for item, entry in zip(batch, entries):
@@ -143,7 +150,7 @@ def caption_share(
 
     def readable() -> Iterator[ReadRow]:
         read = parallel_map(
-            lambda row: read_row(row, options, captioner.prepare),
+            lambda row: read_row(row, options, prepare),
             share,
             options.workers,
             ahead=2 * options.batch_size,
@@ -172,19 +179,21 @@ def caption_share(
 class HalvingCaptioner:
     """Captions batches in parts that the GPU's memory holds: when it is full, the parts are halved."""
 
-    def __init__(self, caption: Callable[[Tensor], list[str]], batch_size: int):
-        self.caption = caption
+    def __init__(self, decode: Decode, batch_size: int):
+        self.decode = decode
         self.size = batch_size
 
-    def __call__(self, images: list[Tensor]) -> list[str]:
-        """Prepared images -> their captions. Raises torch.OutOfMemoryError where one image is too much."""
+    def __call__(self, images: list[Tensor], ids: list[str]) -> list[list[ScoredCaption]]:
+        """Prepared images -> the captions of each. Raises torch.OutOfMemoryError where one image is too
+        much."""
         import torch
 
-        captions: list[str] = []
+        captions: list[list[ScoredCaption]] = []
         while len(captions) < len(images):
-            part = images[len(captions) : len(captions) + self.size]
+            now = slice(len(captions), len(captions) + self.size)
+            part = images[now]
             try:
-                captions += self.caption(torch.stack(part))
+                captions += self.decode(torch.stack(part), ids=ids[now])
                 continue
             except torch.OutOfMemoryError:
                 if len(part) == 1:
@@ -224,7 +233,7 @@ def _gather(problems: list[Problem], journal: Journal) -> list[Problem]:
 # --- the output --------------------------------------------------------------------------------------------
 
 
-def write_captions(options: FolderOptions, plan: Plan, problems: Sequence[Problem]) -> None:
+def write_captions(options: FolderOptions, plan: Plan, problems: Sequence[Problem], with_ranks: bool) -> None:
     """Write the output of the journals, remove these, and say where the captions are."""
     sidecars, journal = options.as_sidecars, options.journal()
     entries = journal.read(plan.depends_on)[0] if plan.depends_on else {}
@@ -241,10 +250,10 @@ def write_captions(options: FolderOptions, plan: Plan, problems: Sequence[Proble
         if sidecars and image_id in plan.done:  # an earlier run may have been killed before it wrote this
             _write_sidecar(sidecars, path, entry)
         kept = sidecars.read(path) if options.output_csv and path in plan.skipped and not entry else ""
-        captions.append((image_id, entry.caption if entry else kept))
+        captions.append((image_id, entry.captions if entry else [ScoredCaption(kept)]))
     places = []
     if options.output_csv:
-        write_submission(options.output_csv, captions)
+        write_submission(options.output_csv, *caption_rows(captions, with_ranks, options.with_scores))
         places.append(str(options.output_csv))
     if sidecars:
         places.append(str(Path(options.test_folder, *["**"] * options.recursive, f"*{sidecars.extension}")))

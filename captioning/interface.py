@@ -3,6 +3,7 @@
 captioner = Captioner.load("output_models/best_checkpoint.pth")
 captioner.caption("photo.jpg")                             # "a dog runs on grass"
 captioner.caption([image, array], details=True)            # two objects of the class Caption
+captioner.caption("photo.jpg", num_captions=3)             # three captions
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from captioning.decoding import DecodingOptions, ScoredCaption
 from captioning.images import to_array
 from utils import UserError, parallel_map, progress_bar
 
@@ -31,7 +33,8 @@ class Caption:
     word_log_probs: one for each word; with that of the end they sum to `log_prob`.
     attention: (words, height, width), where the model looked for each word: rows of the grid from top to
         bottom, each map of sum 1. 14 x 14 for an attention model, the vision model's own grid for BLIP.
-    n_best: the captions of the beam, this one first, by descending score; their own `n_best` are empty.
+    n_best: the captions of the beam, this one first, by descending score; or the samples, in the order in
+        which they were drawn. Their own `n_best` are empty.
     """
 
     text: str
@@ -54,16 +57,30 @@ class BaseCaptioner(ABC):
         """RGB values, uint8 (3, height, width), as the model takes them."""
 
     @abstractmethod
-    def caption_prepared(self, images: Tensor, beam_size: int = 3) -> list[str]:
-        """Prepared images, stacked -> their captions."""
+    def decode_prepared(
+        self, images: Tensor, options: DecodingOptions, ids: Sequence[str] = (), with_scores: bool = False
+    ) -> list[list[ScoredCaption]]:
+        """Prepared images, stacked -> the captions of each: `options.num_captions`, or fewer where the beam
+        has no more that differ.
+
+        Args:
+            ids: the images' ids, for samples.
+            with_scores: log-probabilities are needed.
+        """
 
     @abstractmethod
-    def describe_prepared(self, images: Tensor, beam_size: int = 3) -> list[Caption]:
-        """Prepared images, stacked -> their captions with details."""
+    def describe_prepared(
+        self, images: Tensor, options: DecodingOptions, ids: Sequence[str] = ()
+    ) -> list[Caption]:
+        """Prepared images, stacked -> their captions with details; arguments as in `decode_prepared`."""
+
+    def caption_prepared(self, images: Tensor, beam_size: int = 3) -> list[str]:
+        """Prepared images, stacked -> their captions."""
+        return [found[0].text for found in self.decode_prepared(images, DecodingOptions(beam_size))]
 
     def caption(
-        self, images: Any, beam_size: int = 3, details: bool = False, batch_size: int = 16
-    ) -> str | Caption | list[str] | list[Caption]:
+        self, images: Any, beam_size: int = 3, details: bool = False, batch_size: int = 16, **decoding
+    ) -> str | Caption | list[str] | list[Caption] | list[list[str]]:
         """Caption one image or several.
 
         Args:
@@ -72,21 +89,30 @@ class BaseCaptioner(ABC):
             beam_size: hypotheses searched at a time; 1 is greedy.
             details: give each caption as a `Caption` rather than as text.
             batch_size: images that go through the model at a time.
+            decoding: further ones of `DecodingOptions`, such as no_repeat_ngram=3, or temperature=1.0 for
+                samples; these depend on the seed and on the image's place in the list.
 
         Returns:
-            The caption of the image; for a list, also for a list of one, the list of its images' captions.
+            The caption of the image; with num_captions above 1 the list of its captions (with `details`,
+            these are in `n_best`). For a list, also for a list of one, the list of these.
 
         Raises:
-            UserError: something that is no such image, or a file that cannot be read.
+            UserError: something that is no such image, a file that cannot be read, a value that cannot be.
         """
+        options = DecodingOptions(beam_size, **decoding)
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}: give 1 or more")
         several = isinstance(images, (list, tuple))
-        if beam_size < 1 or batch_size < 1:
-            raise UserError(f"beam_size {beam_size}, batch_size {batch_size}: give numbers of at least 1")
-        run = self.describe_prepared if details else self.caption_prepared
         images, found = (images if several else [images]), []
         for start in range(0, len(images), batch_size):
-            prepared = [self._prepare_any(image) for image in images[start : start + batch_size]]
-            found += run(torch.stack(prepared), beam_size)
+            batch = images[start : start + batch_size]
+            prepared = torch.stack([self._prepare_any(image) for image in batch])
+            ids = [str(start + number) for number in range(len(batch))]
+            if details:
+                found += self.describe_prepared(prepared, options, ids)
+                continue
+            texts = [[one.text for one in own] for own in self.decode_prepared(prepared, options, ids)]
+            found += texts if options.num_captions > 1 else [own[0] for own in texts]
         return found if several else found[0]
 
     def _prepare_any(self, image: Any) -> Tensor:
@@ -98,7 +124,10 @@ class BaseCaptioner(ABC):
 
 
 def describe_files(
-    captioner: BaseCaptioner, paths: Mapping[str, str | Path], beam_size: int = 3, batch_size: int = 16
+    captioner: BaseCaptioner,
+    paths: Mapping[str, str | Path],
+    options: DecodingOptions,
+    batch_size: int = 16,
 ) -> tuple[dict[str, Caption], list[str]]:
     """The captions, with details, of image files by image id, and a progress bar; a thread reads ahead.
 
@@ -121,7 +150,7 @@ def describe_files(
     def describe() -> None:
         if batch:
             ids, images = zip(*batch)
-            captions.update(zip(ids, captioner.describe_prepared(torch.stack(images), beam_size)))
+            captions.update(zip(ids, captioner.describe_prepared(torch.stack(images), options, ids)))
             batch.clear()
 
     images = parallel_map(read, paths.items(), workers=2, ahead=batch_size)

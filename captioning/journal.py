@@ -15,22 +15,31 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from captioning.decoding import ScoredCaption
 from utils import atomic_write
 
 
 @dataclass
 class Entry:
-    """The caption of an image.
+    """The captions of an image.
 
     Attributes:
+        captions: the best one first, or in the order in which they were drawn.
         file: path, size and time of the image file; another file of the same name is captioned anew.
         before: what the image's sidecar said before this run, where it is kept in the new one.
     """
 
     image_id: str
-    caption: str
+    captions: list[ScoredCaption]
     file: list
     before: str = ""
+
+    def __post_init__(self):  # JSON knows no tuples
+        self.captions = [ScoredCaption(*caption) for caption in self.captions]
+
+    @property
+    def caption(self) -> str:
+        return self.captions[0].text
 
 
 class Journal:

@@ -10,7 +10,7 @@ from captioning.annotations import Record, read_annotations
 from captioning.images import IMAGE_EXTENSIONS
 from captioning.prepared import Prepared
 from captioning.submissions import coco_id, read_submission
-from metrics import score_captions
+from metrics import score_captions, tokenize
 from utils import UserError
 
 COLUMNS = {  # scores, and how tables call them
@@ -36,6 +36,16 @@ def prepared_records(data_folder: str | Path, split: str) -> list[Record]:
             f"{folder}: images of the {split} split share an id; give each its own and prepare it anew"
         )
     return records
+
+
+def training_texts(data_folder: str | Path) -> tuple[set[str] | None, set[tuple[str, ...]] | None]:
+    """The vocabulary and the training captions of prepared data; None where there are none."""
+    folder = Path(data_folder)
+    if not (folder / "prepared.json").is_file():
+        return None, None
+    records = prepared_records(folder, "train")
+    texts = {tuple(tokenize(text)) for record in records for text in record.captions}
+    return {word for words in texts for word in words}, texts
 
 
 def reference_records(

@@ -27,6 +27,7 @@ from captioning.fused_recurrence import copy_to_device
 from captioning.losses import caption_logits, drop_channels, encode
 from captioning.plain_decoder import PlainSearchState
 from captioning.prepared import Prepared
+from captioning.sampling import draw_words
 from metrics import CiderD, tokenize
 from metrics.ngrams import bleu_counts, named_bleu
 from models import DecoderWithAttention, Encoder
@@ -97,7 +98,7 @@ class SelfCritical:
         grid = drop_channels(encode(self.encoder, images, self.run.device), settings.feature_dropout)
         uniforms = self._uniforms(indices)
         start, end = self.word_map[START], self.word_map[END]
-        captions, lengths = sample_captions(self.decoder, grid.detach(), uniforms, start, end, settings.fused)
+        captions, lengths = draw_samples(self.decoder, grid.detach(), uniforms, start, end, settings.fused)
         rewards = torch.tensor(self._rewards(indices, captions, lengths))  # (N, S)
         self.rewards, self.samples = self.rewards + float(rewards.sum()), self.samples + rewards.numel()
         self.step_words += int((lengths - 1).sum())
@@ -143,7 +144,7 @@ def leave_one_out(rewards: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sample_captions(
+def draw_samples(
     decoder: DecoderWithAttention, grid: Tensor, uniforms: Tensor, start: int, end: int, fused: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Draw S captions of each of N images from the decoder's distribution, without dropout, all at the same
@@ -169,7 +170,7 @@ def sample_captions(
     words = torch.full((images, 1), start, device=device)
     for step in range(steps):
         logits, _ = state.step(words)  # (n, 1 or k, V)
-        words = draw_words(logits, uniforms[:, :, step])
+        words = draw_words(logits.float().expand(-1, uniforms.shape[1], -1), uniforms[:, :, step])
         captions[rows.flatten(), step] = words.masked_fill(ended, 0).flatten()
         if step == 0:
             state.reorder(torch.zeros_like(words))
@@ -190,15 +191,6 @@ def sample_captions(
     lengths = torch.where(ends.any(dim=1), ends.argmax(dim=1) + 1, steps) + 1
     captions = torch.cat([torch.full((len(captions), 1), start), captions], dim=1)
     return captions[:, : int(lengths.max())], lengths
-
-
-def draw_words(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Words (N, S) from the distributions of logits (N, S, V) or, the same for an image's samples, (N, 1, V);
-    uniforms (N, S) in [0, 1)."""
-    cumulative = logits.float().softmax(dim=2).cumsum(dim=2)
-    wanted = uniforms.unsqueeze(1 if logits.shape[1] == 1 else 2) * cumulative[:, :, -1:]
-    words = torch.searchsorted(cumulative, wanted, right=True).view(uniforms.shape)
-    return words.clamp(max=logits.shape[2] - 1)  # where rounding made it the whole sum
 
 
 def start_self_critical(

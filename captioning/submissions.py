@@ -2,7 +2,8 @@
 
 Three formats, by the file's extension: a CSV `image_id,caption` as Kaggle takes it; COCO results JSON,
 `[{"image_id": 391895, "caption": "..."}, ...]`, as the official evaluation server takes it; and JSON lines,
-`{"image_id": "photo", "caption": "..."}`.
+`{"image_id": "photo", "caption": "..."}`. Where asked for, each caption has its rank among those of its image
+and its log-probabilities, in columns or keys `MORE_COLUMNS`.
 """
 
 from __future__ import annotations
@@ -10,29 +11,51 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import compress
 from pathlib import Path
 from typing import TextIO
 
+from captioning.decoding import ScoredCaption
 from utils import UserError, atomic_write, read_json, write_json
 
 FORMATS = (".csv", ".json", ".jsonl")
+MORE_COLUMNS = ("rank", "log_prob", "log_prob_per_word")
 
 
-def write_submission(path: str | Path, rows: Sequence[tuple[str, str]]) -> None:
-    """Write (id, caption) rows: as COCO results or JSON lines where the file's name ends in .json or .jsonl,
-    else as a CSV."""
+def caption_rows(
+    captions: Iterable[tuple[str, Sequence[ScoredCaption]]], with_ranks: bool, with_scores: bool
+) -> tuple[list[tuple], tuple[str, ...]]:
+    """Rows and further columns, as `write_submission` takes them, of each image's captions.
+
+    Args:
+        captions: (id, captions) of each image.
+        with_ranks: number the captions of an image from 1. with_scores: give their log-probabilities.
+    """
+    wanted = [with_ranks, with_scores, with_scores]
+    rows = []
+    for image_id, own in captions:
+        for rank, (text, *scores) in enumerate(own, start=1):
+            values = [rank, *(None if score is None else round(score, 4) for score in scores)]
+            rows.append((image_id, text, *compress(values, wanted)))
+    return rows, tuple(compress(MORE_COLUMNS, wanted))
+
+
+def write_submission(path: str | Path, rows: Sequence[tuple], more_columns: Sequence[str] = ()) -> None:
+    """Write (id, caption, ...) rows: as COCO results or JSON lines where the file's name ends in .json or
+    .jsonl, else as a CSV. more_columns: names of the values behind the caption."""
+    columns = ("image_id", "caption", *more_columns)
     if Path(path).suffix.lower() == ".json":
-        write_json(path, [{"image_id": coco_id(image_id), "caption": text} for image_id, text in rows])
+        write_json(path, [dict(zip(columns, (coco_id(image_id), *rest))) for image_id, *rest in rows])
         return
     with atomic_write(path) as tmp_path, tmp_path.open("w", encoding="utf-8", newline="") as stream:
         if Path(path).suffix.lower() == ".jsonl":
-            for image_id, text in rows:
-                stream.write(json.dumps({"image_id": image_id, "caption": text}, ensure_ascii=False) + "\n")
+            for row in rows:
+                stream.write(json.dumps(dict(zip(columns, row)), ensure_ascii=False) + "\n")
             return
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(("image_id", "caption"))
+        writer.writerow(columns)
         writer.writerows(rows)
 
 
@@ -98,9 +121,10 @@ def _read_rows(path: Path) -> list[tuple[str, str]]:
             reader.fieldnames = columns
             rows = []
             for row in reader:
-                if len(row.get("rest", [])) or len(columns) > 2:
+                if len(row.get("rest", [])) or not {*columns[2:]} <= {*MORE_COLUMNS}:
                     raise UserError(
-                        f"{path}, line {reader.line_num}: more than two columns; quote captions with commas"
+                        f"{path}, line {reader.line_num}: other columns than image_id, caption and "
+                        f"{', '.join(MORE_COLUMNS)}; quote captions with commas"
                     )
                 rows.append((row[columns[0]].strip(), row["caption"]))
             return rows

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from captioning.beam_search import beam_search, beam_search_n_best
+from captioning.word_masks import WordRules
 from models import DecoderWithAttention, pool_grid
 from tests.reference import TextbookDecoder
 from utils import UserError
@@ -20,7 +21,9 @@ def make_decoder(seed: int = 0) -> DecoderWithAttention:
     return decoder
 
 
-def plain_beam_search(decoder, encoding, beam_size, max_steps, length_penalty=0.0):
+def plain_beam_search(
+    decoder, encoding, beam_size, max_steps, length_penalty=0.0, allowed=lambda words, word: True
+):
     """encoding (196, D) -> (words, score), with no tensors across hypotheses."""
     encoding = encoding.unsqueeze(0)
     live = [([], 0.0, *decoder.initial_state(encoding))]
@@ -31,7 +34,11 @@ def plain_beam_search(decoder, encoding, beam_size, max_steps, length_penalty=0.
             word = decoder.embedding(torch.tensor([words[-1] if words else START]))
             logits, h2, c2, _ = decoder.step(word, encoding, h, c)
             log_probs = logits[0].log_softmax(dim=0)
-            continuations += [([*words, w], score + log_probs[w].item(), h2, c2) for w in range(VOCABULARY)]
+            continuations += [
+                ([*words, w], score + log_probs[w].item(), h2, c2)
+                for w in range(VOCABULARY)
+                if allowed(words, w)
+            ]
         continuations.sort(key=lambda continuation: -continuation[1])
         best = continuations[: beam_size - len(ended)]
         ended += [continuation for continuation in best if continuation[0][-1] == END]
@@ -115,7 +122,7 @@ def test_forbidden_words_do_not_occur():
     decoder, grid = make_decoder(), torch.rand(8, 8, 8, 32) * 3
     free = beam_search([decoder], [grid], START, END, max_steps=12)
     used = {word for hypothesis in free for word in hypothesis.words}
-    bound = beam_search([decoder], [grid], START, END, max_steps=12, forbidden=used)
+    bound = beam_search([decoder], [grid], START, END, max_steps=12, rules=WordRules(used))
     assert used.isdisjoint(word for hypothesis in bound for word in hypothesis.words)
 
 

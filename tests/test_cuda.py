@@ -90,13 +90,13 @@ def test_mixed_precision_survives_an_overflow():
 def test_a_full_memory_halves_the_batch():
     sizes = []
 
-    def caption(images: torch.Tensor) -> list[str]:
+    def caption(images: torch.Tensor, ids: list[str]) -> list[str]:
         if len(images) > 3:
             torch.empty(2**50, dtype=torch.uint8, device="cuda")  # raises torch.OutOfMemoryError
         sizes.append(len(images))
         return [str(int(image)) for image in images.cuda()]
 
-    captions = HalvingCaptioner(caption, 8)([torch.tensor(number) for number in range(8)])
+    captions = HalvingCaptioner(caption, 8)([torch.tensor(number) for number in range(8)], [*"abcdefgh"])
     assert captions == [str(number) for number in range(8)] and max(sizes) == 2
 
 

@@ -13,7 +13,9 @@ from captioning import fused_decoder
 from captioning.beam_search import beam_search
 from captioning.engine import Run
 from captioning.features import encode_images
-from captioning.self_critical import Reward, SelfCritical, sample_captions
+from captioning.sampling import sample_captions
+from captioning.self_critical import Reward, SelfCritical, draw_samples
+from captioning.word_masks import WordRules
 from models import DecoderWithAttention, Encoder, normalize_images
 from tests.fake_cuda import CUDA, CudaTensor, FakeCuda, backward, to_cuda
 from train import Settings
@@ -100,7 +102,8 @@ def test_a_training_step_on_features_never_waits(trainable):
 @pytest.mark.parametrize("members", [1, 2])
 def test_search_waits_once_a_step(beam_size, fused, members):
     decoder, grid = make_decoder(), torch.rand(8, 8, 8, 32) * 3
-    options = {"max_steps": 12, "forbidden": (3, 4), "fused": fused}
+    rules = WordRules((3, 4), no_repeat_ngram=2, min_length=2, unfinished=(5, 6))
+    options = {"max_steps": 12, "rules": rules, "fused": fused}
     expected = beam_search([decoder] * members, [grid] * members, START, END, beam_size, **options)
     steps = max(len(hypothesis.words) for hypothesis in expected)
     with FakeCuda() as cuda:
@@ -109,6 +112,19 @@ def test_search_waits_once_a_step(beam_size, fused, members):
     assert [hypothesis.words for hypothesis in found] == [hypothesis.words for hypothesis in expected]
     assert [h.log_probs for h in found] == [pytest.approx(h.log_probs, abs=1e-5) for h in expected]
     assert steps > 2 and sum(cuda.waits.values()) <= steps + 1, cuda.waits
+    assert "pageable" not in cuda.copies
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_sampling_waits_once_a_step(fused):
+    decoder, grid = make_decoder(), torch.rand(8, 8, 8, 32) * 3
+    rules = WordRules((3, 4), no_repeat_ngram=2, min_length=2, unfinished=(5, 6))
+    options = {"samples": 3, "max_steps": 9, "top_p": 0.9, "rules": rules, "fused": fused}
+    expected = sample_captions([decoder], [grid], START, END, range(8), **options)
+    with FakeCuda() as cuda:
+        found = sample_captions([to_cuda(decoder)], [CudaTensor(grid)], START, END, range(8), **options)
+    assert [[h.words for h in own] for own in found] == [[h.words for h in own] for own in expected]
+    assert sum(cuda.waits.values()) <= 9 + 3, cuda.waits  # and words, log-probabilities, which are stuck
     assert "pageable" not in cuda.copies
 
 
@@ -127,11 +143,11 @@ def test_samples_on_the_device_are_the_cpus(fused):
     """The host waits once in four steps, and for the result."""
     decoder, grid, uniforms = make_decoder(), torch.rand(5, 8, 8, 32), torch.rand(5, 3, 14)
     decoder.fc.bias.data[END] = 2.0  # some end early, some not at all
-    expected = sample_captions(decoder, grid, uniforms, START, END, fused)
+    expected = draw_samples(decoder, grid, uniforms, START, END, fused)
     steps = int(expected[1].max()) - 1
     assert steps > 8
     with FakeCuda() as cuda:
-        found = sample_captions(to_cuda(decoder), CudaTensor(grid), uniforms, START, END, fused)
+        found = draw_samples(to_cuda(decoder), CudaTensor(grid), uniforms, START, END, fused)
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs)
     # the random numbers to the device once, captions back once

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from captioning.decoding import DecodingOptions, ScoredCaption
 from captioning.folder_plan import FolderOptions, find_images
 from captioning.folders import HalvingCaptioner, caption_folder
 from captioning.images import read_image
@@ -34,12 +35,13 @@ class ColourCaptioner:
     def prepare(self, path):
         return torch.from_numpy(read_image(path, 8))
 
-    def caption_prepared(self, images, beam_size=1):
+    def decode_prepared(self, images, options, ids, with_scores=False):
         self.seen += len(images)
         self.batches += 1
         if self.batches == self.kill_at:
             raise Killed
-        return [f"{self.word} {' '.join(map(str, image.flatten(1)[:, 0].tolist()))}" for image in images]
+        colours = [" ".join(map(str, image.flatten(1)[:, 0].tolist())) for image in images]
+        return [[ScoredCaption(f"{self.word} {colour}")] for colour in colours]
 
 
 class Killed(BaseException):
@@ -54,9 +56,9 @@ def make_images(folder, count: int, suffix: str = ".png"):
     return folder
 
 
-def run(captioner, folder, output=None, model="model", beam_size=1, **options) -> list[str]:
+def run(captioner, folder, output=None, model="model", beam_size=1, decoding=None, **options) -> list[str]:
     options = FolderOptions(folder, output_csv=output, batch_size=BATCH, workers=2, **options)
-    return caption_folder(options, lambda: captioner, model, {"beam_size": beam_size})
+    return caption_folder(options, lambda: captioner, model, decoding or DecodingOptions(beam_size))
 
 
 def no_captioner():
@@ -112,6 +114,45 @@ def test_another_setting_or_model_starts_anew_and_says_so(tmp_path, capsys):
     assert captioner.seen == 12
 
 
+@pytest.mark.parametrize("decoding", [
+    {"length_penalty": 1.0}, {"no_repeat_ngram": 3}, {"min_length": 5}, {"remove_bad_endings": True},
+    {"allow_unk": True}, {"num_captions": 2}, {"temperature": 1.0}, {"top_p": 0.9}, {"seed": 5},
+])  # fmt: skip
+def test_other_decoding_starts_anew_and_says_so(decoding, tmp_path, capsys):
+    folder, output = make_images(tmp_path / "in", 12), tmp_path / "out.csv"
+    with pytest.raises(Killed):
+        run(ColourCaptioner(kill_at=3), folder, output, decoding=DecodingOptions())
+    captioner = ColourCaptioner()
+    run(captioner, folder, output, decoding=DecodingOptions(**decoding))
+    assert captioner.seen == 12
+    assert f"another {next(iter(decoding))}; not used, starting anew" in capsys.readouterr().out
+
+
+def test_several_captions_with_scores_survive_a_kill(tmp_path):
+    class Several(ColourCaptioner):
+        def decode_prepared(self, images, options, ids, with_scores=False):
+            found = super().decode_prepared(images, options, ids)
+            return [[ScoredCaption(f"{text} {k}", -k / 3, -k / 9) for k in (1, 2)] for ((text, *_),) in found]
+
+    folder = make_images(tmp_path / "in", 30)
+    (folder / "img7.png").write_text("no image")
+    how = {"decoding": DecodingOptions(num_captions=2), "with_scores": True}
+    run(Several(), folder, tmp_path / "whole.csv", **how)
+    with pytest.raises(Killed):
+        run(Several(kill_at=4), folder, tmp_path / "killed.csv", **how)
+    captioner = Several()
+    run(captioner, folder, tmp_path / "killed.csv", **how)
+    assert 0 < captioner.seen < 29
+    assert (tmp_path / "killed.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    lines = (tmp_path / "whole.csv").read_text().splitlines()
+    assert lines[:3] == [
+        "image_id,caption,rank,log_prob,log_prob_per_word",
+        "img0,colour 0 0 200 1,1,-0.3333,-0.1111",
+        "img0,colour 0 0 200 2,2,-0.6667,-0.2222",
+    ]
+    assert "img7,,1,," in lines and len(lines) == 1 + 2 * 29 + 1
+
+
 def test_an_image_that_changed_meanwhile_is_captioned_again(tmp_path):
     folder, output = make_images(tmp_path / "in", 12), tmp_path / "out.csv"
     with pytest.raises(Killed):
@@ -129,7 +170,10 @@ def test_an_image_that_changed_meanwhile_is_captioned_again(tmp_path):
 
 def test_a_journal_that_a_kill_cut_short_or_damaged(tmp_path):
     journal = Journal(tmp_path / "out.csv")
-    key, entries = {"model": "m"}, [Entry(f"id{i}", "a \u2028 caption\n", ["p", 1, 2]) for i in range(3)]
+    key, entries = (
+        {"model": "m"},
+        [Entry(f"id{i}", [ScoredCaption("a \u2028 caption\n", -1.5, -0.5)], ["p", 1, 2]) for i in range(3)],
+    )
     journal.begin(key, entries[:1])
     journal.append(0, key, entries[1:2])
     journal.append(1, key, entries[2:])
@@ -411,33 +455,34 @@ def test_a_full_gpu_halves_the_batch(room, tmp_path, capsys):
     folder = make_images(tmp_path / "in", 21)
 
     class Small(ColourCaptioner):
-        def caption_prepared(self, images, beam_size=1):
+        def decode_prepared(self, images, options, ids, with_scores=False):
             if len(images) > room:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return super().caption_prepared(images)
+            return super().decode_prepared(images, options, ids)
 
     run(ColourCaptioner(), folder, tmp_path / "plain.csv")
     small = Small()
     options = FolderOptions(folder, output_csv=tmp_path / "halved.csv", batch_size=16)
-    caption_folder(options, lambda: small, "model", {})
+    caption_folder(options, lambda: small, "model", DecodingOptions())
     assert (tmp_path / "halved.csv").read_bytes() == (tmp_path / "plain.csv").read_bytes()
     assert small.seen == 21 and "memory is full with 16 images at a time" in capsys.readouterr().err
 
 
 def test_one_image_that_is_too_much_ends_the_run():
-    def full(images):
+    def full(images, ids):
         raise torch.OutOfMemoryError
 
     with pytest.raises(torch.OutOfMemoryError):
-        HalvingCaptioner(full, 4)([torch.zeros(1)] * 3)
+        HalvingCaptioner(full, 4)([torch.zeros(1)] * 3, ["a", "b", "c"])
 
 
 def test_collapsed_and_empty_captions_are_named(tmp_path, capsys):
     folder = make_images(tmp_path / "in", 45)
 
     class Collapsed(ColourCaptioner):
-        def caption_prepared(self, images, beam_size=1):
-            return ["a dog", "", *["a dog"] * len(images)][: len(images)]
+        def decode_prepared(self, images, options, ids, with_scores=False):
+            texts = ["a dog", "", *["a dog"] * len(images)][: len(images)]
+            return [[ScoredCaption(text)] for text in texts]
 
     run(Collapsed(), folder, tmp_path / "out.csv")
     err = capsys.readouterr().err

@@ -1,0 +1,111 @@
+"""The images of a prepared split, decoded with one or several `DecodingOptions`: what eval.py scores.
+
+Each of the options has a name, which the captions that they give are found by.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import h5py
+import torch
+
+from captioning.annotations import Record
+from captioning.decoding import DecodingOptions, ScoredCaption
+from utils import parallel_map, processes, progress_bar
+
+if TYPE_CHECKING:
+    from captioning.captioner import Captioner
+    from captioning.interface import BaseCaptioner
+
+Decoded = dict[Any, list[list[ScoredCaption]]]  # by the options' name: the captions of each image
+
+
+def decode_split(
+    captioner: Captioner,
+    ids: Sequence[str],
+    indices: Sequence[int],
+    files: Sequence[Path],
+    options: Mapping[Any, DecodingOptions],
+    batch_size: int,
+) -> tuple[Decoded, dict[Any, float]]:
+    """The captions of some images of a split, and the seconds of "encoding" and of each search.
+
+    Each image is encoded once for all options.
+
+    Args:
+        ids: of all images of the split.
+        indices: of the images to caption, neighbours.
+        files: an HDF5 file of "images", or of "features" for each of the captioner's encoders.
+    """
+    decoded: Decoded = {name: [] for name in options}
+    seconds = dict.fromkeys(("encoding", *options), 0.0)
+    device = captioner.decoders[0].fc.weight.device
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    with progress_bar(
+        total=len(indices), desc="evaluation", unit="image", disable=not processes().is_main_process
+    ) as progress:
+        for now, stored, encoded in read_batches(indices, files, batch_size):
+            began = clock()
+            grids = [features.to(device) for features in stored] if encoded else captioner.encode(stored[0])
+            ended = clock()
+            seconds["encoding"] += ended - began
+            for name, own in options.items():
+                began = ended
+                found = captioner.decode(grids, own, [ids[index] for index in now])
+                decoded[name] += captioner.scored(found)
+                ended = clock()
+                seconds[name] += ended - began
+            progress.update(len(now))
+    return decoded, seconds
+
+
+def read_batches(
+    indices: Sequence[int], files: Sequence[Path], batch_size: int
+) -> Iterator[tuple[Sequence[int], list[torch.Tensor], bool]]:
+    """Batches of indices with the images, or each encoder's features, and whether they are features; a thread
+    reads ahead."""
+    opened = [h5py.File(file, "r") for file in files]
+    try:
+        encoded = "features" in opened[0]
+        stored = [file["features" if encoded else "images"] for file in opened]
+        batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+
+        def read(batch: Sequence[int]) -> tuple[Sequence[int], list[torch.Tensor], bool]:
+            tensors = [torch.from_numpy(data[batch[0] : batch[-1] + 1]) for data in stored]  # neighbours
+            return batch, tensors, encoded
+
+        yield from parallel_map(read, batches, workers=1)
+    finally:
+        for file in opened:
+            file.close()
+
+
+def decode_files(
+    captioner: BaseCaptioner,
+    records: Sequence[Record],
+    options: Mapping[Any, DecodingOptions],
+    batch_size: int,
+    with_scores: bool = False,
+) -> tuple[Decoded, dict[Any, float]]:
+    """The same from image files, for a captioner that prepares them itself; each is encoded anew for each of
+    the options."""
+    decoded: Decoded = {name: [] for name in options}
+    seconds = dict.fromkeys(("encoding", *options), 0.0)
+    batches = [records[start : start + batch_size] for start in range(0, len(records), batch_size)]
+    for name, own in options.items():
+        began = time.perf_counter()
+        for batch in progress_bar(batches, desc=f"evaluation, {name}", unit="batch"):
+            images = torch.stack([captioner.prepare(record.path) for record in batch])
+            ids = [record.image_id for record in batch]
+            decoded[name] += captioner.decode_prepared(images, own, ids, with_scores)
+        seconds[name] = time.perf_counter() - began
+    return decoded, seconds
