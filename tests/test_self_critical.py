@@ -253,7 +253,7 @@ def test_the_gradient_is_that_of_plain_reinforce(fused, monkeypatch):
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     for name, gradient in {name: p.grad for name, p in named.items()}.items():
         if name != "attention.full_att.bias":  # the softmax does not depend on it
-            assert gradient.abs().max() > 1e-4, name
+            assert gradient.abs().max() > 1e-5, name  # ten times the tolerance
             torch.testing.assert_close(ours[name], gradient, atol=1e-6, rtol=1e-3, msg=name)
     torch.testing.assert_close(ours["grid"], leaf.grad, atol=1e-6, rtol=1e-3)
 
