@@ -28,7 +28,7 @@ from captioning.images import read_image
 from captioning.prepared import Prepared
 from utils import (
     UserError,
-    leave_sigterm_to_main_process,
+    leave_signals_to_main_process,
     parallel_map,
     pick_device,
     printable,
@@ -170,19 +170,20 @@ class BatchSampler:
         self.count = min(-(-size // (batch_size * micro_batches)), size // micro_batches)
         self.start_epoch(0)
 
-    def start_epoch(self, epoch: int) -> None:
-        """Draw the order of an epoch; it is the same for the same seed and epoch."""
-        self.epoch = epoch
+    def start_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """Draw the order of an epoch, the same for the same seed and epoch; give out its batches from
+        `first_step` on."""
+        self.epoch, self.first_step = epoch, first_step
         order = np.arange(self.size)
         if self.shuffle:
             np.random.default_rng([self.seed, epoch]).shuffle(order)
         self.steps = np.array_split(order, self.count)
 
     def __len__(self) -> int:
-        return self.count * self.accumulation_steps
+        return (self.count - self.first_step) * self.accumulation_steps
 
     def __iter__(self) -> Iterator[Request]:
-        for number, step in enumerate(self.steps):
+        for number, step in enumerate(self.steps[self.first_step :], start=self.first_step):
             micro_batches = np.array_split(step, self.accumulation_steps * self.processes)
             for accumulated in range(self.accumulation_steps):
                 place = accumulated * self.processes + self.rank
@@ -200,7 +201,7 @@ def make_loader(
         sampler=sampler,
         num_workers=workers,
         persistent_workers=workers > 0,
-        worker_init_fn=leave_sigterm_to_main_process,
+        worker_init_fn=leave_signals_to_main_process,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # so that starting workers draws nothing from the training's
     )

@@ -7,8 +7,8 @@
 
 Every setting of the scripts that it runs is an option here too; those of train_model.py and direct_caption.py
 begin with blip_ (--blip_epochs). What is not given is as at the top of each script. A step whose result is
-there, made from the same input with the same settings, is skipped; an interrupted training goes on after its
-last complete epoch.
+there, made from the same input with the same settings, is skipped; an interrupted training goes on where it
+was.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ Settings.pipeline_steps = [
     Step("settings of train_model.py", blip_training.Settings, "blip_", frozenset(SET_BY_PIPELINE)),
     Step("settings of direct_caption.py", direct_caption.Settings, "blip_", frozenset(SET_BY_PIPELINE)),
 ]
-FOR_BOTH = {"seed", "val_fraction", "test_csv", "recursive"}  # given once, they hold for BLIP too
+FOR_BOTH = {"seed", "val_fraction", "test_csv", "recursive", "save_every"}  # once given, for BLIP too
 
 # what the demonstration is trained with: small, so that it learns in minutes without a GPU
 DEMO = {
@@ -251,7 +251,7 @@ def run_training(
         announce(f"{step}: {wanted.output_folder}/ is up to date, skipped")
         return history[best_epoch(history, wanted.score)]
     announce(f"{step}: going on after {checkpoint}", non_default_settings(wanted))
-    return run(make_settings(type(wanted), asdict(wanted) | {"checkpoint": str(checkpoint)}))
+    return run(make_settings(type(wanted), asdict(wanted) | {"resume": True}))
 
 
 def caption_with_attention(settings: Settings, announce: Callable[..., None]) -> None:

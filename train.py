@@ -2,7 +2,7 @@
 
     python train.py
     python train.py --encoder_name efficientnet_lite2 --epochs 20
-    python train.py --resume                                                 # go on after the last epoch
+    python train.py --resume                                                 # go on where it was interrupted
     python train.py --checkpoint output_models/checkpoint_epoch_3.pth --epochs 10    # go on after epoch 3
     python train.py --fine_tune_encoder --fine_tune_after 10 --augment --epochs 30   # decoder, then both
     torchrun --nproc_per_node 4 train.py                                             # on four GPUs
@@ -15,7 +15,6 @@ those given on the command line.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -30,7 +29,6 @@ from captioning.averaging import WeightAverage
 from captioning.checkpoints import (
     STATES,
     check_content,
-    checkpoint_to_resume,
     decoder_from,
     encoder_from,
     load_checkpoint,
@@ -49,6 +47,7 @@ from captioning.engine import (
 )
 from captioning.features import cache_features
 from captioning.files import lock_folder
+from captioning.interruption import Progress, Saver
 from captioning.losses import (
     CrossEntropy,
     drop_embeddings,
@@ -70,7 +69,6 @@ from utils import (
     check_at_least,
     check_output,
     check_share,
-    progress_bar,
     read_json,
     run_script,
 )
@@ -120,10 +118,11 @@ class Settings:
     fine_tune_embeddings: bool = True  # train the word embeddings
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # 16-bit autocast, on CUDA
     select_by: Literal["bleu4", "cider"] = "bleu4"  # score by which the best epoch is chosen
-    resume: bool = False  # go on after the last epoch in output_folder
+    resume: bool = False  # go on from the newest state in output_folder
     checkpoint: str | None = None  # or go on from this file
     log_with: Literal["none", "tensorboard", "wandb"] = "none"  # also report every epoch there
     keep_checkpoints: int = 0  # epochs whose checkpoints stay; 0: all
+    save_every: float = 10  # minutes between saves of last.pth, for --resume; 0: saved on Ctrl-C and SIGTERM
     device: Device = "auto"  # auto: a GPU where there is one
     workers: int = 2  # processes that load batches
     seed: int = 123  # of weights, order and dropout
@@ -132,7 +131,7 @@ class Settings:
         check_at_least(self, 1, "emb_dim", "attention_dim", "decoder_dim", "epochs", "batch_size")
         check_at_least(self, 1, "grad_accumulation", "decay_after")
         check_at_least(self, 0, "fine_tune_after", "workers", "encoder_lr", "decoder_lr", "alpha_c", "seed")
-        check_at_least(self, 0, "patience", "keep_checkpoints")
+        check_at_least(self, 0, "patience", "keep_checkpoints", "save_every")
         check_at_least(self, 0, "self_critical_lr", "reward_bleu4", "weight_decay")
         check_at_least(self, 2, "self_critical_samples")
         check_at_least(self, 1, "cached_views")
@@ -174,8 +173,8 @@ class Settings:
 # fixed by the checkpoint: these cannot change when a training is resumed
 FIXED = ("encoder_name", "encoder_weights", "emb_dim", "attention_dim", "decoder_dim", "embeddings")
 RATES = ("decoder_lr", "encoder_lr")  # the setting of each optimizer group's rate
-OUTPUT_FILES = ("checkpoint_epoch_*.pth", "best_checkpoint.pth", "encoder.pth", "decoder.pth", "history.csv",
-                "curves.png", "train.log")  # fmt: skip
+OUTPUT_FILES = ("checkpoint_epoch_*.pth", "last.pth", "best_checkpoint.pth", "encoder.pth", "decoder.pth",
+                "history.csv", "curves.png", "train.log")  # fmt: skip
 
 
 def main(settings: Settings) -> None:
@@ -221,6 +220,12 @@ def run_training(settings: Settings) -> dict:
     monitor = Monitor(run, output, settings, read_json(Path(settings.data_folder) / "val_image_ids.json"))
     reward = None
 
+    def checkpoint() -> dict:
+        states = run.states(optimizer, rates) | average.states()
+        return checkpoint_content(states, history, word_map, settings)
+
+    data = Prepared(settings.data_folder).digests_of("train")
+    saver = Saver(run, output, settings.save_every, checkpoint, resumed, data)
     for epoch in range(len(history) + 1, settings.epochs + 1):
         if settings.is_fine_tuned(epoch) != fine_tuned:
             fine_tuned = not fine_tuned
@@ -229,27 +234,31 @@ def run_training(settings: Settings) -> dict:
         if settings.patience and waited >= settings.patience:
             run.log(f"stopped: no better {settings.select_by} for {waited} epochs")
             break
-        rates.before_epoch(epochs_since_improvement(history, score))
+        if not saver.goes_on:
+            rates.before_epoch(epochs_since_improvement(history, score))
         if settings.is_self_critical(epoch) and reward is None:
             given = bool(settings.checkpoint) and len(history) == len(resumed.history)
-            reward = start_self_critical(settings, average, optimizer, rates, history, given, run)
+            begun = saver.goes_on
+            reward = start_self_critical(settings, average, optimizer, rates, history, given, begun, run)
         # order and dropout of an epoch do not depend on a resume; dropout differs between processes
-        torch.manual_seed(settings.seed + epoch + 1000 * run.state.process_index)
-        train_loader.sampler.start_epoch(epoch)
-        began = time.monotonic()
-        objective = choose_objective(encoder, decoder, settings, run, word_map, reward, train_loader, epoch)
-        line = {"epoch": epoch}
-        line |= train_one_epoch(objective, train_loader, optimizer, rates, average, settings, run, epoch)
-        scores, captions = validate(
-            average.encoder, average.decoder, val_loader, references, word_map, settings, run
-        )
-        line |= scores
-        line |= {"decoder_lr": optimizer.param_groups[0]["lr"], "seconds": time.monotonic() - began}
-        history.append(line)
-        if run.is_main:
-            states = run.states(optimizer, rates) | average.states()
-            save(output, states, history, word_map, settings)
-        monitor.report_epoch(history, captions, describe(line))
+        seed = settings.seed + epoch + 1000 * run.state.process_index
+        progress = saver.start_epoch(epoch, steps_per_epoch, seed)
+        train_loader.sampler.start_epoch(epoch, progress.steps)
+        chosen = encoder, decoder, settings, run, word_map, reward
+        objective, line = choose_objective(*chosen, train_loader, progress), progress.line
+        with saver.training():
+            line |= train_one_epoch(objective, train_loader, optimizer, rates, average, settings, run, saver)
+        with saver.finishing():
+            models = average.encoder, average.decoder
+            scores, captions = validate(*models, val_loader, references, word_map, settings, run)
+            line |= scores
+            line |= {"decoder_lr": optimizer.param_groups[0]["lr"], "seconds": progress.seconds()}
+            history.append(line)
+            if run.is_main:
+                content = checkpoint()
+                make_best = partial(write_best, checkpoint=content)
+                save_epoch(output, content, score, make_best, settings.keep_checkpoints)
+            monitor.report_epoch(history, captions, describe(line))
     return report_best(run, history, score, output)
 
 
@@ -281,15 +290,16 @@ def read_data(data_folder: str) -> tuple[dict[str, int], list[list[list[str]]]]:
 
 def resume(settings: Settings) -> tuple[Settings, Resumed | None]:
     """The checkpoint to go on from, if there is one, and the settings that then hold."""
-    source = checkpoint_to_resume(settings.output_folder, settings.resume, settings.checkpoint)
-    if source is None:
-        return settings, None
-    word_map_path = Path(settings.data_folder) / "word_map.json"
-    checkpoint = load_checkpoint(source, "encoder", "decoder", word_map_path=word_map_path)
-    check_content(source, checkpoint, STATES)
-    # a checkpoint from elsewhere has weights, but no epochs that were scored as ours are
-    checkpoint["history"] = [line for line in checkpoint["history"] if settings.score in line]
-    return Resumed.merge(settings, checkpoint, source, FIXED)
+
+    def read(source: Path) -> dict:
+        word_map_path = Path(settings.data_folder) / "word_map.json"
+        checkpoint = load_checkpoint(source, "encoder", "decoder", word_map_path=word_map_path)
+        check_content(source, checkpoint, STATES)
+        # a checkpoint from elsewhere has weights, but no epochs that were scored as ours are
+        checkpoint["history"] = [line for line in checkpoint["history"] if settings.score in line]
+        return checkpoint
+
+    return Resumed.find(settings, read, FIXED, Prepared(settings.data_folder).digests_of("train"))
 
 
 def build_models(
@@ -365,14 +375,17 @@ def start_stage(
 
 def choose_objective(
     encoder: Encoder, decoder: DecoderWithAttention, settings: Settings, run: Run, word_map: dict[str, int],
-    reward: Reward | None, loader: DataLoader, epoch: int,
+    reward: Reward | None, loader: DataLoader, progress: Progress,
 ) -> CrossEntropy | SelfCritical:  # fmt: skip
     """What an epoch minimizes."""
     decoder.train()
     if reward is not None:
         longest = int(loader.dataset.lengths.max()) - 1
-        return SelfCritical(encoder, decoder, settings, run, word_map, reward, longest, epoch)
-    sampling = sampling_probability(settings.scheduled_sampling, epoch, settings.cross_entropy_epochs)
+        epoch, totals = progress.epoch, progress.totals
+        return SelfCritical(encoder, decoder, settings, run, word_map, reward, longest, epoch, totals)
+    sampling = sampling_probability(
+        settings.scheduled_sampling, progress.epoch, settings.cross_entropy_epochs
+    )
     return CrossEntropy(encoder, decoder, settings, run, word_map, sampling)
 
 
@@ -384,15 +397,21 @@ def train_one_epoch(
     average: WeightAverage,
     settings: Settings,
     run: Run,
-    epoch: int,
+    saver: Saver,
 ) -> dict[str, float]:
-    """One pass over the training images: {"train_loss", "captions_per_second"}, and of self-critical training
-    "train_reward"."""
+    """One pass over the training images, or the rest of one: {"epoch", "train_loss", "captions_per_second"},
+    and of self-critical training "train_reward"."""
     sampler, lengths_of = loader.sampler, loader.dataset.lengths  # (I, captions_per_image)
-    total, captions_done, began = torch.zeros((), device=run.device), 0, time.monotonic()
     requests, batches = iter(sampler), iter(loader)
-    progress = progress_bar(sampler.steps, desc=f"epoch {epoch}", unit="step", disable=not run.is_main)
-    for step, indices in enumerate(progress, start=1):
+    done, bar = saver.progress, saver.steps_left(sampler.steps)
+
+    def report() -> dict[str, float]:
+        mean = run.mean_loss(done.loss, done.steps, done.epoch, "lower --decoder_lr or --encoder_lr")
+        rate = done.captions / done.seconds()
+        line = {"epoch": done.epoch, "train_loss": mean, "captions_per_second": rate}
+        return line | objective.report()
+
+    for indices in bar:
         objective.start_step(lengths_of[indices])
         step_loss = torch.zeros((), device=run.device)
         for _ in range(sampler.accumulation_steps):
@@ -401,42 +420,31 @@ def train_one_epoch(
             run.backward(loss)
             step_loss += loss.detach()
         divisor = objective.finish_step()
-        total += step_loss / divisor
+        done.loss += step_loss / divisor
         run.step(optimizer, settings.grad_clip, settings.grad_clip_by, divisor)
         rates.after_step()
         average.update()
-        captions_done += objective.captions
-        if step % 10 == 0 or step == len(sampler.steps):  # seldom: reading the loss waits for the device
-            mean = run.mean_loss(total, step, epoch, "lower --decoder_lr or --encoder_lr")
-            line = {"train_loss": mean, "captions_per_second": captions_done / (time.monotonic() - began)}
-            line |= objective.report()
-            progress.set_postfix_str(describe_training(line))
-    return line
+        done.captions += objective.captions
+        done.steps += 1
+        if done.steps % 10 == 0:  # seldom: reading the loss waits for the device
+            bar.set_postfix_str(describe_training(report()))
+        saver.after_step()
+    return report()
 
 
 # --- what is kept -------------------------------------------------------------------------------------------
 
 
-def save(
-    output: Path,
-    states: dict[str, dict],
-    history: list[dict],
-    word_map: dict[str, int],
-    settings: Settings,
-) -> None:
-    """Write the epoch's checkpoint and history.csv, and the files of the best where it is the best."""
+def checkpoint_content(
+    states: dict[str, dict], history: list[dict], word_map: dict[str, int], settings: Settings
+) -> dict:
     about = {
         "settings": asdict(settings),
         "word_map": word_map,
         "data": {key: read_prepared(settings.data_folder)[key] for key in ("settings", "inputs")},
-        "history": history,
+        "history": list(history),
     }
-    checkpoint = about | states
-
-    def make_best(file: Path) -> None:
-        write_best(file, checkpoint)
-
-    save_epoch(output, checkpoint, settings.score, make_best, settings.keep_checkpoints)
+    return about | states
 
 
 if __name__ == "__main__":

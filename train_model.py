@@ -3,7 +3,7 @@
     python train_model.py                                               # train.csv, train/train/
     python train_model.py --annotations captions.txt --image_folder Images --freeze_vision
     python train_model.py --base_model tiny --annotations demo/train.csv --image_folder demo/train/train
-    python train_model.py --resume                                      # go on after the last complete epoch
+    python train_model.py --resume                                      # go on where it was interrupted
     torchrun --nproc_per_node 4 train_model.py --mixed_precision bf16   # several GPUs or machines
 
 After every epoch the model captions the validation images by itself and is scored with BLEU-4 and CIDEr
@@ -19,7 +19,6 @@ import json
 import os
 import random
 import shutil
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -33,7 +32,6 @@ from captioning.checkpoints import (
     STATES,
     WEIGHTS,
     check_content,
-    checkpoint_to_resume,
     read_checkpoint,
 )
 from captioning.engine import (
@@ -46,6 +44,7 @@ from captioning.engine import (
     start_outputs,
 )
 from captioning.files import lock_folder
+from captioning.interruption import Saver
 from captioning.monitor import Monitor
 from captioning.resume import Resumed
 from utils import (
@@ -71,7 +70,7 @@ class Settings:
     val_fraction: float = 0.1  # share of images to validate on, where the file names no splits
     base_model: str = HUB_MODEL  # hub id or folder to start from; tiny: a small one with random weights
     output_folder: str = "blip_finetuned_model"  # where the best epoch's model and the checkpoint go
-    resume: bool = False  # go on after the last complete epoch in output_folder
+    resume: bool = False  # go on from the newest state in output_folder
     checkpoint: str | None = None  # or go on from this checkpoint_epoch_N.pth
     epochs: int | None = None  # in all, those before a resume counted; None: 3; 50 for tiny
     batch_size: int | None = None  # images that go through the model at once; None: 8; 16 for tiny
@@ -96,6 +95,7 @@ class Settings:
     select_by: Literal["bleu4", "cider"] = "cider"  # score by which the best epoch is chosen
     log_with: Literal["none", "tensorboard", "wandb"] = "none"  # also report every epoch there
     keep_checkpoints: int = 1  # epochs whose checkpoints stay, each three times the model's size; 0: all
+    save_every: float = 10  # minutes between saves of last.pth, for --resume; 0: saved on Ctrl-C and SIGTERM
     val_batch_size: int = 32  # images captioned at a time, greedily
     device: Device = "auto"  # auto: a GPU where there is one
     workers: int = 4  # threads that read images
@@ -109,6 +109,7 @@ class Settings:
         check_at_least(self, 1, "val_batch_size", "workers", "decay_after")
         check_at_least(self, 3, "max_length")
         check_at_least(self, 0, "learning_rate", "weight_decay", "patience", "keep_checkpoints", "seed")
+        check_at_least(self, 0, "save_every")
         check_above_zero(self, "grad_clip", "decay")
         check_share(self, "val_fraction", "warmup", "label_smoothing")
 
@@ -122,10 +123,11 @@ FOR_PRETRAINED = {"epochs": 3, "batch_size": 8, "captions_per_image": 1, "learni
 FOR_PRETRAINED |= {"augment": False, "patience": 5, "label_smoothing": 0.1}
 FOR_TINY = {"epochs": 50, "batch_size": 16, "captions_per_image": 2, "learning_rate": 2e-3}
 FOR_TINY |= {"augment": True, "patience": 0, "label_smoothing": 0.0}
+REMEDY = "lower --learning_rate"  # where the loss is no longer a number
 FIXED = ("base_model",)  # fixed by the checkpoint: cannot change when a training is resumed
 OUTPUT_FILES = (
     "*.safetensors", "*config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.txt", "checkpoint_epoch_*.pth", "history.csv", "curves.png", "train.log",
+    "vocab.txt", "checkpoint_epoch_*.pth", "last.pth", "history.csv", "curves.png", "train.log",
 )  # fmt: skip
 
 
@@ -196,34 +198,40 @@ def run_training(settings: Settings) -> dict:
         start_outputs(output, resumed.source if resumed else None, len(history), OUTPUT_FILES)
     run.log_file = output / "train.log"  # set only now: archiving would move it
     monitor = Monitor(run, output, settings, [record.image_id for record in val_set.records])
+    digest = data_digest(train_records, val_records)
 
+    def checkpoint() -> dict:
+        about = {"settings": asdict(settings), "data": digest, "history": list(history)}
+        return about | {"model": captioner.model.state_dict(), **run.states(optimizer, rates)}
+
+    saver = Saver(run, output, settings.save_every, checkpoint, resumed)
     for epoch in range(len(history) + 1, settings.epochs + 1):
         waited = epochs_since_improvement(history, score)
         if settings.patience and waited >= settings.patience:
             run.log(f"stopped: no better {settings.select_by} for {waited} epochs")
             break
-        rates.before_epoch(waited)
-        torch.manual_seed(settings.seed + epoch)  # an epoch does not depend on what ran before a resume
-        sampler.start_epoch(epoch)
-        began = time.monotonic()
-        line = {"epoch": epoch, "learning_rate": optimizer.param_groups[0]["lr"]}
-        line["train_loss"] = train_one_epoch(
-            loss_module, train_set, captions, sampler, optimizer, rates, settings, run
-        )
-        scores, texts = validate(captioner, val_set, settings, run)
-        line |= scores
-        line["seconds"] = time.monotonic() - began
-        history.append(line)
-        if run.is_main:
-            about = {"settings": asdict(settings), "data": data_digest(train_records, val_records)}
-            states = {"model": captioner.model.state_dict(), **run.states(optimizer, rates)}
-            checkpoint = about | {"history": history} | states
-            if epochs_since_improvement(history, score) == 0:
-                save_model(output, captioner)  # first, so that a checkpoint's best model is always there
-            save_epoch(output, checkpoint, score, lambda _: None, settings.keep_checkpoints)
-        text = f"loss {line['train_loss']:.3f}; "
-        text += f"validation BLEU-4 {line['val_bleu4']:.4f}, CIDEr {line['val_cider']:.4f}"
-        monitor.report_epoch(history, texts, text)
+        if not saver.goes_on:
+            rates.before_epoch(waited)
+        # an epoch does not depend on what ran before a resume
+        progress = saver.start_epoch(epoch, len(sampler.steps), settings.seed + epoch)
+        sampler.start_epoch(epoch, progress.steps)
+        line = {"epoch": epoch, "learning_rate": optimizer.param_groups[0]["lr"]} | progress.line
+        progress.line = line
+        with saver.training():
+            line["train_loss"] = train_one_epoch(
+                loss_module, train_set, captions, sampler, optimizer, rates, settings, run, saver
+            )
+        with saver.finishing():
+            scores, texts = validate(captioner, val_set, settings, run)
+            line |= scores | {"seconds": progress.seconds()}
+            history.append(line)
+            if run.is_main:
+                if epochs_since_improvement(history, score) == 0:
+                    save_model(output, captioner)  # first, so that a checkpoint's best model is always there
+                save_epoch(output, checkpoint(), score, lambda _: None, settings.keep_checkpoints)
+            text = f"loss {line['train_loss']:.3f}; "
+            text += f"validation BLEU-4 {line['val_bleu4']:.4f}, CIDEr {line['val_cider']:.4f}"
+            monitor.report_epoch(history, texts, text)
     return report_best(run, history, score, output)
 
 
@@ -232,18 +240,19 @@ def run_training(settings: Settings) -> dict:
 
 def resume(settings: Settings) -> tuple[Settings, Resumed | None]:
     """The checkpoint to go on from, if there is one, and the settings that then hold."""
-    source = checkpoint_to_resume(settings.output_folder, settings.resume, settings.checkpoint)
-    if source is None:
-        return settings, None
-    try:
-        checkpoint = read_checkpoint(source)
-        complete = {"settings", "data", "history", "model"} <= checkpoint.keys()
-    except (ValueError, AttributeError):
-        complete = False
-    if not complete:
-        raise UserError(f"{source}: not a checkpoint of train_model.py; start without it")
-    check_content(source, checkpoint, STATES | {"settings": dict, "data": str, "model": WEIGHTS})
-    return Resumed.merge(settings, checkpoint, source, FIXED)
+
+    def read(source: Path) -> dict:
+        try:
+            checkpoint = read_checkpoint(source)
+            complete = {"settings", "data", "history", "model"} <= checkpoint.keys()
+        except (ValueError, AttributeError):
+            complete = False
+        if not complete:
+            raise UserError(f"{source}: not a checkpoint of train_model.py; start without it")
+        check_content(source, checkpoint, STATES | {"settings": dict, "data": str, "model": WEIGHTS})
+        return checkpoint
+
+    return Resumed.find(settings, read, FIXED)
 
 
 def read_records(settings: Settings) -> tuple[list[Record], list[Record]]:
@@ -342,19 +351,19 @@ def train_one_epoch(
     rates: LearningRate,
     settings: Settings,
     run: Run,
+    saver: Saver,
 ) -> float:
-    """One pass over the training images; return the mean loss of its steps."""
+    """One pass over the training images, or the rest of one; return the mean loss of its steps."""
     from datasets import pad_captions
 
     loss_module.train()
-    epoch, pad = sampler.epoch, train_set.captioner.tokenizer.pad_token_id
+    epoch, done, pad = sampler.epoch, saver.progress, train_set.captioner.tokenizer.pad_token_id
     drawn = draw_captions(captions, settings.captions_per_image, f"{settings.seed} {epoch}")
     batches = [request.indices.tolist() for request in sampler]  # of this process
     augment_seed = f"{settings.seed} {epoch}" if settings.augment and train_set.features is None else None
     loaded = zip(batches, train_set.batches(batches, augment_seed))
-    total = torch.zeros((), device=run.device)
-    progress = progress_bar(sampler.steps, desc=f"epoch {epoch}", unit="step", disable=not run.is_main)
-    for step, indices in enumerate(progress, start=1):
+    progress = saver.steps_left(sampler.steps)
+    for indices in progress:
         # counted over all processes and micro-batches, so that every token has the same weight
         tokens = sum(len(caption) - 1 for index in indices for caption in drawn[index])
         for _ in range(settings.grad_accumulation):
@@ -366,13 +375,14 @@ def train_one_epoch(
                 share = sum(len(caption) - 1 for caption in texts) / tokens
                 loss = loss_module(images, **inputs) * share
             run.backward(loss)
-            total += loss.detach()
+            done.loss += loss.detach()
         run.step(optimizer, settings.grad_clip, settings.grad_clip_by)
         rates.after_step()
-        if step % 10 == 0 or step == len(sampler.steps):  # seldom: reading the loss waits for the device
-            mean = run.mean_loss(total, step, epoch, "lower --learning_rate")
-            progress.set_postfix_str(f"loss {mean:.3f}")
-    return mean
+        done.steps += 1
+        if done.steps % 10 == 0:  # seldom: reading the loss waits for the device
+            progress.set_postfix_str(f"loss {run.mean_loss(done.loss, done.steps, epoch, REMEDY):.3f}")
+        saver.after_step()
+    return run.mean_loss(done.loss, done.steps, epoch, REMEDY)
 
 
 def draw_captions(captions: list[list[list[int]]], count: int, seed: str) -> list[list[list[int]]]:

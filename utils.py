@@ -75,7 +75,7 @@ def run_script(main: Callable, settings_class: type) -> typing.NoReturn:
         _report(f"error: {error.strerror}: {error.filename or 'while writing'}")
         status = 2
     except KeyboardInterrupt as error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        leave_signals_to_main_process()  # this one is ending already
         if is_main_process():
             kept = str(error) or "finished files are kept, unfinished ones are removed"
             print(f"\ninterrupted: {kept}", file=sys.stderr)
@@ -91,9 +91,11 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM came: the same as Ctrl-C, but for the exit status."""
 
 
-def leave_sigterm_to_main_process(*_) -> None:
-    """For worker processes of a DataLoader: they end with the main process, which says what was kept."""
+def leave_signals_to_main_process(*_) -> None:
+    """For worker processes of a DataLoader: they end with the main process, which finishes its step and says
+    what was kept."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _interrupt(*_) -> typing.NoReturn:

@@ -121,6 +121,42 @@ STATES = {  # what a training that goes on takes from a checkpoint, if it is the
 }
 
 
+class RandomState:
+    """The state of a generator of torch; a schema."""
+
+    def describe(self) -> str:
+        return "the state of a random generator"
+
+    def accepts(self, value: object) -> bool:
+        return isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.dim() == 1
+
+
+class CpuRandomState(RandomState):
+    def accepts(self, value: object) -> bool:
+        try:
+            return super().accepts(value) and bool(torch.Generator().set_state(value))
+        except RuntimeError:
+            return False
+
+
+LAST = "last.pth"  # the state within an epoch, beside the epochs' checkpoints; see captioning/interruption.py
+PROGRESS = {
+    "epoch": Number(1),
+    "steps": Number(1),
+    "total_steps": Number(1),
+    "captions": Number(0),
+    "seconds": Number(0, whole=False),
+    "line": {str: Number(whole=False)},
+    "processes": [
+        {
+            "loss": Number(whole=False),
+            "totals": {str: Number(whole=False)},
+            "random": {"cpu": CpuRandomState(), str: RandomState()},
+        }
+    ],
+}
+
+
 def check_content(path: str | Path, checkpoint: object, schema: dict) -> None:
     """Raise UserError unless the checkpoint read from `path` is as the schema says."""
     mismatch = find_mismatch(checkpoint, schema)
@@ -161,22 +197,6 @@ def epoch_checkpoints(folder: str | Path, after: int = 0) -> list[Path]:
         if match and int(match[1]) > after:
             numbered.append((int(match[1]), file))
     return [file for _, file in sorted(numbered)]
-
-
-def checkpoint_to_resume(output_folder: str | Path, resume: bool, checkpoint: str | None) -> Path | None:
-    """The file that --resume (the last of the output folder) or --checkpoint names; None to start anew.
-
-    Raises:
-        UserError: both are given, or there is nothing to resume.
-    """
-    if resume and checkpoint:
-        raise UserError("--resume and --checkpoint are two ways to say where to go on: give one")
-    if not resume:
-        return Path(checkpoint) if checkpoint else None
-    files = epoch_checkpoints(output_folder)
-    if not files:
-        raise UserError(f"{output_folder}: no checkpoint_epoch_N.pth in it; start without --resume")
-    return files[-1]
 
 
 def archive_previous_run(folder: Path, *patterns: str) -> None:

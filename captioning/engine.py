@@ -24,6 +24,7 @@ from torch import Tensor
 
 from captioning.checkpoints import (
     BEST_FILES,
+    LAST,
     archive,
     archive_previous_run,
     epoch_checkpoints,
@@ -314,8 +315,11 @@ def start_outputs(output: Path, source: Path | None, epochs: int, patterns: Sequ
         archive_previous_run(output, *patterns)
         return
     abandoned = epoch_checkpoints(output, after=epochs)
+    if source.name != LAST:
+        remove_superseded_state(output)
+        abandoned += output.glob(LAST)
     if abandoned:
-        print(f"the epochs after epoch {epochs} in {output}/ are now in {archive(output, abandoned)}/")
+        print(f"what {output}/ had after epoch {epochs} is now in {archive(output, abandoned)}/")
     repair_outputs(output)
 
 
@@ -335,6 +339,7 @@ def copy_best(source: Path, history: list[dict], score: str, output: Path) -> No
 def repair_outputs(output: Path) -> None:
     """Make a folder's best files and history.csv those of its newest checkpoint, where a training was killed
     while it wrote them."""
+    remove_superseded_state(output)
     files = epoch_checkpoints(output)
     if not files or not is_main_process():
         return
@@ -358,6 +363,22 @@ def repair_outputs(output: Path) -> None:
         return  # not ours, or damaged: whoever reads it says so
 
 
+def remove_superseded_state(output: Path) -> None:
+    """Remove the state within an epoch that is now complete, where a training was killed between the two."""
+    files = epoch_checkpoints(output)
+    if files and (output / LAST).is_file() and is_main_process():
+        history, earlier = (peek(file).get("history") for file in (files[-1], output / LAST))
+        if is_earlier(earlier, history):
+            (output / LAST).unlink()
+
+
+def is_earlier(history: object, other: object) -> bool:
+    """Whether one history is of the same run as another one, some epochs before."""
+    if not isinstance(history, list) or not isinstance(other, list):
+        return False
+    return len(history) < len(other) and other[: len(history)] == history
+
+
 def save_epoch(
     output: Path,
     checkpoint: dict,
@@ -365,7 +386,8 @@ def save_epoch(
     write_best: Callable[[Path], None],
     keep_checkpoints: int,
 ) -> None:
-    """Write the epoch's checkpoint and history.csv; where it is the best so far, call `write_best(file)`.
+    """Write the epoch's checkpoint and history.csv, and remove the state within it; where it is the best so
+    far, call `write_best(file)`.
 
     keep_checkpoints: how many epochs' files stay; 0: all.
     """
@@ -375,6 +397,7 @@ def save_epoch(
     if epochs_since_improvement(history, score) == 0:
         write_best(file)
     write_table(output / "history.csv", history)
+    (output / LAST).unlink(missing_ok=True)
     if keep_checkpoints:
         for older in epoch_checkpoints(output)[:-keep_checkpoints]:
             older.unlink()

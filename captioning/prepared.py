@@ -75,6 +75,10 @@ class Prepared:
         self.record = read_prepared(folder)
         self.digests: dict[str, str] = dict(self.record.get("files", {}))
 
+    def digests_of(self, split: str) -> dict[str, str]:
+        """By what the split's data are recognized: the digests of its files."""
+        return {name: digest for name, digest in self.digests.items() if name.startswith(f"{split}_")}
+
     def require_split(self, split: str) -> int:
         """The number of the split's images."""
         if split not in self.record["splits"]:

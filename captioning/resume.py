@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from captioning.checkpoints import HISTORY, check_content, epoch_checkpoints, read_checkpoint
-from captioning.engine import LearningRate, Run, epochs_of_patience
-from utils import UserError, describe_settings, given_names
+from captioning.checkpoints import (
+    HISTORY,
+    LAST,
+    PROGRESS,
+    check_content,
+    epoch_checkpoints,
+    peek,
+    read_checkpoint,
+)
+from captioning.engine import LearningRate, Run, epochs_of_patience, is_earlier
+from utils import UserError, describe_settings, given_names, processes
 
 # these are of each run, whatever the checkpoint says
 OF_THIS_RUN = {"data_folder", "annotations", "image_folder", "output_folder", "resume", "checkpoint"}
@@ -25,7 +33,11 @@ OF_THIS_RUN |= {
     "mixed_precision",
     "keep_checkpoints",
     "val_batch_size",
+    "save_every",
 }
+# changed, these let an interrupted epoch go on where it was
+IN_MID_EPOCH = {"epochs", "patience", "select_by", "decoder_lr", "encoder_lr", "learning_rate"}
+IN_MID_EPOCH |= {"decay", "decay_after", "grad_clip", "grad_clip_by", "weight_decay"}
 
 
 @dataclass
@@ -34,14 +46,88 @@ class Resumed:
 
     checkpoint: dict
     source: Path
-    changed: frozenset[str]  # settings with another value than the checkpoint's
+    changed: dict[str, str]  # settings with another value than the checkpoint's: "8 (was 16)"
     # one line for the log: what this run changes, and what it takes from the checkpoint instead of its
     # defaults
     differences: str
+    unused: str = ""  # a newer state that cannot be gone on from, and why
 
     @property
     def history(self) -> list[dict]:
         return self.checkpoint["history"]
+
+    @property
+    def progress(self) -> dict | None:
+        """Of a state within an epoch: how far the epoch has come; see captioning/interruption.py."""
+        return self.checkpoint.get("progress")
+
+    @classmethod
+    def find(
+        cls, settings, read: Callable[[Path], dict], fixed: Iterable[str], data: object = None
+    ) -> tuple[Any, Resumed | None]:
+        """The settings of the run, and what it goes on from, if it does: the file `settings.checkpoint`, or
+        with `settings.resume` the newest state in the output folder. That is `last.pth`, where it is whole
+        and within the epoch after the newest complete one, and where what this run changes leaves the
+        epoch's batches as they were; else the newest epoch's checkpoint.
+
+        Args:
+            read: a checkpoint's content, checked.
+            fixed: settings that cannot change, such as the sizes of the model.
+            data: plain values by which the training data are recognized.
+
+        Raises:
+            UserError: both settings are given; there is nothing to go on from; what `merge` raises.
+        """
+        if settings.resume and settings.checkpoint:
+            raise UserError("--resume and --checkpoint are two ways to say where to go on: give one")
+        if settings.checkpoint:
+            return cls._go_on(settings, read, Path(settings.checkpoint), fixed, data)
+        if not settings.resume:
+            return settings, None
+        files, last = epoch_checkpoints(settings.output_folder), Path(settings.output_folder) / LAST
+        newest, unused = newest_history(files), ""
+        if last.is_file() and not is_earlier(peek(last).get("history"), newest):  # else its epoch is complete
+            try:
+                merged, resumed = cls._go_on(settings, read, last, fixed, data)
+                if resumed.progress is None or resumed.history != newest:
+                    raise UserError(f"{last}: not of the epoch after the newest in its folder; remove it")
+                return merged, resumed
+            except UserError as error:
+                if not files:
+                    raise
+                unused = str(error).partition(";")[0]
+        if not files:
+            raise UserError(
+                f"{settings.output_folder}: no checkpoint_epoch_N.pth or {LAST} in it; start without --resume"
+            )
+        merged, resumed = cls._go_on(settings, read, files[-1], fixed, data)
+        return merged, replace(resumed, unused=unused)
+
+    @classmethod
+    def _go_on(
+        cls, settings, read: Callable[[Path], dict], source: Path, fixed: Iterable[str], data: object
+    ) -> tuple[Any, Resumed]:
+        """`merge`, and where the source is within an epoch, UserError if that cannot go on."""
+        checkpoint = read(source)
+        check_content(source, checkpoint, {"progress?": PROGRESS})
+        merged, resumed = cls.merge(settings, checkpoint, source, fixed)
+        progress = resumed.progress
+        if progress is None:
+            return merged, resumed
+        obstacles = [f"{name} {text}" for name, text in resumed.changed.items() if name not in IN_MID_EPOCH]
+        count, earlier = processes().num_processes, len(progress["processes"])
+        if count != earlier:
+            obstacles.append(f"processes {count} (was {earlier})")
+        if progress.get("data") != data:
+            obstacles.append("other training data")
+        if progress["epoch"] != len(resumed.history) + 1:
+            obstacles.append(f"a history of {len(resumed.history)} epochs")
+        if obstacles:
+            raise UserError(
+                f"{source}: in the middle of epoch {progress['epoch']}, which cannot go on with "
+                f"{', '.join(obstacles)}; leave that out, go on from an epoch's checkpoint, or train anew"
+            )
+        return merged, resumed
 
     @classmethod
     def merge(cls, settings, checkpoint: dict, source: Path, fixed: Iterable[str]) -> tuple[Any, Resumed]:
@@ -78,7 +164,7 @@ class Resumed:
         parts = ["changed: " + describe_settings(changed)] if changed else []
         parts += ["from the checkpoint: " + describe_settings(kept)] if kept else []
         differences = "; ".join(parts) or "the settings are the checkpoint's"
-        return settings, cls(checkpoint, source, frozenset(changed), differences)
+        return settings, cls(checkpoint, source, changed, differences)
 
     def restore(
         self,
@@ -118,8 +204,14 @@ class Resumed:
             rates.load_state_dict(states.get("rates", earlier), restarted)
             if states.get("scaler") and run.scaler.is_enabled():
                 run.scaler.load_state_dict(states["scaler"])
+        where, progress = f"after epoch {len(self.history)} of {self.source}", self.progress
+        if progress:
+            steps = f"{progress['steps']} of its {progress['total_steps']} steps"
+            where = f"in epoch {progress['epoch']} after {steps}, from {self.source}"
+        if self.unused:
+            where += f" (not from {self.unused})"
         return (
-            f"going on after epoch {len(self.history)} of {self.source}; {self.differences}; Adam's state "
+            f"going on {where}; {self.differences}; Adam's state "
             f"{'kept' if kept else 'starts anew'}; learning rates now {rates.describe()}"
         )
 
@@ -150,20 +242,30 @@ def merge_optimizers(
     return {"optimizer": merged, "rates": {"steps": 0, "decays": decays}}
 
 
+def newest_history(files: Sequence[Path]) -> list[dict] | None:
+    """The history in the last of these checkpoints; none yet without any."""
+    return peek(files[-1]).get("history") if files else []
+
+
 def find_same_run(settings, data: object) -> tuple[Path, list[dict]] | None:
-    """The last checkpoint in the output folder and its history, where it was trained on these data with these
+    """The newest state in the output folder and its history, where it was trained on these data with these
     settings; their number of epochs, and what is of each run, may differ."""
     files = epoch_checkpoints(settings.output_folder)
-    try:
-        checkpoint = read_checkpoint(files[-1])
-        check_content(files[-1], checkpoint, {"settings": dict, "history": HISTORY})
-        earlier, history, same = checkpoint["settings"], checkpoint["history"], checkpoint["data"] == data
-    except (IndexError, KeyError, ValueError, UserError):  # no file, or none of ours
-        return None
-    for name, value in asdict(settings).items():
-        if name not in {*OF_THIS_RUN, "epochs"}:
-            same = same and earlier.get(name, value) == value
-    return (files[-1], history) if same else None
+    newest = newest_history(files)
+    for file in (Path(settings.output_folder) / LAST, *files[-1:]):
+        try:
+            checkpoint = read_checkpoint(file)
+            check_content(file, checkpoint, {"settings": dict, "history": HISTORY})
+            earlier, history = checkpoint["settings"], checkpoint["history"]
+            same = checkpoint["data"] == data and history == newest
+        except (KeyError, ValueError, UserError):  # no file, or none of ours
+            continue
+        for name, value in asdict(settings).items():
+            if name not in {*OF_THIS_RUN, "epochs"}:
+                same = same and earlier.get(name, value) == value
+        if same:
+            return file, history
+    return None
 
 
 def is_complete(settings, history: list[dict]) -> bool:

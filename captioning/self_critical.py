@@ -67,9 +67,8 @@ class SelfCritical:
         longest: words of a sample at most, `<end>` included.
         epoch: the random numbers of an image's samples depend on the seed, the epoch and the image alone, not
             on batches or processes.
-
-    Attributes:
-        rewards: of this process's samples in the epoch, summed; samples: how many they are.
+        totals: of this process's samples in the epoch so far, kept up to date: "rewards" summed, "samples"
+            counted.
     """
 
     def __init__(
@@ -82,11 +81,13 @@ class SelfCritical:
         reward: Reward,
         longest: int,
         epoch: int,
+        totals: dict[str, float],
     ):
         self.encoder, self.decoder, self.settings, self.run = encoder, decoder, settings, run
         self.word_map, self.reward, self.longest, self.epoch = word_map, reward, longest, epoch
         self.words = {index: word for word, index in word_map.items()}
-        self.rewards, self.samples = 0.0, 0
+        self.totals = totals
+        totals |= {"rewards": 0.0, "samples": 0} | totals
 
     def start_step(self, lengths: np.ndarray) -> None:
         """lengths: of the ground-truth captions of all the step's images."""
@@ -100,7 +101,8 @@ class SelfCritical:
         start, end = self.word_map[START], self.word_map[END]
         captions, lengths = draw_samples(self.decoder, grid.detach(), uniforms, start, end, settings.fused)
         rewards = torch.tensor(self._rewards(indices, captions, lengths))  # (N, S)
-        self.rewards, self.samples = self.rewards + float(rewards.sum()), self.samples + rewards.numel()
+        self.totals["rewards"] += float(rewards.sum())
+        self.totals["samples"] += rewards.numel()
         self.step_words += int((lengths - 1).sum())
         advantages = leave_one_out(rewards).flatten().to(grid.device)
         found = caption_logits(settings.fused)(self.decoder, grid, captions, lengths)
@@ -114,8 +116,8 @@ class SelfCritical:
 
     def report(self) -> dict[str, float]:
         """The mean reward of all processes' samples in the epoch so far."""
-        parts = self.run.gather({self.run.state.process_index: (self.rewards, self.samples)}).values()
-        return {REWARD: sum(rewards for rewards, _ in parts) / sum(samples for _, samples in parts)}
+        parts = self.run.gather({self.run.state.process_index: self.totals}).values()
+        return {REWARD: sum(part["rewards"] for part in parts) / sum(part["samples"] for part in parts)}
 
     def _uniforms(self, indices: Sequence[int]) -> Tensor:
         """Random numbers in [0, 1) (N, S, longest), each image's its own."""
@@ -200,6 +202,7 @@ def start_self_critical(
     rates: LearningRate,
     history: list[dict],
     is_given: bool,
+    has_begun: bool,
     run: Run,
 ) -> Reward:
     """Prepare the self-critical stage, which begins with a new Adam and the weights of the best epoch so far.
@@ -208,6 +211,7 @@ def start_self_critical(
         settings: of the training: `data_folder`, `output_folder`, `self_critical_lr`, `reward_bleu4`.
         history: of the epochs so far; where the last one was self-critical, the stage goes on.
         is_given: begin with the weights as they are, those of a checkpoint that the user chose.
+        has_begun: the run goes on in the middle of an epoch of the stage.
     """
     records = Prepared(settings.data_folder).records("train")
     reward = Reward([[tokenize(text) for text in r.captions] for r in records], settings.reward_bleu4)
@@ -215,7 +219,7 @@ def start_self_critical(
     run.log(
         f"from epoch {len(history) + 1} on training is self-critical, with a rate of {rates.constant:.2g}"
     )
-    if history and REWARD in history[-1]:
+    if has_begun or (history and REWARD in history[-1]):
         return reward
     optimizer.state.clear()
     run.state.wait_for_everyone()  # until the best is written
