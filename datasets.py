@@ -6,10 +6,13 @@ train_model.py. Both change training images with `augment_image`.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
+import multiprocessing
 import os
 import re
+import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from random import Random
@@ -195,6 +198,8 @@ def make_loader(
     dataset: CaptionDataset, sampler: BatchSampler, workers: int, device: torch.device
 ) -> DataLoader:
     """A loader of the sampler's batches, read by worker processes that live through all epochs."""
+    if workers:
+        atexit.register(kill_children)
     return DataLoader(
         dataset,
         batch_size=None,  # the dataset reads a batch at a time
@@ -205,6 +210,14 @@ def make_loader(
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # so that starting workers draws nothing from the training's
     )
+
+
+def kill_children() -> None:
+    """End the loaders' worker processes at exit: they take no SIGTERM, and multiprocessing would wait for
+    them without end where somebody still holds the loader, as a shell holds its last traceback."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report their end
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 # --- BLIP ---------------------------------------------------------------------------------------------------

@@ -91,7 +91,8 @@ def blip_settings(demo: Path, output: Path, **options):
 def read_history(output: Path) -> list[dict[str, float]]:
     """The lines of a training's history.csv."""
     with (output / "history.csv").open() as stream:
-        return [{name: float(value) for name, value in line.items()} for line in csv.DictReader(stream)]
+        lines = csv.DictReader(stream)
+        return [{name: float(value) for name, value in line.items() if value} for line in lines]
 
 
 @pytest.fixture(scope="session")
