@@ -54,6 +54,15 @@ def test_an_epoch_has_every_image_once(size, batch_size, accumulation_steps, pro
         BatchSampler(3, 1, 2, 0, 2)
 
 
+def test_an_epoch_goes_on_with_a_later_step():
+    sampler = BatchSampler(33, 4, accumulation_steps=2, rank=1, processes=2, shuffle=True, seed=3)
+    sampler.start_epoch(2)
+    whole = [(request.indices.tolist(), request.seed) for request in sampler]
+    sampler.start_epoch(2, first_step=1)
+    rest = [(request.indices.tolist(), request.seed) for request in sampler]
+    assert rest == whole[2:] and len(sampler) == len(rest) > 0
+
+
 def test_a_batch_is_its_images_one_by_one(prepared):
     dataset = CaptionDataset(prepared, "train")
     images, captions, lengths = dataset[Request(np.array([3, 4, 9]), 0)]

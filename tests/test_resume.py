@@ -155,7 +155,7 @@ def test_a_rate_that_was_not_changed_keeps_its_decays(first, tmp_path, changed, 
     optimizer = torch.optim.Adam([{"params": list(m.parameters()), "lr": 0.1} for m in modules])
     rates, run = LearningRate(optimizer, settings, 10), Run.start("no")
     states = run.states(optimizer, rates) | {"rates": {"steps": 0, "decays": [2, 1]}, "history": []}
-    resumed = Resumed(states, tmp_path / "checkpoint.pth", frozenset(changed), "")
+    resumed = Resumed(states, tmp_path / "checkpoint.pth", dict.fromkeys(changed, ""), "")
     resumed.restore(optimizer, rates, run, modules, train.RATES)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(
         [0.1 * 0.8**n for n in expected]
