@@ -19,7 +19,7 @@ from conftest import ROOT, blip_settings, read_history, small_settings
 
 import train
 import train_model
-from captioning import interruption
+from captioning import interruption, validation
 from captioning.engine import Run
 from captioning.resume import OF_THIS_RUN
 from utils import Terminated, UserError, make_settings, parse_settings
@@ -131,7 +131,7 @@ def test_blip_goes_on_in_mid_epoch(demo, tmp_path, monkeypatch):
 def test_a_signal_in_the_validation_keeps_the_epochs_training(prepared, whole, tmp_path, monkeypatch, capsys):
     settings = small_settings(prepared, tmp_path / "cut", **OPTIONS)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="8 of its 8 steps") as raised:
-        patch.setattr(train, "caption_scores", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(validation, "caption_scores", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         train.train(settings)
     assert "epoch 1 is saved after" in str(raised.value)
     interrupt(monkeypatch, train.train, replace(settings, resume=True), 1)  # that of epoch 2
