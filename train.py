@@ -239,7 +239,7 @@ def run_training(settings: Settings) -> dict:
         if settings.is_self_critical(epoch) and reward is None:
             given = bool(settings.checkpoint) and len(history) == len(resumed.history)
             begun = saver.goes_on
-            reward = start_self_critical(settings, average, optimizer, rates, history, given, begun, run)
+            reward = start_self_critical(settings, average, optimizer, rates, history, given, run, begun)
         # order and dropout of an epoch do not depend on a resume; dropout differs between processes
         seed = settings.seed + epoch + 1000 * run.state.process_index
         progress = saver.start_epoch(epoch, steps_per_epoch, seed)

@@ -81,13 +81,13 @@ class SelfCritical:
         reward: Reward,
         longest: int,
         epoch: int,
-        totals: dict[str, float],
+        totals: dict[str, float] | None = None,
     ):
         self.encoder, self.decoder, self.settings, self.run = encoder, decoder, settings, run
         self.word_map, self.reward, self.longest, self.epoch = word_map, reward, longest, epoch
         self.words = {index: word for word, index in word_map.items()}
-        self.totals = totals
-        totals |= {"rewards": 0.0, "samples": 0} | totals
+        self.totals = {} if totals is None else totals
+        self.totals |= {"rewards": 0.0, "samples": 0} | self.totals
 
     def start_step(self, lengths: np.ndarray) -> None:
         """lengths: of the ground-truth captions of all the step's images."""
@@ -202,8 +202,8 @@ def start_self_critical(
     rates: LearningRate,
     history: list[dict],
     is_given: bool,
-    has_begun: bool,
     run: Run,
+    has_begun: bool = False,
 ) -> Reward:
     """Prepare the self-critical stage, which begins with a new Adam and the weights of the best epoch so far.
 
