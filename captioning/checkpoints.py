@@ -253,6 +253,7 @@ def decoder_from(checkpoint: dict, source: str | Path) -> DecoderWithAttention:
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{source}: a damaged checkpoint: {error} is missing or misused") from None
     decoder.fused = settings.get("fused", True)  # the form to run it in; see train.py
+    decoder.takes_maximum = settings.get("hard_decoding") == "maximum"  # of hard attention; see there too
     _load_state(decoder, weights, source)
     return decoder.eval()
 

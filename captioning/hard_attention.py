@@ -6,9 +6,9 @@ gradient of a caption is
 
     d log p(y | s)  +  lambda_r (log p(y | s) - b) d log p(s)  +  lambda_e d H(alpha)
 
-where H is the entropy, summed over the words. As in the paper, half of the captions look at the expected value
-of the locations instead, as soft attention does; they have no second term, and the gradient of the first
-reaches their alphas.
+where H is the entropy, summed over the words. As in the paper, half of the captions look at the expected
+value of the locations instead, as soft attention does; they have no second term, and the gradient of the
+first reaches their alphas.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class HardAttention:
         return noise.masked_fill_(expected, torch.inf)
 
     def gradient_of_locations(self, found: TokenLogits, noise: Tensor) -> Tensor:
-        """A scalar, 0, whose gradient is minus the second and third term of the formula above, summed over the
-        captions.
+        """A scalar, 0, whose gradient is minus the second and third terms of the formula above, summed over
+        the captions.
 
         Args:
             found: of the captions, with this noise.
