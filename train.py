@@ -102,7 +102,7 @@ class Settings:
     alpha_c: float = 1.0  # weight of the doubly stochastic penalty: 196 lambda of Xu et al., equation 14
     attention: Literal["soft", "hard"] = "soft"  # hard: look at one sampled location per word (section 4.1)
     hard_decoding: Literal["expectation", "maximum"] = "expectation"  # hard: the location when captioning
-    lambda_r: float = 1.0  # hard: weight of the REINFORCE term
+    lambda_r: float = 0.1  # hard: weight of the REINFORCE term
     lambda_e: float = 0.01  # hard: weight of the attention's entropy
     fine_tune_encoder: bool = False  # train the encoder's layers from stride 8 on too
     fine_tune_after: int = 0  # but only after this many epochs
