@@ -134,13 +134,11 @@ class Settings:
 
     def __post_init__(self):
         check_at_least(self, 1, "emb_dim", "attention_dim", "decoder_dim", "epochs", "batch_size")
-        check_at_least(self, 1, "grad_accumulation", "decay_after")
+        check_at_least(self, 1, "grad_accumulation", "decay_after", "cached_views")
         check_at_least(self, 0, "fine_tune_after", "workers", "encoder_lr", "decoder_lr", "alpha_c", "seed")
-        check_at_least(self, 0, "patience", "keep_checkpoints")
+        check_at_least(self, 0, "patience", "keep_checkpoints", "lambda_r", "lambda_e")
         check_at_least(self, 0, "self_critical_lr", "reward_bleu4", "weight_decay")
-        check_at_least(self, 0, "lambda_r", "lambda_e")
         check_at_least(self, 2, "self_critical_samples")
-        check_at_least(self, 1, "cached_views")
         check_share(self, "dropout", "warmup", "label_smoothing", "embedding_dropout", "feature_dropout")
         check_share(self, "word_dropout", "average_weights", "scheduled_sampling")
         check_above_zero(self, "grad_clip", "decay")
@@ -378,9 +376,8 @@ def choose_objective(
 ) -> CrossEntropy | SelfCritical:  # fmt: skip
     """What the epoch after those of the history minimizes."""
     decoder.train()
-    epoch = len(history) + 1
+    epoch, longest = len(history) + 1, int(loader.dataset.lengths.max()) - 1
     if reward is not None:
-        longest = int(loader.dataset.lengths.max()) - 1
         return SelfCritical(encoder, decoder, settings, run, word_map, reward, longest, epoch)
     sampling = sampling_probability(settings.scheduled_sampling, epoch, settings.cross_entropy_epochs)
     return CrossEntropy(encoder, decoder, settings, run, word_map, sampling, history)

@@ -363,7 +363,7 @@ def test_what_does_not_fit_is_refused(prepared, models, tmp_path, monkeypatch, c
     both = ["--data_folder", prepared, "--output_folder", tmp_path / "out"]
     for arguments, parts in (
         (["--hard_decoding", "maximum"], ["--attention hard"]),
-        (["--attention", "hard", "--hard_decoding", "maximum", "--self_critical_after", 3],
+        (["--attention", "hard", "--hard_decoding", "maximum", "--self_critical_after", 1],
          ["without --self_critical_after"]),
         (["--attention", "firm"], ["--attention"]),
         (["--lambda_r", "-1"], ["--lambda_r"]),
