@@ -300,7 +300,7 @@ def test_decoding_by_the_maximum(fused):
         encoding = models.pool_grid(grid[i : i + 1])
         logits, *_, alphas, _ = decoder(encoding, torch.tensor([words]), torch.tensor([[len(words)]]), noise)
         log_probs = logits[0].log_softmax(dim=1)[range(len(words) - 1), words[1:]]
-        assert found.score == pytest.approx(float(log_probs.sum()), abs=1e-4)
+        assert found.score == pytest.approx(float(log_probs.detach().sum()), abs=1e-4)
         torch.testing.assert_close(found.alphas, alphas[0, : len(found.words)])  # not the maxima
         assert found.score != pytest.approx(expectation[i].score, abs=1e-3)
 
