@@ -330,11 +330,12 @@ def hard_settings(prepared, output, **options):
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_resumed_training_is_the_uninterrupted_one(prepared, tmp_path, fused):
-    options = {"fused": fused, "attention_dim": 8, "decoder_dim": 16, "emb_dim": 8}
+    sizes = {"attention_dim": 8, "decoder_dim": 16, "emb_dim": 8}
+    options = {"fused": fused} | sizes
     train.train(hard_settings(prepared, tmp_path / "a", **options))
     train.train(hard_settings(prepared, tmp_path / "b", **options, epochs=1))
     first = str(tmp_path / "b" / "checkpoint_epoch_1.pth")
-    train.train(small_settings(prepared, tmp_path / "b", checkpoint=first))  # it knows what it is
+    train.train(small_settings(prepared, tmp_path / "b", **sizes, checkpoint=first))  # it knows what it is
     a, b = (load_checkpoint(tmp_path / name / "checkpoint_epoch_2.pth") for name in "ab")
     assert b["settings"]["attention"] == "hard"
     for name, tensor in a["decoder"].items():
