@@ -1,12 +1,13 @@
-"""Show, Attend and Tell (Xu et al., 2015) with soft attention: Encoder, Attention, DecoderWithAttention.
+"""Show, Attend and Tell (Xu et al., 2015), soft or hard attention: Encoder, Attention, DecoderWithAttention.
 
 Written to be read beside the paper, with three differences: beta is a vector, with one gate per channel of
 the encoding; the output layer is linear in h, without equation 7's terms for the word and the context; h0 and
-c0 come from one linear layer each. This file needs torch and torchvision alone. `captioning/fused_decoder.py`
-computes the same numbers faster from the same modules; tests compare the two.
+c0 come from one linear layer each. This file needs torch and torchvision alone. By default
+`captioning/fused_decoder.py` runs, which computes the same numbers faster from the same modules; tests
+compare the two. After a change of Attention or DecoderWithAttention here, run with --fused False.
 
-Sizes: batch_size captions, each with its own copy of its image's encoding; num_pixels places that attention
-can look at, 14 x 14 = 196; encoder_dim is the width of the encoding, 2048 for ResNet-101.
+Sizes: batch_size captions, each with its own copy of its image's encoding; num_pixels locations for attention
+to look at, 14 x 14 = 196; encoder_dim channels, 2048 for ResNet-101.
 """
 
 from __future__ import annotations
@@ -112,13 +113,11 @@ class Encoder(nn.Module):
             network.load_state_dict({name: weights[name] for name in needed}, strict=False)
         self.name, self.dim, self.pixel_stats, self.image_size = encoder_name, spec.dim, spec.pixel_stats, 256
         self.network = spec.body(network)
-        self.fine_tune(False)
-        self.eval()
+        self.eval().fine_tune(False)
 
     def grid(self, images: Tensor) -> Tensor:
         """Normalized images (N, 3, H, W) -> the network's own grid (N, H / 32, W / 32, encoder_dim)."""
-        if self.pixel_stats:
-            # this network expects other pixel statistics: convert from ImageNet's normalization
+        if self.pixel_stats:  # of this network's training images: convert from ImageNet's normalization
             mean, std = self.pixel_stats
             scale = torch.tensor(IMAGENET_STD, device=images.device) * 255 / std
             shift = (torch.tensor(IMAGENET_MEAN, device=images.device) * 255 - mean) / std
@@ -136,14 +135,20 @@ class Encoder(nn.Module):
             module.requires_grad_(fine_tune)
 
     def train(self, mode: bool = True) -> Encoder:
-        """Ignore `mode`: batch norm always uses its stored statistics, and stochastic depth and dropout
-        stay off."""
+        """Ignore `mode`: batch norm uses its stored statistics; stochastic depth and dropout stay off."""
         return super().train(False)
 
 
+def draw_locations(alpha: Tensor, noise: Tensor) -> Tensor:
+    """Hard attention (section 4.1): the weights of the locations (..., num_pixels), 1 for one and 0 for all
+    others. With noise from an exponential distribution that one is a sample of alpha; with noise 1 it is the
+    maximum of alpha. Infinite noise gives alpha itself, the sample's expected value."""
+    drawn = F.one_hot((alpha / noise).argmax(dim=-1), alpha.shape[-1])
+    return torch.where(noise.isinf(), alpha, drawn.to(alpha.dtype))
+
+
 class Attention(nn.Module):
-    """Soft attention (section 4.2). After a change here, run with --fused False: the default runs the fused
-    form."""
+    """Soft attention (section 4.2), or hard attention (section 4.1) where noise is given."""
 
     def __init__(self, encoder_dim: int, decoder_dim: int, attention_dim: int):
         super().__init__()
@@ -151,32 +156,30 @@ class Attention(nn.Module):
         self.decoder_att = nn.Linear(decoder_dim, attention_dim)
         self.full_att = nn.Linear(attention_dim, 1)
 
-    def forward(self, encoder_out: Tensor, decoder_hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the context and the attention weights.
+    def forward(
+        self, encoder_out: Tensor, decoder_hidden: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the context (batch_size, encoder_dim), and alpha (batch_size, num_pixels) of sum 1.
 
         Args:
             encoder_out: (batch_size, num_pixels, encoder_dim).
             decoder_hidden: (batch_size, decoder_dim), the LSTM's last hidden state.
-
-        Returns:
-            context (batch_size, encoder_dim); alpha (batch_size, num_pixels) in [0, 1], of sum 1.
+            noise: (batch_size, num_pixels) of `draw_locations`; None: soft attention.
         """
         att1 = self.encoder_att(encoder_out)  # (batch_size, num_pixels, attention_dim)
         att2 = self.decoder_att(decoder_hidden).unsqueeze(1)  # (batch_size, 1, attention_dim)
         energy = self.full_att(F.relu(att1 + att2)).squeeze(2)  # e, equation 4
         alpha = energy.softmax(dim=1)  # equation 5
-        context = (alpha.unsqueeze(2) * encoder_out).sum(dim=1)  # z, equation 13
+        weights = alpha if noise is None else draw_locations(alpha, noise)  # soft or hard
+        context = (weights.unsqueeze(2) * encoder_out).sum(dim=1)  # z, equation 13
         return context, alpha
 
 
 class DecoderWithAttention(nn.Module):
-    """An LSTM that looks at the image before each word (sections 3.1.2 and 4.2.1). After a change here, run
-    with --fused False: the default runs the fused form."""
+    """An LSTM that looks at the image before each word (sections 3.1.2 and 4.2.1)."""
 
-    def __init__(
-        self, attention_dim: int, embed_dim: int, decoder_dim: int, vocab_size: int, encoder_dim: int = 2048,
-        dropout: float = 0.5,
-    ):  # fmt: skip
+    def __init__(self, attention_dim: int, embed_dim: int, decoder_dim: int, vocab_size: int,
+                 encoder_dim: int = 2048, dropout: float = 0.5):  # fmt: skip
         super().__init__()
         self.attention = Attention(encoder_dim, decoder_dim, attention_dim)
         self.embedding = nn.Embedding(vocab_size, embed_dim)
@@ -196,34 +199,33 @@ class DecoderWithAttention(nn.Module):
         return self.init_h(mean), self.init_c(mean)
 
     def step(
-        self, words: Tensor, encoder_out: Tensor, state: tuple[Tensor, ...]
+        self, words: Tensor, encoder_out: Tensor, state: tuple[Tensor, ...], noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Feed one word of each caption.
+        """Feed one word of each caption; return the logits of the next word (batch_size, vocab_size), alpha
+        (batch_size, num_pixels), and the new state.
 
         Args:
             words: (batch_size,) word indices.
             encoder_out: (batch_size, num_pixels, encoder_dim).
             state: what `init_hidden_state` or the last step returned; tensors (batch_size, ...).
-
-        Returns:
-            logits of the next word (batch_size, vocab_size); alpha (batch_size, num_pixels); the new state.
+            noise: of `Attention`.
         """
         h, c = state
-        context, alpha = self.attention(encoder_out, h)
+        context, alpha = self.attention(encoder_out, h, noise)
         gate = torch.sigmoid(self.f_beta(h))  # beta, section 4.2.1; here one gate per channel
         lstm_input = torch.cat([self.embedding(words), gate * context], dim=1)
         h, c = self.decode_step(lstm_input, (h, c))  # equations 1 to 3
         return self.fc(self.dropout(h)), alpha, (h, c)
 
-    def forward(
-        self, encoder_out: Tensor, encoded_captions: Tensor, caption_lengths: Tensor
-    ) -> tuple[Tensor, Tensor, list[int], Tensor, Tensor]:
+    def forward(self, encoder_out: Tensor, encoded_captions: Tensor, caption_lengths: Tensor,
+                noise: Tensor | None = None) -> tuple[Tensor, Tensor, list[int], Tensor, Tensor]:  # fmt: skip
         """Teacher forcing: every ground-truth token is fed, and the model predicts the next one.
 
         Args:
             encoder_out: (batch_size, 14, 14, encoder_dim), each caption's copy of its image's encoding.
             encoded_captions: (batch_size, max_caption_length) word indices.
             caption_lengths: (batch_size, 1), `<start>` and `<end>` counted.
+            noise: (batch_size, max_caption_length - 1, num_pixels), each step's; None: soft attention.
 
         Returns:
             predictions (batch_size, max(decode_lengths), vocab_size): logits, 0 past a caption's end
@@ -236,14 +238,11 @@ class DecoderWithAttention(nn.Module):
         encoder_out, encoded_captions = encoder_out.flatten(1, 2)[sort_ind], encoded_captions[sort_ind]
         decode_lengths = (caption_lengths - 1).tolist()
         state = self.init_hidden_state(encoder_out)
-        batch_size, num_pixels, _ = encoder_out.shape
-        steps = max(decode_lengths)
-        predictions = encoder_out.new_zeros(batch_size, steps, self.fc.out_features)
-        alphas = encoder_out.new_zeros(batch_size, steps, num_pixels)
-        for t in range(steps):
-            batch_size_t = sum(length > t for length in decode_lengths)  # the first ones: they are sorted
-            state = tuple(tensor[:batch_size_t] for tensor in state)
-            words, encoded = encoded_captions[:batch_size_t, t], encoder_out[:batch_size_t]
-            logits, alpha, state = self.step(words, encoded, state)
-            predictions[:batch_size_t, t], alphas[:batch_size_t, t] = logits, alpha
+        predictions = encoder_out.new_zeros(len(encoder_out), max(decode_lengths), self.fc.out_features)
+        alphas = encoder_out.new_zeros(*predictions.shape[:2], encoder_out.shape[1])
+        for t in range(max(decode_lengths)):
+            n = sum(length > t for length in decode_lengths)  # captions that go on: the first, being sorted
+            state = tuple(tensor[:n] for tensor in state)
+            words, noise_t = encoded_captions[:n, t], None if noise is None else noise[sort_ind[:n], t]
+            predictions[:n, t], alphas[:n, t], state = self.step(words, encoder_out[:n], state, noise_t)
         return predictions, encoded_captions, decode_lengths, alphas, sort_ind

@@ -98,6 +98,10 @@ class Settings:
     grad_clip: float = 5.0  # bound of the gradients; inf: none
     grad_clip_by: Literal["value", "norm"] = "value"  # clip each gradient's value or the norm of all together
     alpha_c: float = 1.0  # weight of the doubly stochastic penalty: 196 lambda of Xu et al., equation 14
+    attention: Literal["soft", "hard"] = "soft"  # hard: look at one sampled location per word (section 4.1)
+    hard_decoding: Literal["expectation", "maximum"] = "expectation"  # hard: the location when captioning
+    lambda_r: float = 0.1  # hard: weight of the REINFORCE term
+    lambda_e: float = 0.01  # hard: weight of the attention's entropy
     fine_tune_encoder: bool = False  # train the encoder's layers from stride 8 on too
     fine_tune_after: int = 0  # but only after this many epochs
     label_smoothing: float = 0.0  # share of each target's probability that is spread over all words
@@ -129,14 +133,13 @@ class Settings:
 
     def __post_init__(self):
         check_at_least(self, 1, "emb_dim", "attention_dim", "decoder_dim", "epochs", "batch_size")
-        check_at_least(self, 1, "grad_accumulation", "decay_after")
+        check_at_least(self, 1, "grad_accumulation", "decay_after", "cached_views")
         check_at_least(self, 0, "fine_tune_after", "workers", "encoder_lr", "decoder_lr", "alpha_c", "seed")
-        check_at_least(self, 0, "patience", "keep_checkpoints", "save_every")
+        check_at_least(self, 0, "patience", "keep_checkpoints", "save_every", "lambda_r", "lambda_e")
         check_at_least(self, 0, "self_critical_lr", "reward_bleu4", "weight_decay")
         check_at_least(self, 2, "self_critical_samples")
-        check_at_least(self, 1, "cached_views")
-        check_share(self, "dropout", "warmup", "label_smoothing", "embedding_dropout", "feature_dropout")
-        check_share(self, "word_dropout", "average_weights", "scheduled_sampling")
+        check_share(self, "dropout", "warmup", "label_smoothing", "embedding_dropout", "feature_dropout",
+                    "word_dropout", "average_weights", "scheduled_sampling")  # fmt: skip
         check_above_zero(self, "grad_clip", "decay")
         if (self.augment or self.fine_tune_after) and not self.fine_tune_encoder:
             raise UserError("--augment and --fine_tune_after go with --fine_tune_encoder: add it")
@@ -149,6 +152,8 @@ class Settings:
                     f"--self_critical_after {self.self_critical_after}: the training has only {self.epochs} "
                     f"epochs; raise --epochs"
                 )
+        if self.hard_decoding == "maximum" and (self.attention, self.self_critical_after) != ("hard", None):
+            raise UserError("--hard_decoding maximum is for --attention hard, without --self_critical_after")
         if self.cached_views > 1 and not self.cache_features:
             raise UserError("--cached_views needs --cache_features True")
 
@@ -171,7 +176,8 @@ class Settings:
 
 
 # fixed by the checkpoint: these cannot change when a training is resumed
-FIXED = ("encoder_name", "encoder_weights", "emb_dim", "attention_dim", "decoder_dim", "embeddings")
+FIXED = ("encoder_name", "encoder_weights", "emb_dim", "attention_dim", "decoder_dim", "embeddings",
+         "attention")  # fmt: skip
 RATES = ("decoder_lr", "encoder_lr")  # the setting of each optimizer group's rate
 OUTPUT_FILES = ("checkpoint_epoch_*.pth", "last.pth", "best_checkpoint.pth", "encoder.pth", "decoder.pth",
                 "history.csv", "curves.png", "train.log")  # fmt: skip
@@ -244,7 +250,7 @@ def run_training(settings: Settings) -> dict:
         seed = settings.seed + epoch + 1000 * run.state.process_index
         progress = saver.start_epoch(epoch, steps_per_epoch, seed)
         train_loader.sampler.start_epoch(epoch, progress.steps)
-        chosen = encoder, decoder, settings, run, word_map, reward
+        chosen = encoder, decoder, settings, run, word_map, reward, history
         objective, line = choose_objective(*chosen, train_loader, progress), progress.line
         with saver.training():
             line |= train_one_epoch(objective, train_loader, optimizer, rates, average, settings, run, saver)
@@ -324,7 +330,7 @@ def build_models(
             decoder.embedding.weight.data.copy_(embeddings)
     decoder.embedding.requires_grad_(settings.fine_tune_embeddings)
     drop_embeddings(decoder, settings.embedding_dropout)
-    decoder.fused = settings.fused
+    decoder.fused, decoder.takes_maximum = settings.fused, settings.hard_decoding == "maximum"
     if settings.fused:
         fused_decoder.require_same_as_plain(decoder)
     return settings, encoder, decoder
@@ -375,18 +381,15 @@ def start_stage(
 
 def choose_objective(
     encoder: Encoder, decoder: DecoderWithAttention, settings: Settings, run: Run, word_map: dict[str, int],
-    reward: Reward | None, loader: DataLoader, progress: Progress,
+    reward: Reward | None, history: list[dict], loader: DataLoader, progress: Progress,
 ) -> CrossEntropy | SelfCritical:  # fmt: skip
     """What an epoch minimizes."""
     decoder.train()
+    epoch, totals, longest = progress.epoch, progress.totals, int(loader.dataset.lengths.max()) - 1
     if reward is not None:
-        longest = int(loader.dataset.lengths.max()) - 1
-        epoch, totals = progress.epoch, progress.totals
         return SelfCritical(encoder, decoder, settings, run, word_map, reward, longest, epoch, totals)
-    sampling = sampling_probability(
-        settings.scheduled_sampling, progress.epoch, settings.cross_entropy_epochs
-    )
-    return CrossEntropy(encoder, decoder, settings, run, word_map, sampling)
+    sampling = sampling_probability(settings.scheduled_sampling, epoch, settings.cross_entropy_epochs)
+    return CrossEntropy(encoder, decoder, settings, run, word_map, sampling, history, totals)
 
 
 def train_one_epoch(

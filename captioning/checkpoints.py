@@ -112,6 +112,7 @@ CHECKPOINT = {
     "decoder?": WEIGHTS,
 }
 STATES = {  # what a training that goes on takes from a checkpoint, if it is there
+    "unaveraged?": {"encoder?": WEIGHTS, "decoder": WEIGHTS},
     "history": HISTORY,
     "optimizer?": {"state": dict, "param_groups": [{"params": [int], "lr": Number(0, whole=False)}]},
     "optimizers?": {str: {"state": dict, "param_groups": [{"params": [int], "lr": Number(0, whole=False)}]}},
@@ -273,6 +274,7 @@ def decoder_from(checkpoint: dict, source: str | Path) -> DecoderWithAttention:
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{source}: a damaged checkpoint: {error} is missing or misused") from None
     decoder.fused = settings.get("fused", True)  # the form to run it in; see train.py
+    decoder.takes_maximum = settings.get("hard_decoding") == "maximum"  # of hard attention; see there too
     _load_state(decoder, weights, source)
     return decoder.eval()
 

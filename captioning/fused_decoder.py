@@ -31,7 +31,7 @@ from captioning.fused_recurrence import (
     copy_to_device,
     pack_captions,
 )
-from models import ENCODED_SIZE, Attention, DecoderWithAttention
+from models import ENCODED_SIZE, Attention, DecoderWithAttention, draw_locations
 from utils import UserError
 
 # --- an image as attention needs it ------------------------------------------------------------------------
@@ -92,6 +92,12 @@ def word_gates(decoder: DecoderWithAttention, words: Tensor) -> Tensor:
 # --- one step of a search -----------------------------------------------------------------------------------
 
 
+def search_noise(decoder: DecoderWithAttention, grid: Tensor) -> Tensor | None:
+    """The noise of `models.draw_locations` in a search: where the decoder `takes_maximum`, 1; None: a search
+    runs on alpha, which is soft attention or hard attention's expectation."""
+    return grid.new_ones(1) if getattr(decoder, "takes_maximum", False) else None
+
+
 class FusedSearchState:
     """The hypotheses of a search: N images, K hypotheses each.
 
@@ -104,6 +110,7 @@ class FusedSearchState:
         self.images = project(decoder.attention, grid)
         self.h, self.c = (state.unsqueeze(1) for state in initial_state(decoder, self.images))  # (N, K, H)
         self.weights = step_weights(decoder)
+        self.noise = search_noise(decoder, grid)
 
     def step(self, words: Tensor) -> tuple[Tensor, Tensor]:
         """Feed a word to each hypothesis (N, K): logits (N, K, V), alpha (N, K, P)."""
@@ -115,7 +122,8 @@ class FusedSearchState:
             blocks = [(i, i + 1, query.shape[1]) for i in range(len(query))]
         energies = attention_energies(images.projection, query, self.weights.energy_weight, blocks)
         alpha = energies.softmax(dim=2)
-        weights = alpha if images.pooling is None else alpha @ images.pooling  # (N, K, C)
+        weights = alpha if self.noise is None else draw_locations(alpha, self.noise)
+        weights = weights if images.pooling is None else weights @ images.pooling  # (N, K, C)
         context = gate.sigmoid() * (weights @ images.cells)
         gates = from_hidden + word_gates(self.decoder, words) + F.linear(context, self.weights.context)
         i, f, g, o = gates.to(self.c.dtype).chunk(4, dim=2)
@@ -139,7 +147,11 @@ class FusedSearchState:
 
 
 def teacher_forcing(
-    decoder: DecoderWithAttention, grid: Tensor, captions: Tensor, lengths: Tensor
+    decoder: DecoderWithAttention,
+    grid: Tensor,
+    captions: Tensor,
+    lengths: Tensor,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, PackedCaptions]:
     """The hidden states when each ground-truth token but the last is fed.
 
@@ -148,6 +160,7 @@ def teacher_forcing(
         captions: (N * G, L) word indices, caption i of image i // G.
         lengths: (N * G,), at least 2. For both pass CPU tensors; CUDA tensors work, but the device has to be
             waited for.
+        noise: (N * G, L - 1, P) for `models.draw_locations`, on the device; None: soft attention.
 
     Returns:
         hidden (W, H) and alphas (W, P), packed, W = sum(lengths - 1); the packing.
@@ -162,7 +175,9 @@ def teacher_forcing(
     h, c = (state[image_of] for state in initial_state(decoder, images))
     dtype = images.projection.dtype  # lower under autocast
     inputs = [value if value is None else value.to(dtype) for value in (*images, *step_weights(decoder))]
-    hidden, alphas = TeacherForcing.apply(packing, gates.to(h.dtype), h, c, *inputs)
+    if noise is not None:
+        noise = noise[packing.token_captions, packing.token_steps]
+    hidden, alphas = TeacherForcing.apply(packing, gates.to(h.dtype), h, c, *inputs, noise)
     return hidden, alphas, packing
 
 
@@ -174,26 +189,32 @@ class TokenLogits(NamedTuple):
     coverage: Tensor  # (captions, P) the alphas summed over each caption's tokens
     captions: Tensor  # (W,) each token's caption, as an index in the batch
     steps: Tensor  # (W,) and its step: the target is the caption's word steps + 1
+    alphas: Tensor  # (W, P)
 
 
 def caption_logits(
-    decoder: DecoderWithAttention, grid: Tensor, captions: Tensor, lengths: Tensor, fed: Tensor | None = None
+    decoder: DecoderWithAttention,
+    grid: Tensor,
+    captions: Tensor,
+    lengths: Tensor,
+    fed: Tensor | None = None,
+    noise: Tensor | None = None,
 ) -> TokenLogits:
     """The logits of all tokens, W = sum(lengths - 1), for training; arguments as in `teacher_forcing`.
 
     fed: words (N * G, L) to feed in place of the ground-truth tokens of `captions`.
     """
-    hidden, alphas, packing = teacher_forcing(decoder, grid, captions if fed is None else fed, lengths)
+    hidden, alphas, packing = teacher_forcing(decoder, grid, captions if fed is None else fed, lengths, noise)
     (targets,) = copy_to_device([captions[:, 1:].cpu()[packing.cpu_tokens]], grid.device)
     coverage = alphas.new_zeros(len(captions), alphas.shape[1]).index_add(0, packing.token_captions, alphas)
     logits = decoder.fc(decoder.dropout(hidden))
-    return TokenLogits(logits, targets, coverage, packing.token_captions, packing.token_steps)
+    return TokenLogits(logits, targets, coverage, packing.token_captions, packing.token_steps, alphas)
 
 
 @torch.no_grad()
 def require_same_as_plain(decoder: DecoderWithAttention) -> None:
     """Raise UserError if the fused decoder's logits or alphas differ from `decoder.forward`, as after an edit
-    of models.py.
+    of models.py. One caption looks at single locations, the other as soft attention does.
 
     Compares in eval mode: a change that acts in training alone, such as another dropout, is not noticed.
     """
@@ -203,10 +224,13 @@ def require_same_as_plain(decoder: DecoderWithAttention) -> None:
     captions = torch.arange(6, device=device).view(2, 3) % vocab_size
     grid = torch.linspace(0, 1, 2 * ENCODED_SIZE**2 * encoder_dim, device=device)
     grid = grid.view(2, ENCODED_SIZE, ENCODED_SIZE, encoder_dim).cos()
+    noise = torch.ones(2, 2, ENCODED_SIZE**2, device=device)
+    noise[0, :, 0], noise[1] = 1e-30, torch.inf  # so small that the first location is drawn
+    lengths = torch.tensor([3, 3])
     try:
-        fused_logits, _, coverage, *_ = caption_logits(decoder, grid, captions, torch.tensor([3, 3]))
+        fused_logits, _, coverage, *_ = caption_logits(decoder, grid, captions, lengths, noise=noise)
         # captions of equal length stay in their order
-        logits, _, _, alphas, _ = decoder(grid, captions, torch.tensor([[3], [3]], device=device))
+        logits, _, _, alphas, _ = decoder(grid, captions, lengths.unsqueeze(1).to(device), noise)
         logits = logits.transpose(0, 1).flatten(0, 1)  # packed
         same = torch.allclose(fused_logits, logits, rtol=1e-3, atol=1e-3)
         same = same and torch.allclose(coverage, alphas.sum(dim=1), rtol=1e-3, atol=1e-3)

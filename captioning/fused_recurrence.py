@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from models import draw_locations
+
 # (start, stop, k): images[start:stop], the first k captions of each. Attention computes a block at a time: on
 # the CPU an image per block, so that its numbers stay in the cache; on a GPU one block for all images.
 Block = tuple[int, int, int]
@@ -131,15 +133,23 @@ class Activations(NamedTuple):
     betas: Tensor  # (W, D) the gate of section 4.2.1
     contexts: Tensor  # (W, D)
     queries: Tensor  # (W, A) decoder_att of h_in
+    noise: Tensor | None  # (W, P) of hard attention, given
 
     @classmethod
-    def allocate(cls, tokens: int, c: Tensor, images: ProjectedImages) -> Activations:
+    def allocate(cls, tokens: int, c: Tensor, images: ProjectedImages, noise: Tensor | None) -> Activations:
         low = images.cells
         state, pixels, attention_dim = c.shape[1], *images.projection.shape[1:]
         full = [c.new_empty(tokens, width) for width in (state, state, 4 * state, pixels)]
         widths = (state, low.shape[2], low.shape[2], attention_dim)
         h_in, betas, contexts, queries = (low.new_empty(tokens, width) for width in widths)
-        return cls(h_in, *full, betas, contexts, queries)
+        return cls(h_in, *full, betas, contexts, queries, noise)
+
+    def cell_weights(self, now: slice, images: ProjectedImages) -> Tensor:
+        """What each cell counts in the contexts of the tokens `now`, (n, C)."""
+        alpha = self.alphas[now]
+        weights = alpha if self.noise is None else draw_locations(alpha, self.noise[now])
+        weights = weights.to(images.cells.dtype)
+        return weights if images.pooling is None else weights @ images.pooling
 
 
 class TeacherForcing(Function):
@@ -159,6 +169,7 @@ class TeacherForcing(Function):
         hidden_weight: Tensor,
         hidden_bias: Tensor,
         energy_weight: Tensor,
+        noise: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Run all steps.
 
@@ -166,12 +177,13 @@ class TeacherForcing(Function):
             gates_of_words: (W, 4 H), packed.
             h, c: (N * G, H), the first state of each caption, by decreasing length.
             cells, projection, pooling: `ProjectedImages`, in `image_order`. The weights are `StepWeights`.
+            noise: (W, P) for `models.draw_locations`, packed; None: soft attention.
 
         Returns:
             hidden (W, H) and alphas (W, P), packed, both in h's dtype.
         """
         images = ProjectedImages(cells, projection, pooling)
-        kept = Activations.allocate(len(gates_of_words), c, images)
+        kept = Activations.allocate(len(gates_of_words), c, images, noise)
         hidden = torch.empty_like(kept.c_in)
         sizes = [4 * h.shape[1], cells.shape[2], projection.shape[2]]
         start = 0
@@ -246,6 +258,7 @@ class TeacherForcing(Function):
             d_products.T @ kept.h_in,  # hidden_weight
             d_products.sum(dim=0),  # hidden_bias
             d_energy_weight.to(dtype),  # energy_weight
+            None,  # noise
         )
 
 
@@ -261,12 +274,9 @@ def attend(
     query = packing.to_images(kept.queries[now])
     energies = attention_energies(images.projection, query, energy_weight, packing.blocks[step])
     energies = packing.from_images(energies, now.stop - now.start)
-    alpha = kept.alphas[now] = energies.to(kept.alphas.dtype).softmax(dim=1)
-    weights = alpha.to(images.cells.dtype)
-    if images.pooling is not None:
-        weights = weights @ images.pooling  # (n, C)
-    contexts = packing.to_images(weights) @ images.cells  # (N, G, D)
-    kept.contexts[now] = packing.from_images(contexts, len(alpha))
+    kept.alphas[now] = energies.to(kept.alphas.dtype).softmax(dim=1)
+    contexts = packing.to_images(kept.cell_weights(now, images)) @ images.cells  # (N, G, D)
+    kept.contexts[now] = packing.from_images(contexts, len(energies))
 
 
 def attend_backward(
@@ -281,7 +291,10 @@ def attend_backward(
     and alphas (n, P)."""
     alpha = kept.alphas[now]
     d_weights = packing.from_images(packing.to_images(d_context) @ images.cells.mT, len(alpha))  # (n, C)
-    d_alpha = d_alpha + (d_weights if images.pooling is None else d_weights @ images.pooling.T)
+    d_weights = d_weights if images.pooling is None else d_weights @ images.pooling.T  # (n, P)
+    if kept.noise is not None:  # a drawn location has no gradient
+        d_weights = d_weights * kept.noise[now].isinf()
+    d_alpha = d_alpha + d_weights
     return alpha * (d_alpha - (alpha * d_alpha).sum(dim=1, keepdim=True))  # backward pass of the softmax
 
 
@@ -351,9 +364,6 @@ def cells_backward(
     kept: Activations, images: ProjectedImages, d_contexts: Tensor, packing: PackedCaptions
 ) -> Tensor:
     """The gradient with respect to the cells (N, C, D) through the contexts, all steps at once."""
-    weights = kept.alphas.to(images.cells.dtype)
-    if images.pooling is not None:
-        weights = weights @ images.pooling  # (W, C)
     steps = len(packing.batch_sizes)
     places = torch.cat([packing.by_image[:size] for size in packing.batch_sizes])
     places = places * steps + packing.token_steps  # among the tokens of its image
@@ -362,4 +372,4 @@ def cells_backward(
         filled = rows.new_zeros(len(packing.by_image) * steps, rows.shape[1])
         return filled.index_copy_(0, places, rows).unflatten(0, (len(images.cells), -1))
 
-    return by_image(weights).mT @ by_image(d_contexts)
+    return by_image(kept.cell_weights(slice(None), images)).mT @ by_image(d_contexts)

@@ -47,7 +47,7 @@ class Progress:
     epoch: int
     total_steps: int
     loss: Tensor  # (), summed over this process's batches
-    totals: dict[str, float] = field(default_factory=dict)  # what else is summed over them, by name
+    totals: dict[str, float | Tensor] = field(default_factory=dict)  # what else is summed over them, by name
     steps: int = 0  # done
     captions: int = 0  # trained on, by all processes
     line: dict[str, float] = field(default_factory=dict)  # of the history, as far as it is known
@@ -187,7 +187,8 @@ class Saver:
     def _state(self) -> dict:
         """The content of last.pth, in the main process; the others give their share."""
         progress, rank = self.progress, self.run.state.process_index
-        own = {"loss": float(progress.loss), "totals": dict(progress.totals)}
+        totals = {name: float(value) for name, value in progress.totals.items() if math.isfinite(value)}
+        own = {"loss": float(progress.loss), "totals": totals}
         shares = self.run.gather({rank: own | {"random": random_states(self.run.device)}})
         if not self.run.is_main:
             return {}

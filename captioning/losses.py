@@ -21,6 +21,7 @@ from captioning.annotations import UNK
 from captioning.engine import Run
 from captioning.features import encode_images
 from captioning.fused_decoder import TokenLogits
+from captioning.hard_attention import HardAttention
 from models import DecoderWithAttention, Encoder, normalize_images
 
 SAMPLING_STEPS = 5  # in which the probability of scheduled sampling rises to its value
@@ -60,6 +61,7 @@ class CrossEntropy:
         settings: of the training: `alpha_c`, `fused`, and the probabilities `label_smoothing` (Szegedy et
             al., 2016, section 7), `feature_dropout`, `word_dropout` (Bowman et al., 2016, section 3).
         scheduled_sampling: probability with which a fed token is one that the model predicted.
+        history: of the training so far. totals: of the epoch so far, kept up to date.
     """
 
     def __init__(
@@ -70,10 +72,13 @@ class CrossEntropy:
         run: Run,
         word_map: dict[str, int],
         scheduled_sampling: float = 0.0,
+        history: Sequence[dict] = (),
+        totals: dict[str, float | Tensor] | None = None,
     ):
         self.encoder, self.decoder, self.settings, self.run = encoder, decoder, settings, run
         self.unk, self.scheduled_sampling = word_map[UNK], scheduled_sampling
         self.logits = caption_logits(settings.fused)
+        self.hard = HardAttention(settings, run, history, totals) if settings.attention == "hard" else None
 
     def start_step(self, lengths: np.ndarray) -> None:
         """lengths: of all the step's captions, over all micro-batches and processes, so that every token has
@@ -91,20 +96,25 @@ class CrossEntropy:
         grid = drop_channels(encode(self.encoder, images, self.run.device), settings.feature_dropout)
         captions, lengths = captions.flatten(0, 1), lengths.flatten()
         fed = self._fed(grid, captions, lengths)
-        found = self.logits(self.decoder, grid, captions, lengths, fed)
+        noise = self.hard.draw_noise(captions) if self.hard else None
+        found = self.logits(self.decoder, grid, captions, lengths, fed, noise)
         cross_entropy = F.cross_entropy(
             found.logits, found.targets, reduction="sum", label_smoothing=settings.label_smoothing
         )
         penalty = coverage_penalty(found.coverage)
+        if self.hard:
+            cross_entropy = cross_entropy + self.hard.gradient_of_locations(found, noise)
         return cross_entropy / self.tokens + settings.alpha_c * penalty / self.captions
 
     def finish_step(self) -> float:
         """What the step's gradients are still to be divided by."""
+        if self.hard:
+            self.hard.update_baseline()
         return 1.0
 
     def report(self) -> dict[str, float]:
         """What the progress bar and the history show of the epoch so far, beside the loss."""
-        return {}
+        return self.hard.report() if self.hard else {}
 
     def _fed(self, grid: Tensor, captions: Tensor, lengths: Tensor) -> Tensor | None:
         """The words to feed (N * G, L), where they are not the ground-truth tokens."""
