@@ -27,7 +27,7 @@ from common import timed, write_images  # isort: skip
 import torch
 import torch.nn.functional as F
 from gpu_data import PRECISIONS, Data, precision
-from gpu_training import COCO_CAPTIONS, frozen, profile, rate, trainable
+from gpu_training import COCO_CAPTIONS, frozen, profile, rate, self_critical, trainable
 from torch import Tensor
 
 from captioning.annotations import END, START
@@ -83,7 +83,7 @@ def main(settings: Settings) -> int:
     with tempfile.TemporaryDirectory() as folder:
         data = bench.attempt("data", lambda: Data(settings, device, Path(folder)))
         if data:
-            for section in (frozen, trainable, profile, evaluation, jpeg_folder, blip):
+            for section in (frozen, self_critical, trainable, profile, evaluation, jpeg_folder, blip):
                 print(f"{section.__name__}: {section.__doc__.splitlines()[0]}", flush=True)
                 bench.attempt(section.__name__, lambda section=section: section(bench, data))
     bench.write()

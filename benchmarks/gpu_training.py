@@ -5,15 +5,19 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-from common import synchronize, timed  # isort: skip
+from common import end_samples, synchronize, timed, words_of  # isort: skip
 import torch
 import torch.nn.functional as F
 from gpu_data import Data, precision
 from torch import Tensor, nn
 
+from captioning.engine import Run
 from captioning.fused_decoder import caption_logits
+from captioning.self_critical import Reward, SelfCritical
 from models import normalize_images
 from tests.reference import pool, textbook_loss
 
@@ -116,6 +120,44 @@ def frozen(bench: Bench, data: Data) -> None:
             bench.require("the loss", apart, TOLERANCES[name])
 
         bench.attempt(f"frozen {place} {name} {batch_size}", ours)
+
+
+def self_critical(bench: Bench, data: Data) -> None:
+    """Self-critical training on features on the device, beside cross-entropy; captions/s.
+
+    The references are those of the first images, whatever the batch: scoring takes as long.
+    """
+    run = Run.start("no")
+    words = words_of(data.captions, data.lengths, bench.settings.vocabulary)
+    reward, longest = Reward(words), int(data.lengths.max()) - 1
+
+    def measure(name: str, batch_size: int) -> None:
+        batches = data.batches("device", batch_size)
+        plain, _, _ = rate(bench, Trainer(data, name).step, batches)
+        trainer = Trainer(data, name)
+        mean_words = float(data.lengths.float().mean()) - 1
+        options = SimpleNamespace(self_critical_samples=5, feature_dropout=0.0, fused=True, seed=0)
+        encoder, decoder = data.encoder, end_samples(trainer.decoder, mean_words)
+        objective = SelfCritical(encoder, decoder, options, run, data.word_map, reward, longest, epoch=1)
+
+        def step(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+            trainer.optimizer.zero_grad(set_to_none=True)
+            objective.start_step(batch[2].numpy())
+            with precision(name, data.device):
+                loss = objective(range(len(batch[0])), *batch)
+            loss.backward()
+            divisor = objective.finish_step()
+            torch._foreach_div_([p.grad for p in trainer.parameters if p.grad is not None], divisor)
+            torch.nn.utils.clip_grad_value_(trainer.parameters, 5.0)
+            trainer.optimizer.step()
+            return loss.detach()
+
+        captions, _, _ = rate(bench, step, batches, lambda batch: 5 * len(batch[0]))
+        bench.add("self_critical", name="ours", precision=name, batch=batch_size, captions_per_s=captions,
+                  share_of_cross_entropy=captions / plain)  # fmt: skip
+
+    for name, batch_size in itertools.product(bench.precisions, bench.settings.batch_sizes):
+        bench.attempt(f"self-critical {name} {batch_size}", partial(measure, name, batch_size))
 
 
 def trainable(bench: Bench, data: Data) -> None:

@@ -20,7 +20,15 @@ def test_everything_is_measured_on_the_cpu(tmp_path):
     assert found["device"] == "cpu" and not found["errors"] and not found["skipped"]
     assert found["seconds"] < 300  # on an idle machine under 60
     sections = {row["section"] for row in found["results"]}
-    assert sections == {"frozen", "trainable", "profile", "evaluation", "jpeg_folder", "blip"}
+    assert sections == {
+        "frozen",
+        "self_critical",
+        "trainable",
+        "profile",
+        "evaluation",
+        "jpeg_folder",
+        "blip",
+    }
     assert sum(row["section"] == "profile" for row in found["results"]) == 10
     for row in found["results"]:
         rates = [value for key, value in row.items() if key.endswith("_per_s")]
@@ -39,14 +47,14 @@ def test_a_failure_is_one_line_and_the_rest_goes_on(tmp_path, monkeypatch, capsy
         """A section that does not."""
         bench.add("whole", name="value", captions_per_s=1.0)
 
-    for section in ("trainable", "profile", "evaluation", "jpeg_folder", "blip"):
+    for section in ("self_critical", "trainable", "profile", "evaluation", "jpeg_folder", "blip"):
         monkeypatch.setattr(gpu, section, whole)
     monkeypatch.setattr(gpu, "frozen", broken)
     monkeypatch.setattr(gpu, "Data", lambda *arguments: True)
     output = tmp_path / "results.json"
     assert gpu.main(gpu.Settings(tiny=True, device="cpu", output=str(output))) == 1
     found = json.loads(output.read_text())
-    assert found["errors"] == ["broken: ValueError: first line"] and len(found["results"]) == 5
+    assert found["errors"] == ["broken: ValueError: first line"] and len(found["results"]) == 6
     assert "failed: broken: ValueError: first line" in capsys.readouterr().out
     assert gpu.main(gpu.Settings(tiny=True, device="cpu", output=str(output), minutes=0)) == 0
     assert json.loads(output.read_text())["skipped"] == ["data"]
