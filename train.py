@@ -48,11 +48,7 @@ from captioning.engine import (
 from captioning.features import cache_features
 from captioning.files import lock_folder
 from captioning.interruption import Progress, Saver
-from captioning.losses import (
-    CrossEntropy,
-    drop_embeddings,
-    sampling_probability,
-)
+from captioning.losses import CrossEntropy, drop_embeddings, sampling_probability
 from captioning.monitor import Monitor
 from captioning.prepared import Prepared, read_prepared
 from captioning.pretrained import build_encoder, load_embeddings
@@ -303,6 +299,7 @@ def resume(settings: Settings) -> tuple[Settings, Resumed | None]:
         check_content(source, checkpoint, STATES)
         # a checkpoint from elsewhere has weights, but no epochs that were scored as ours are
         checkpoint["history"] = [line for line in checkpoint["history"] if settings.score in line]
+        checkpoint["settings"].setdefault("attention", "soft")  # of before there was a choice
         return checkpoint
 
     return Resumed.find(settings, read, FIXED, Prepared(settings.data_folder).digests_of("train"))

@@ -57,9 +57,9 @@ def fed_words(objective, grid, captions, lengths) -> torch.Tensor:
     """What the objective feeds last, (N * G, L)."""
     seen, logits = [], objective.logits
 
-    def record(decoder, grid, captions, lengths, fed=None):
+    def record(decoder, grid, captions, lengths, fed=None, noise=None):
         seen.append(captions if fed is None else fed)
-        return logits(decoder, grid, captions, lengths, fed)
+        return logits(decoder, grid, captions, lengths, fed, noise)
 
     objective.logits = record
     objective.start_step(lengths.numpy())
