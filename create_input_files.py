@@ -100,7 +100,7 @@ def write_folder(splits: dict[str, list[Record]], settings: Settings, output: Pa
         record["files"] = digest_files(tmp_path)  # by which later steps know that these belong together
         (output / "prepared.json").unlink(missing_ok=True)
         for stale in output.glob("*_*.*"):
-            if stale.name.startswith(("train_", "val_", "test_")):
+            if stale.name.removeprefix(".").startswith(("train_", "val_", "test_")):
                 stale.unlink()  # of an earlier preparation: images, captions and features belong together
         for file in sorted(tmp_path.iterdir()):
             os.replace(file, output / file.name)

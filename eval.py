@@ -260,25 +260,26 @@ def read_batches(
     captioner: Captioner, indices: list[int], caches: list[Path] | None, settings: Settings
 ) -> Iterator[list[torch.Tensor]]:
     """Batches of images, or of each encoder's features; a thread reads ahead."""
-    import h5py
     import torch
 
-    images = Path(settings.data_folder) / f"{settings.split}_images.hdf5"
-    files = [h5py.File(file, "r") for file in caches or [images]]
+    from captioning.features import open_features
+    from captioning.prepared import Prepared
+
+    data, split = Prepared(settings.data_folder), settings.split
+    stored = [open_features(file, data, split) for file in caches] if caches else [data.images(split)]
     try:
-        stored = [file["features" if caches else "images"] for file in files]
         batches = [
             indices[start : start + settings.batch_size]
             for start in range(0, len(indices), settings.batch_size)
         ]
 
         def read(batch: list[int]) -> list[torch.Tensor]:
-            return [torch.from_numpy(data[batch[0] : batch[-1] + 1]) for data in stored]  # neighbours
+            return [torch.from_numpy(rows.read(batch)) for rows in stored]
 
         yield from parallel_map(read, batches, workers=1)
     finally:
-        for file in files:
-            file.close()
+        for rows in stored:
+            rows.file.close()
 
 
 def point(rows: list[dict], records: Sequence[Record], settings: Settings) -> None:

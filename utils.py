@@ -37,6 +37,10 @@ if TYPE_CHECKING:  # not every script needs these, and they take seconds to impo
 class UserError(Exception):
     """Wrong input. The message is one line that names the file or value and says how to mend it."""
 
+    def __init__(self, message: str):
+        # one from a worker process of a DataLoader comes with a traceback in front
+        super().__init__(message.rpartition("UserError: ")[2].strip())
+
 
 # --- settings -----------------------------------------------------------------------------------------------
 

@@ -74,7 +74,7 @@ def _lock(folder: Path, reading: bool) -> int | None:
             raise UserError(
                 f"{folder}: another run is {what}; wait for its end, or give another folder"
             ) from None
-        if _is_in_place(folder, descriptor):
+        if is_in_place(descriptor, folder / LOCK_FILE):
             return descriptor
         os.close(descriptor)  # its last holder has just removed it
 
@@ -82,16 +82,31 @@ def _lock(folder: Path, reading: bool) -> int | None:
 def _unlock(folder: Path, descriptor: int) -> None:
     with suppress(OSError):  # others are still reading
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if _is_in_place(folder, descriptor):
+        if is_in_place(descriptor, folder / LOCK_FILE):
             (folder / LOCK_FILE).unlink()
     os.close(descriptor)
 
 
-def _is_in_place(folder: Path, descriptor: int) -> bool:
+def is_in_place(file: int | io.FileIO, path: Path) -> bool:
+    """Whether an open file is still the one of this name."""
     try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(folder / LOCK_FILE))
+        return os.path.samestat(os.stat(file if isinstance(file, int) else file.fileno()), os.stat(path))
     except FileNotFoundError:
         return False
+
+
+def lock_file(stream: io.FileIO, waiting: str) -> None:
+    """Hold an open file alone until it is closed, by whatever descriptor; `waiting` is printed where another
+    process has it, whose end is then waited for."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        print(waiting, flush=True)
+        fcntl.lockf(stream, fcntl.LOCK_EX)
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -122,11 +137,16 @@ class OutputFile(io.FileIO):
     To them every write succeeds; the first error is raised by `check`, and at the end of a `with` block.
     """
 
-    def __init__(self, path: str | Path, shown: str | Path | None = None):
-        """shown: the name in an error, if it is not `path`."""
-        super().__init__(path, "w+")
+    def __init__(self, path: str | Path, shown: str | Path | None = None, keep: bool = False):
+        """shown: the name in an error, if it is not `path`. keep: what is in the file."""
         self.error: OSError | None = None
         self.shown = str(shown or path)
+        try:
+            flags = os.O_RDWR | os.O_CREAT | (0 if keep else os.O_TRUNC)
+            super().__init__(os.open(path, flags | os.O_CLOEXEC, 0o666), "r+")
+        except OSError as error:
+            error.filename = self.shown
+            raise
 
     def check(self) -> None:
         if self.error:

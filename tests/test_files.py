@@ -133,7 +133,7 @@ def test_hdf5_and_torch_survive_a_failing_write(tmp_path, monkeypatch):
     with pytest.raises(OSError), RowWriter(tmp_path / "a", "rows", 1000, "") as writer:
         for _ in range(1000):
             writer.append(np.zeros((1, 10_000), np.uint8))
-    assert writer.written < 1000
+    assert len(writer.checksums) < 1000
     written.clear()
     with pytest.raises(OSError), FullDisk(tmp_path / "b") as stream:
         torch.save({"weights": torch.zeros(100_000)}, stream)

@@ -223,7 +223,8 @@ def test_a_damaged_feature_cache_is_made_anew(folder):
     with h5py.File(file) as cache:
         truth = cache["features"][:]
     with h5py.File(file, "r+") as cache:
-        cache["features"].resize(3, axis=0)
+        del cache["features"]
+        cache["features"] = truth[:3]
     shorter = file.read_bytes()
     with h5py.File(file, "r+") as cache:
         del cache["features"]
@@ -254,3 +255,25 @@ def test_features_that_are_no_numbers_are_not_blamed_on_the_learning_rate(folder
     with pytest.raises(UserError, match="encoder's features"):
         cache_features(encoder, folder, "val", torch.device("cpu"))
     assert not list(folder.glob("*features*"))
+
+
+@pytest.mark.parametrize("kind", ["images", "features"])
+def test_a_flipped_bit_is_noticed_where_it_is_read(folder, kind):
+    features = cache_features(Encoder("resnet18"), folder, "val", torch.device("cpu"))
+    file = {"images": folder / "val_images.hdf5", "features": features}[kind]
+    with h5py.File(file) as stored:
+        row = stored[kind][3].tobytes()
+        assert stored["checksums"].shape == (len(stored[kind]),)
+    content = bytearray(file.read_bytes())
+    content[content.index(row) + len(row) // 2] ^= 4
+    file.write_bytes(content)
+    dataset = CaptionDataset(folder, "val", features if kind == "features" else None)
+    dataset[Request(np.arange(3), 0)]
+    requests = [Request(np.arange(3), 0), Request(np.arange(3, 5), 0)]
+    for workers in (0, 1):
+        with pytest.raises(UserError, match="its row 3 is damaged") as error:
+            list(torch.utils.data.DataLoader(dataset, None, sampler=requests, num_workers=workers))
+        assert "\n" not in str(error.value)
+    with h5py.File(file, "r+") as stored:
+        del stored["checksums"]  # as written by an earlier release
+    list(torch.utils.data.DataLoader(CaptionDataset(folder, "val"), None, sampler=requests[:1]))
