@@ -1,8 +1,8 @@
 """Damaged, foreign and hostile prepared data: refused with one line, never trusted, never a traceback."""
 
 import json
-import random
 import os
+import random
 import shutil
 from pathlib import Path
 
