@@ -1,7 +1,7 @@
 """HDF5 files with one dataset that has a row for each image: written as a whole, read with suspicion.
 
 Beside the dataset lies another, `checksums`, uint32: the CRC-32 of the bytes of each row, or where rows have
-views, of each view. It is compared whenever they are read; files of earlier releases have none, and are taken.
+views, of each view. It is compared whenever they are read; files of earlier releases have none.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from conftest import ROOT, assert_one_line
 
 import create_input_files as preparation
 from captioning.files import LOCK_FILE, OutputFile, lock_folder, remove_unfinished
-from captioning.hdf5 import RowWriter, open_dataset
+from captioning.hdf5 import ResumableRowWriter, RowWriter, open_dataset
 from utils import UserError, atomic_write
 
 fcntl = pytest.importorskip("fcntl")
@@ -203,3 +203,19 @@ def test_rows_are_read_with_suspicion(tmp_path):
         with h5py.File(tmp_path / "bad", "w") as file:
             make(file)
         wrong("rows|written")
+
+
+def test_views_of_a_row_have_checksums_of_their_own(tmp_path):
+    values = np.random.default_rng(0).normal(size=(5, 3, 2, 2, 4)).astype(np.float16)  # (I, views, h, w, D)
+    with ResumableRowWriter(tmp_path / "views", "features", 5, {}, "") as writer:
+        writer.append(values[:2])
+        writer.append(values[2:])
+    content = bytearray((tmp_path / "views").read_bytes())
+    content[content.index(values[4, 1].tobytes()) + 3] ^= 1
+    (tmp_path / "views").write_bytes(content)
+    rows = open_dataset(tmp_path / "views", "features", np.float16, remedy="make it anew")
+    assert (rows[:4] == values[:4]).all()
+    assert (rows.read([(0, 2), (4, 0)]) == values[[0, 4], [2, 0]]).all()
+    for damaged in ([(4, 1)], [4]):
+        with pytest.raises(UserError, match="damaged; make it anew"):
+            rows.read(damaged)
