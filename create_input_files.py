@@ -10,6 +10,8 @@ is recognized by its content. docs/file_formats.md describes these files and the
 
 from __future__ import annotations
 
+import captioning.interrupts  # noqa: F401  before what takes seconds
+
 import hashlib
 import os
 import random

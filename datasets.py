@@ -28,12 +28,12 @@ from captioning.images import read_image
 from captioning.prepared import Prepared
 from utils import (
     UserError,
-    leave_sigterm_to_main_process,
     parallel_map,
     pick_device,
     printable,
     processes,
     progress_bar,
+    start_worker,
 )
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def make_loader(
         sampler=sampler,
         num_workers=workers,
         persistent_workers=workers > 0,
-        worker_init_fn=leave_sigterm_to_main_process,
+        worker_init_fn=start_worker,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # so that starting workers draws nothing from the training's
     )

@@ -17,6 +17,8 @@ all references of each image. The scores are those of the official COCO caption 
 
 from __future__ import annotations
 
+import captioning.interrupts  # noqa: F401  before what takes seconds
+
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

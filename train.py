@@ -15,6 +15,8 @@ those given on the command line.
 
 from __future__ import annotations
 
+import captioning.interrupts  # noqa: F401  before what takes seconds
+
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace

@@ -14,6 +14,8 @@ A resumed training keeps the checkpoint's settings, but for those given on the c
 
 from __future__ import annotations
 
+import captioning.interrupts  # noqa: F401  before what takes seconds
+
 import hashlib
 import json
 import os

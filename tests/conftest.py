@@ -5,6 +5,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: test processes sh
 import csv
 import gzip
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -129,7 +130,16 @@ def run_script():
 
 
 @pytest.fixture
-def run_main(monkeypatch, capsys):
+def keep_signals():
+    """What `run_script` makes of Ctrl-C and SIGTERM ends with the test."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys, keep_signals):
     """As `run_script`, but in this process and without its imports: run_main(train, "--epochs", 1)."""
 
     def run(script: ModuleType, *arguments) -> subprocess.CompletedProcess:
