@@ -34,8 +34,11 @@ def fixed_seed():
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory) -> Path:
     """A small demonstration set, drawn as users draw it."""
-    folder = tmp_path_factory.mktemp("data") / "demo"
-    make_demo_data.make_demo_data(make_demo_data.Settings(str(folder), train_images=40, test_images=12))
+    return draw_demo(tmp_path_factory.mktemp("data") / "demo", 40, 12)
+
+
+def draw_demo(folder: Path, train_images: int, test_images: int) -> Path:
+    make_demo_data.make_demo_data(make_demo_data.Settings(str(folder), train_images, test_images))
     return folder
 
 
