@@ -32,6 +32,7 @@ from captioning.averaging import WeightAverage
 from captioning.checkpoints import (
     STATES,
     check_content,
+    check_room,
     checkpoint_to_resume,
     decoder_from,
     encoder_from,
@@ -216,6 +217,7 @@ def run_training(settings: Settings) -> dict:
         run.log(resumed.restore(optimizer, rates, run, (decoder, encoder), RATES))
         average.restart(resumed.checkpoint, rates.steps)
     if run.is_main:
+        check_room(output, optimizer, settings.epochs - len(history), settings.keep_checkpoints, run.log)
         start_outputs(output, resumed.source if resumed else None, len(history), OUTPUT_FILES)
         if resumed:
             copy_best(resumed.source, history, score, output)

@@ -35,6 +35,7 @@ from captioning.checkpoints import (
     STATES,
     WEIGHTS,
     check_content,
+    check_room,
     checkpoint_to_resume,
     read_checkpoint,
 )
@@ -195,6 +196,7 @@ def run_training(settings: Settings) -> dict:
         rate_names = ("learning_rate", "learning_rate")
         run.log(resumed.restore(optimizer, rates, run, modules=(), rate_names=rate_names))
     if run.is_main:
+        check_room(output, optimizer, settings.epochs - len(history), settings.keep_checkpoints, run.log)
         start_outputs(output, resumed.source if resumed else None, len(history), OUTPUT_FILES)
     run.log_file = output / "train.log"  # set only now: archiving would move it
     monitor = Monitor(run, output, settings, [record.image_id for record in val_set.records])

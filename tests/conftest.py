@@ -120,6 +120,13 @@ def assert_one_line(result: subprocess.CompletedProcess, *parts) -> None:
         assert str(part) in lines[0], result.stderr
 
 
+def without_progress(result: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
+    lines = [line.split("\r")[-1] for line in result.stderr.splitlines()]
+    lines = [line for line in lines if not line.rstrip("]").endswith(("image/s", "?image/s", "step/s"))]
+    result.stderr = "\n".join(line for line in lines if "|" not in line)
+    return result
+
+
 @pytest.fixture
 def run_script():
     """Run a real script from the repository root: run_script("train.py", "--epochs", 1)."""

@@ -14,7 +14,6 @@ from captioning.hdf5 import ResumableRowWriter, RowWriter, open_dataset
 from utils import UserError, atomic_write
 
 fcntl = pytest.importorskip("fcntl")
-resource = pytest.importorskip("resource")
 
 
 def start_python(code: str, *arguments, **options) -> subprocess.Popen:
@@ -137,37 +136,6 @@ def test_hdf5_and_torch_survive_a_failing_write(tmp_path, monkeypatch):
     written.clear()
     with pytest.raises(OSError), FullDisk(tmp_path / "b") as stream:
         torch.save({"weights": torch.zeros(100_000)}, stream)
-
-
-def limit_file_size():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-
-
-@pytest.fixture
-def run_limited(tmp_path):
-    """Run a script that may write no file above 200 kB."""
-
-    def run(script, *arguments):
-        command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-        return subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=300, preexec_fn=limit_file_size
-        )
-
-    return run
-
-
-def without_progress(result: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
-    lines = [line.split("\r")[-1] for line in result.stderr.splitlines()]
-    lines = [line for line in lines if not line.rstrip("]").endswith(("image/s", "?image/s", "step/s"))]
-    result.stderr = "\n".join(line for line in lines if "|" not in line)
-    return result
-
-
-def test_preparation_on_a_full_disk(demo, prepared, run_limited, tmp_path):
-    options = ("--annotations", demo / "train.csv", "--image_folder", demo / "train" / "train")
-    result = run_limited("create_input_files.py", *options, "--output_folder", tmp_path / "out")
-    assert_one_line(without_progress(result), "File too large")
-    assert not (tmp_path / "out").exists()
 
 
 def test_rows_are_read_with_suspicion(tmp_path):
