@@ -15,12 +15,13 @@ import csv
 import itertools
 import random
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from captioning.files import remove_unfinished
+from captioning.files import remove_unfinished, write_encoded
 from utils import UserError, atomic_write, check_at_least, progress_bar, run_script, write_json
 
 SIZE = 256  # pixels, width and height
@@ -110,8 +111,7 @@ def make_demo_data(settings: Settings) -> None:
         ):
             image_id = f"{split}_{number:04d}"
             image, boxes[image_id] = draw(scene, textures[scene.ground], TINTS[scene.ground], rng)
-            with atomic_write(folder / f"{image_id}.jpg") as tmp_path:
-                image.save(tmp_path, "JPEG", quality=90)
+            write_encoded(folder / f"{image_id}.jpg", partial(image.save, format="JPEG", quality=90))
             rows += [(image_id, caption) for caption in describe(scene, rng)]
         for stale in {path.stem for path in folder.glob("*.jpg")} - {image_id for image_id, _ in rows}:
             (folder / f"{stale}.jpg").unlink()  # of an earlier drawing of more scenes

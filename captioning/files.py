@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from utils import UserError, is_main_process
+from utils import UserError, atomic_write, is_main_process
 
 try:
     import fcntl
@@ -129,6 +129,15 @@ def is_alive(process: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+def write_encoded(path: str | Path, encode: Callable[[io.BytesIO], object]) -> None:
+    """Write a file that Pillow or matplotlib encodes, through memory: Pillow itself takes no notice when only
+    the first part of what it writes has room on the disk."""
+    encoded = io.BytesIO()
+    encode(encoded)
+    with atomic_write(path) as tmp_path:
+        tmp_path.write_bytes(encoded.getbuffer())
 
 
 class OutputFile(io.FileIO):

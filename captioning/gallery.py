@@ -17,13 +17,14 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from captioning.annotations import Record
-from captioning.files import remove_unfinished
+from captioning.files import remove_unfinished, write_encoded
 from captioning.images import read_image
 from captioning.scoring import COLUMNS
 from metrics import Scores
@@ -190,7 +191,7 @@ def write_thumbnails(
             problems.append(str(error))
             return None
         image.thumbnail((THUMBNAIL, THUMBNAIL), reducing_gap=2.0)
-        image.save(folder / f"{number:05d}.jpg", quality=85)
+        write_encoded(folder / f"{number:05d}.jpg", partial(image.save, format="JPEG", quality=85))
         return image.size
 
     results = parallel_map(write, enumerate(records), workers=4)

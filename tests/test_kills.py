@@ -129,7 +129,8 @@ def make_work(server: Server, name: str, small_demo: Path, smaller_demo: Path, t
         *demo_options(smaller_demo),
         *PREPARED.split(),
     ]
-    return Work(server, "run_pipeline.py", [*options, *SMALL.split(), *blip, "--beam_size", 1, "--workers", 1])
+    options += [*SMALL.split(), *blip, "--workers", 1, "--beam_size", 1]
+    return Work(server, "run_pipeline.py", options)
 
 
 # --- what is looked at --------------------------------------------------------------------------------------
