@@ -46,6 +46,7 @@ from captioning.engine import (
     copy_best,
     epochs_of_patience,
     epochs_since_improvement,
+    repair_outputs,
     report_best,
     save_epoch,
     start_outputs,
@@ -193,6 +194,7 @@ def train(settings: Settings) -> dict:
     """
     check_output(settings.output_folder, folder=True)
     with lock_folder(settings.data_folder, reading=True), lock_folder(settings.output_folder):
+        repair_outputs(Path(settings.output_folder))
         return run_training(settings)
 
 

@@ -44,6 +44,7 @@ from captioning.engine import (
     Run,
     caption_scores,
     epochs_since_improvement,
+    repair_outputs,
     report_best,
     save_epoch,
     start_outputs,
@@ -149,6 +150,7 @@ def train(settings: Settings) -> dict:
         if settings.base_model == "tiny":
             torch.set_num_threads(1)  # too little work in an operation for more: they would wait
         with lock_folder(settings.output_folder):
+            repair_outputs(Path(settings.output_folder))
             return run_training(settings)
     finally:
         torch.set_num_threads(threads)

@@ -273,4 +273,4 @@ def test_killed_before_every_rename(name, server, small_demo, smaller_demo, tmp_
         check_best(folder)
         number += step
     with capsys.disabled():
-        print(f"\n{name}: killed before {killed} renames of {number - 1}")
+        print(f"\n{name}: killed before {killed} renames, every {step}. one")
