@@ -36,7 +36,7 @@ from captioning.scoring import (
     score_records,
     score_submission,
 )
-from captioning.submissions import write_submission
+from captioning.submissions import escape_formula, write_submission
 from metrics import Scores, score_captions
 from utils import (
     LARGEST,
@@ -79,6 +79,7 @@ class Settings:
     output_json: str | None = None  # write the scores here too
     output_captions: str | None = None  # write the captions here: .csv, or .json for COCO results
     per_image_csv: str | None = None  # write each image's file, caption, references and scores here
+    escape_formulas: bool = False  # put ' before ids and captions of CSVs that spreadsheets take for formulas
     worst: int = 0  # draw this many images with the lowest CIDEr
     figure: str = "worst.png"  # file that --worst draws
     boxes: str | None = None  # boxes.json or COCO instances JSON: score where a model looks
@@ -380,10 +381,13 @@ def write_results(rows: list[dict], records: Sequence[Record], settings: Setting
         for i, row in enumerate(rows, start=1):
             name = f"{path.stem}_beam{row['beam_size']}" if row["beam_size"] else f"{path.stem}_{i}"
             file = path if len(rows) == 1 else path.with_stem(name)
-            write_submission(file, list(row["captions"].items()))
+            write_submission(file, list(row["captions"].items()), escape_formulas=settings.escape_formulas)
             written.append(str(file))
     if settings.per_image_csv:
-        write_table(settings.per_image_csv, per_image_lines(rows, records))
+        lines = per_image_lines(rows, records)
+        if settings.escape_formulas:
+            lines = [{name: escape_formula(value) for name, value in line.items()} for line in lines]
+        write_table(settings.per_image_csv, lines)
         written.append(settings.per_image_csv)
     if settings.worst:
         draw_worst(rows[0], records, settings)

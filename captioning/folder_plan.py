@@ -37,6 +37,7 @@ class FolderOptions:
     existing: EXISTING = "skip"
     prefix: str = ""
     suffix: str = ""
+    escape_formulas: bool = False
     batch_size: int = 32
     workers: int = 4
 

@@ -244,7 +244,7 @@ def write_captions(options: FolderOptions, plan: Plan, problems: Sequence[Proble
         captions.append((image_id, entry.caption if entry else kept))
     places = []
     if options.output_csv:
-        write_submission(options.output_csv, captions)
+        write_submission(options.output_csv, captions, escape_formulas=options.escape_formulas)
         places.append(str(options.output_csv))
     if sidecars:
         places.append(str(Path(options.test_folder, *["**"] * options.recursive, f"*{sidecars.extension}")))

@@ -20,9 +20,11 @@ from utils import UserError, atomic_write, read_json, write_json
 FORMATS = (".csv", ".json", ".jsonl")
 
 
-def write_submission(path: str | Path, rows: Sequence[tuple[str, str]]) -> None:
+def write_submission(
+    path: str | Path, rows: Sequence[tuple[str, str]], escape_formulas: bool = False
+) -> None:
     """Write (id, caption) rows: as COCO results or JSON lines where the file's name ends in .json or .jsonl,
-    else as a CSV."""
+    else as a CSV. escape_formulas: there, as `escape_formula` does."""
     if Path(path).suffix.lower() == ".json":
         write_json(path, [{"image_id": coco_id(image_id), "caption": text} for image_id, text in rows])
         return
@@ -33,7 +35,19 @@ def write_submission(path: str | Path, rows: Sequence[tuple[str, str]]) -> None:
             return
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(("image_id", "caption"))
-        writer.writerows(rows)
+        writer.writerows(map(escape_formula, row) if escape_formulas else row for row in rows)
+
+
+FORMULAS = ("=", "+", "-", "@")  # how a cell begins that spreadsheets take for a formula
+
+
+def escape_formula(value: object) -> object:
+    """Text that begins as a formula with an apostrophe in front, which makes it text to a spreadsheet too."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULAS) else value
+
+
+def _unescape_formula(text: str) -> str:
+    return text[1:] if text[:1] == "'" and text[1:].startswith(FORMULAS) else text
 
 
 def coco_id(image_id: str) -> int | str:
@@ -102,7 +116,7 @@ def _read_rows(path: Path) -> list[tuple[str, str]]:
                     raise UserError(
                         f"{path}, line {reader.line_num}: more than two columns; quote captions with commas"
                     )
-                rows.append((row[columns[0]].strip(), row["caption"]))
+                rows.append(tuple(map(_unescape_formula, (row[columns[0]].strip(), row["caption"]))))
             return rows
         except csv.Error as error:
             raise UserError(f"{path}, line {reader.line_num}: not a CSV file ({error})") from None

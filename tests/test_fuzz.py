@@ -16,7 +16,7 @@ from PIL import Image
 
 import eval as evaluation
 from captioning.images import read_image
-from captioning.submissions import read_submission
+from captioning.submissions import read_submission, write_submission
 from utils import UserError, printable
 
 
@@ -238,3 +238,32 @@ def test_names_that_look_like_options(tmp_path):
     result = subprocess.run([*command, "./-rf"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"--help", "-rf", "--output_json=x"}
+
+
+def test_formulas_are_escaped_where_asked_for(tmp_path, run_main):
+    rows = [
+        ("=1+1", "a dog"),
+        ("b", '=HYPERLINK("http://x")'),
+        ("-c", "@SUM(A1)"),
+        ("d'", "'a'"),
+        ("e", "+1"),
+    ]
+    path = tmp_path / "captions.csv"
+    for escape, first in ((False, "=1+1"), (True, "'=1+1")):
+        write_submission(path, rows, escape_formulas=escape)
+        with path.open(newline="") as stream:
+            cells = [cell for row in csv.reader(stream) for cell in row]
+        assert first in cells
+        assert escape == (not any(cell.startswith(("=", "+", "-", "@")) for cell in cells))
+        assert read_submission(path) == rows
+    references = [("image_id", "caption"), *rows]
+    with (tmp_path / "references.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows(references)
+    result = run_main(
+        evaluation, "--submission", path, "--references", tmp_path / "references.csv", "--escape_formulas",
+        "--per_image_csv", tmp_path / "scores.csv", "--output_captions", tmp_path / "again.csv",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "again.csv").read_bytes() == path.read_bytes()
+    with (tmp_path / "scores.csv").open(newline="") as stream:
+        assert not any(cell.startswith(("=", "+", "@")) for row in csv.reader(stream) for cell in row)
