@@ -140,6 +140,10 @@ def write_encoded(path: str | Path, encode: Callable[[io.BytesIO], object]) -> N
         tmp_path.write_bytes(encoded.getbuffer())
 
 
+def _open_or_create(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT, 0o666)
+
+
 class OutputFile(io.FileIO):
     """A file for libraries that crash when a write fails, as HDF5 and `torch.save` do on a full disk.
 
@@ -151,8 +155,7 @@ class OutputFile(io.FileIO):
         self.error: OSError | None = None
         self.shown = str(shown or path)
         try:
-            flags = os.O_RDWR | os.O_CREAT | (0 if keep else os.O_TRUNC)
-            super().__init__(os.open(path, flags | os.O_CLOEXEC, 0o666), "r+")
+            super().__init__(path, "r+" if keep else "w+", opener=_open_or_create)
         except OSError as error:
             error.filename = self.shown
             raise

@@ -126,6 +126,8 @@ class ResumableRowWriter:
 
     def __exit__(self, kind, error, traceback) -> None:
         with self.stream:
+            if os.name == "nt":  # where open files cannot be renamed, and none is locked
+                self.stream.close()
             if error is None and self.written == self.rows:
                 os.replace(self.tmp_path, self.path)
             elif not self.written or error is None or isinstance(error, UserError):
@@ -150,17 +152,17 @@ class ResumableRowWriter:
                     return 0
                 self.row_start, self.checksum_start = rows.id.get_offset(), checksums.id.get_offset()
                 shape, dtype, expected = rows.shape, rows.dtype, checksums[:]
-        except (OSError, KeyError, RuntimeError, TypeError, ValueError, AttributeError):
-            return 0
-        if None in (self.row_start, self.checksum_start) or expected.shape != checksum_shape(shape):
-            return 0
-        self.row = (shape[1:], dtype)
-        self.stream.seek(self.row_start)
-        size = math.prod(shape[1:]) * dtype.itemsize
-        for number in range(self.rows):
-            row = np.frombuffer(self.stream.read(size), np.uint8).reshape(1, *expected.shape[1:], -1)
-            if (find_checksums(row, expected[number : number + 1].shape) != expected[number]).any():
-                return number
+            if None in (self.row_start, self.checksum_start) or expected.shape != checksum_shape(shape):
+                return 0
+            self.row = (shape[1:], dtype)
+            self.stream.seek(self.row_start)
+            size = math.prod(shape[1:]) * dtype.itemsize
+            for number in range(self.rows):
+                row = np.frombuffer(self.stream.read(size), np.uint8).reshape(1, *expected.shape[1:], -1)
+                if (find_checksums(row, expected[number : number + 1].shape) != expected[number]).any():
+                    return number
+        except (OSError, KeyError, RuntimeError, TypeError, ValueError, AttributeError, MemoryError):
+            return 0  # damaged, or not ours
         return self.rows
 
     def _write(self, offset: int, values: np.ndarray) -> None:
