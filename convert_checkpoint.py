@@ -9,6 +9,8 @@ file says is run.
 
 from __future__ import annotations
 
+import captioning.interrupts  # noqa: F401  before what takes seconds
+
 from dataclasses import dataclass
 
 from captioning.checkpoints import load_checkpoint, save_checkpoint

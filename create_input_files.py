@@ -10,6 +10,8 @@ is recognized by its content. docs/file_formats.md describes these files and the
 
 from __future__ import annotations
 
+import captioning.interrupts  # noqa: F401  before what takes seconds
+
 import hashlib
 import os
 import random
@@ -34,7 +36,7 @@ from captioning.annotations import (
     require_image,
 )
 from captioning.files import lock_folder
-from captioning.hdf5 import RowWriter
+from captioning.hdf5 import RowWriter, require_disk_space
 from captioning.images import read_image
 from captioning.prepared import digest_files
 from utils import (
@@ -48,6 +50,8 @@ from utils import (
     run_script,
     write_json,
 )
+
+REMEDY = "free some disk space, or lower --image_size"
 
 
 @dataclass
@@ -100,7 +104,7 @@ def write_folder(splits: dict[str, list[Record]], settings: Settings, output: Pa
         record["files"] = digest_files(tmp_path)  # by which later steps know that these belong together
         (output / "prepared.json").unlink(missing_ok=True)
         for stale in output.glob("*_*.*"):
-            if stale.name.startswith(("train_", "val_", "test_")):
+            if stale.name.removeprefix(".").startswith(("train_", "val_", "test_")):
                 stale.unlink()  # of an earlier preparation: images, captions and features belong together
         for file in sorted(tmp_path.iterdir()):
             os.replace(file, output / file.name)
@@ -140,6 +144,8 @@ def find_test(settings: Settings) -> tuple[str | None, str | None]:
 
 def write_splits(splits: dict[str, list[Record]], settings: Settings, folder: Path) -> dict:
     """Write the files of all splits to `folder`; return the record of what was done."""
+    size = sum(map(len, splits.values())) * 3 * settings.image_size**2
+    require_disk_space(folder, size, REMEDY)
     skipped: list[tuple[str, str]] = []  # (image_id, reason)
     kept: dict[str, list[Record]] = {}
     for name, records in splits.items():
@@ -195,8 +201,7 @@ def write_images(
     The others are added to `skipped`.
     """
     kept, digest = [], hashlib.sha256()
-    remedy = "free some disk space, or lower --image_size"
-    with RowWriter(folder / f"{split}_images.hdf5", "images", len(records), remedy) as writer:
+    with RowWriter(folder / f"{split}_images.hdf5", "images", len(records), REMEDY) as writer:
         results = read_images(records, settings.image_size, settings.workers)
         for record, pixels in progress_bar(results, total=len(records), desc=f"{split} images", unit="image"):
             if isinstance(pixels, UserError):

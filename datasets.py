@@ -18,7 +18,6 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, NamedTuple
 
-import h5py
 import numpy as np
 import torch
 from PIL import Image
@@ -26,17 +25,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from captioning.annotations import Record, require_image
-from captioning.features import is_up_to_date, open_features, weights_digest, write_features
+from captioning.features import REMEDY, is_up_to_date, open_features, weights_digest, write_features
+from captioning.hdf5 import Rows, open_dataset
 from captioning.images import read_image
 from captioning.prepared import Prepared
 from utils import (
     UserError,
-    leave_signals_to_main_process,
     parallel_map,
     pick_device,
     printable,
     processes,
     progress_bar,
+    start_worker,
 )
 
 if TYPE_CHECKING:
@@ -96,14 +96,11 @@ class CaptionDataset(Dataset):
         if self.stored is None:
             self.stored = self._open()
         indices = request.indices
-        images = np.empty((len(indices), *self.stored.shape[-3:]), self.stored.dtype)
-        places = [(index,) for index in indices]
-        if self.stored.ndim == 5:  # (I, views, h, w, D)
+        places = indices
+        if len(self.stored.shape) == 5:  # (I, views, h, w, D)
             views = np.random.default_rng(request.seed).integers(self.stored.shape[1], size=len(indices))
             places = list(zip(indices, views))
-        for row, place in enumerate(places):
-            self.stored.read_direct(images, place, np.s_[row])
-        images = torch.from_numpy(images)
+        images = torch.from_numpy(self.stored.read(places))
         if self.augment:
             rng = Random(request.seed)
             augmented = [
@@ -123,7 +120,7 @@ class CaptionDataset(Dataset):
         changed = [augment_image(image, Random(f"{index} {view}"), flip) for view in range(1, count)]
         return torch.stack([image, *changed])
 
-    def _open(self) -> h5py.Dataset:
+    def _open(self) -> Rows:
         """The images or features, which must be of the preparation that the captions are of."""
         if self.features_file is None:
             return self.data.images(self.split)
@@ -206,7 +203,7 @@ def make_loader(
         sampler=sampler,
         num_workers=workers,
         persistent_workers=workers > 0,
-        worker_init_fn=leave_signals_to_main_process,
+        worker_init_fn=start_worker,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # so that starting workers draws nothing from the training's
     )
@@ -234,7 +231,7 @@ class BlipDataset:
 
     Attributes:
         records: those whose images can be read.
-        features: after `cache_features` the HDF5 dataset of the vision model's outputs, else None.
+        features: after `cache_features` the vision model's outputs, else None.
     """
 
     def __init__(self, captioner: BlipCaptioner, records: list[Record], workers: int):
@@ -242,7 +239,7 @@ class BlipDataset:
         self.workers = workers
         self.kept: dict[str, Tensor] = {}  # path -> resized image, uint8 (3, S, S)
         self.bytes_left = KEPT_BYTES
-        self.features: h5py.Dataset | None = None
+        self.features: Rows | None = None
         problems = self._find_problems(records)
         self.records = [record for record in records if record.image_id not in problems]
         self.may_flip = [
@@ -308,7 +305,7 @@ class BlipDataset:
 
         def load(batch: list[int]) -> Tensor:
             if self.features is not None:
-                return torch.stack([torch.from_numpy(self.features[index]) for index in batch])
+                return torch.from_numpy(self.features.read(batch))
             return self._process([image(index) for index in batch], do_resize=False)
 
         return parallel_map(load, batches, self.workers)
@@ -334,19 +331,22 @@ class BlipDataset:
             if not is_up_to_date(file, fingerprints, len(self.records)):
                 vision.to(device).eval()
                 size, batch_size = len(self.records), 16
-                chunks = [
-                    list(range(start, min(start + batch_size, size))) for start in range(0, size, batch_size)
-                ]
+
+                def batches(first: int) -> Iterator[Tensor]:
+                    starts = range(first, size, batch_size)
+                    return self.batches([[*range(start, min(start + batch_size, size))] for start in starts])
+
                 write_features(
                     file,
                     fingerprints,
-                    self.batches(chunks),
+                    batches,
                     lambda pixels: vision(pixel_values=pixels.to(device)).last_hidden_state,
                     size,
+                    batch_size,
                     "training images",
                 )
         self.kept.clear()
-        self.features = h5py.File(file, "r")["features"]
+        self.features = open_dataset(file, "features", np.float16, 3, REMEDY)
 
 
 def encode_captions(

@@ -11,6 +11,8 @@ are for BLIP without a prompt. docs/folders.md has more on folders.
 
 from __future__ import annotations
 
+import captioning.interrupts  # noqa: F401  before what takes seconds
+
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -48,6 +50,7 @@ class Settings:
     test_csv: str | None = None  # ids and their order; None: test.csv in or up to two folders above, if any
     recursive: bool = False  # caption the images in its subfolders too
     output_csv: str | None = None  # .csv, .json or .jsonl; None: blip_submission.csv, none with sidecars
+    escape_formulas: bool = False  # in a CSV: ' before what spreadsheets would take for a formula
     sidecars: bool = False  # write each caption beside its image: photo.txt for photo.jpg
     sidecar_extension: str = ".txt"  # file extension of the sidecars
     existing: Literal["skip", "overwrite", "append", "prepend"] = "skip"  # where a sidecar exists already

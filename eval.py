@@ -17,6 +17,8 @@ all references of each image. The scores are those of the official COCO caption 
 
 from __future__ import annotations
 
+import captioning.interrupts  # noqa: F401  before what takes seconds
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -36,7 +38,7 @@ from captioning.scoring import (
     score_submission,
     training_texts,
 )
-from captioning.submissions import caption_rows, write_submission
+from captioning.submissions import caption_rows, escape_formula, write_submission
 from metrics import Scores, score_captions
 from utils import (
     LARGEST,
@@ -52,6 +54,7 @@ from utils import (
 
 if TYPE_CHECKING:  # files of captions are scored without torch, which takes seconds to import
     from captioning.captioner import Captioner
+    from captioning.hdf5 import Rows
 
 __all__ = ["Settings", "evaluate", "print_table", "score_submission"]
 
@@ -84,6 +87,7 @@ class Settings:
     temperature: float | None = None  # of the samples: from the probabilities to the power of 1 / this
     top_p: float | None = None  # of the samples: from the likeliest words, of which this share is made up
     seed: int = 123  # of the samples
+    escape_formulas: bool = False  # put ' before ids and captions of CSVs that spreadsheets take for formulas
     worst: int = 0  # draw this many images with the lowest CIDEr
     figure: str = "worst.png"  # file that --worst draws
     boxes: str | None = None  # boxes.json or COCO instances JSON: score where a model looks
@@ -175,9 +179,9 @@ def evaluate(settings: Settings) -> list[dict]:
                 f"{settings.data_folder}: images of {prepared_size} pixels, but the model was trained on "
                 f"{captioner.image_size}; prepare the data with --image_size {captioner.image_size}"
             )
-        files, features = find_files(captioner, settings)
+        stored, features = open_split(captioner, settings)
         with state.split_between_processes(list(range(len(references)))) as own:
-            found = decode_split(captioner, [*references], own, files, options, settings.batch_size)
+            found = decode_split(captioner, [*references], own, stored, options, settings.batch_size)
         gathered = gather_object([found])
         if not state.is_main_process:
             return []
@@ -187,16 +191,18 @@ def evaluate(settings: Settings) -> list[dict]:
     return make_rows(decoded, [seconds for _, seconds in gathered], where, references, settings)
 
 
-def find_files(captioner: Captioner, settings: Settings) -> tuple[list[Path], str]:
-    """The files with a split's images, "computed", or with the features of each encoder, "cached"."""
-    from captioning.features import cached_features
+def open_split(captioner: Captioner, settings: Settings) -> tuple[list[Rows], str]:
+    """The split's images, "computed", or its features for each encoder, "cached"."""
+    from captioning.features import cached_features, open_features
+    from captioning.prepared import Prepared
 
     folder, split = settings.data_folder, settings.split
+    data = Prepared(folder)
     if settings.cache_features:
         caches = [cached_features(encoder, folder, split) for encoder in captioner.encoders]
         if None not in caches:
-            return caches, "cached"
-    return [Path(folder) / f"{split}_images.hdf5"], "computed"
+            return [open_features(file, data, split) for file in caches], "cached"
+    return [data.images(split)], "computed"
 
 
 def make_rows(
@@ -358,10 +364,14 @@ def write_results(rows: list[dict], records: Sequence[Record], settings: Setting
             file = path if len(rows) == 1 else path.with_stem(name)
             own = row.get("decoded") or {key: ScoredCaption(text) for key, text in row["captions"].items()}
             own = [(image_id, [caption]) for image_id, caption in own.items()]
-            write_submission(file, *caption_rows(own, False, "decoded" in row))
+            lines, columns = caption_rows(own, False, "decoded" in row)
+            write_submission(file, lines, columns, settings.escape_formulas)
             written.append(str(file))
     if settings.per_image_csv:
-        write_table(settings.per_image_csv, per_image_lines(rows, records))
+        lines = per_image_lines(rows, records)
+        if settings.escape_formulas:
+            lines = [{name: escape_formula(value) for name, value in line.items()} for line in lines]
+        write_table(settings.per_image_csv, lines)
         written.append(settings.per_image_csv)
     if settings.worst:
         draw_worst(rows[0], records, settings)

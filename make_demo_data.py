@@ -9,16 +9,19 @@ each shape. Test scenes show combinations that no training scene shows. The same
 
 from __future__ import annotations
 
+import captioning.interrupts  # noqa: F401  before what takes seconds
+
 import csv
 import itertools
 import random
-import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from captioning.files import remove_unfinished, write_encoded
 from utils import UserError, atomic_write, check_at_least, progress_bar, run_script, write_json
 
 SIZE = 256  # pixels, width and height
@@ -83,7 +86,10 @@ def main(settings: Settings) -> None:
 
 
 def make_demo_data(settings: Settings) -> None:
-    """Draw the images and write the files; images of an earlier drawing are replaced."""
+    """Draw the images and write the files; images of an earlier drawing are replaced one by one.
+
+    `boxes.json` is written last: where it is missing, the data set is not complete.
+    """
     import skimage.data
 
     output = Path(settings.output_folder)
@@ -93,18 +99,22 @@ def make_demo_data(settings: Settings) -> None:
     train, test = choose_scenes(settings, rng)
     textures = {name: getattr(skimage.data, name)() for name in TINTS}  # uint8 (512, 512)
     boxes = {}
+    (output / "boxes.json").unlink(missing_ok=True)
+    remove_unfinished(output)
     for split, scenes in (("train", train), ("test", test)):
         folder = output / split / split
-        shutil.rmtree(folder, ignore_errors=True)  # images of an earlier drawing with other settings
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(folder)
         rows = []
         for number, scene in enumerate(
             progress_bar(scenes, desc=f"drawing {split} scenes", unit="image"), start=1
         ):
             image_id = f"{split}_{number:04d}"
             image, boxes[image_id] = draw(scene, textures[scene.ground], TINTS[scene.ground], rng)
-            image.save(folder / f"{image_id}.jpg", quality=90)
+            write_encoded(folder / f"{image_id}.jpg", partial(image.save, format="JPEG", quality=90))
             rows += [(image_id, caption) for caption in describe(scene, rng)]
+        for stale in {path.stem for path in folder.glob("*.jpg")} - {image_id for image_id, _ in rows}:
+            (folder / f"{stale}.jpg").unlink()  # of an earlier drawing of more scenes
         if split == "test":
             write_csv(output / "test.csv", ("image_id",), [(image_id,) for image_id, _ in rows[::5]])
         write_csv(

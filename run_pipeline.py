@@ -13,6 +13,8 @@ was.
 
 from __future__ import annotations
 
+import captioning.interrupts  # noqa: F401  before what takes seconds
+
 import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace

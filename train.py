@@ -15,6 +15,8 @@ those given on the command line.
 
 from __future__ import annotations
 
+import captioning.interrupts  # noqa: F401  before what takes seconds
+
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -29,6 +31,7 @@ from captioning.averaging import WeightAverage
 from captioning.checkpoints import (
     STATES,
     check_content,
+    check_room,
     decoder_from,
     encoder_from,
     load_checkpoint,
@@ -41,6 +44,7 @@ from captioning.engine import (
     copy_best,
     epochs_of_patience,
     epochs_since_improvement,
+    repair_outputs,
     report_best,
     save_epoch,
     start_outputs,
@@ -191,6 +195,7 @@ def train(settings: Settings) -> dict:
     """
     check_output(settings.output_folder, folder=True)
     with lock_folder(settings.data_folder, reading=True), lock_folder(settings.output_folder):
+        repair_outputs(Path(settings.output_folder))
         return run_training(settings)
 
 
@@ -215,6 +220,7 @@ def run_training(settings: Settings) -> dict:
         run.log(resumed.restore(optimizer, rates, run, (decoder, encoder), RATES))
         average.restart(resumed.checkpoint, rates.steps)
     if run.is_main:
+        check_room(output, optimizer, settings.epochs - len(history), settings.keep_checkpoints, run.log)
         start_outputs(output, resumed.source if resumed else None, len(history), OUTPUT_FILES)
         if resumed:
             copy_best(resumed.source, history, score, output)

@@ -14,6 +14,8 @@ A resumed training keeps the checkpoint's settings, but for those given on the c
 
 from __future__ import annotations
 
+import captioning.interrupts  # noqa: F401  before what takes seconds
+
 import hashlib
 import json
 import os
@@ -32,6 +34,7 @@ from captioning.checkpoints import (
     STATES,
     WEIGHTS,
     check_content,
+    check_room,
     read_checkpoint,
 )
 from captioning.engine import (
@@ -39,6 +42,7 @@ from captioning.engine import (
     Run,
     caption_scores,
     epochs_since_improvement,
+    repair_outputs,
     report_best,
     save_epoch,
     start_outputs,
@@ -148,6 +152,7 @@ def train(settings: Settings) -> dict:
         if settings.base_model == "tiny":
             torch.set_num_threads(1)  # too little work in an operation for more: they would wait
         with lock_folder(settings.output_folder):
+            repair_outputs(Path(settings.output_folder))
             return run_training(settings)
     finally:
         torch.set_num_threads(threads)
@@ -195,6 +200,7 @@ def run_training(settings: Settings) -> dict:
         rate_names = ("learning_rate", "learning_rate")
         run.log(resumed.restore(optimizer, rates, run, modules=(), rate_names=rate_names))
     if run.is_main:
+        check_room(output, optimizer, settings.epochs - len(history), settings.keep_checkpoints, run.log)
         start_outputs(output, resumed.source if resumed else None, len(history), OUTPUT_FILES)
     run.log_file = output / "train.log"  # set only now: archiving would move it
     monitor = Monitor(run, output, settings, [record.image_id for record in val_set.records])

@@ -37,6 +37,10 @@ if TYPE_CHECKING:  # not every script needs these, and they take seconds to impo
 class UserError(Exception):
     """Wrong input. The message is one line that names the file or value and says how to mend it."""
 
+    def __init__(self, message: str):
+        # one from a worker process of a DataLoader comes with a traceback in front
+        super().__init__(message.rpartition("UserError: ")[2].strip())
+
 
 # --- settings -----------------------------------------------------------------------------------------------
 
@@ -56,11 +60,11 @@ def run_script(main: Callable, settings_class: type) -> typing.NoReturn:
     Exit status: what `main` returns (None is 0); 2 with one line on stderr for wrong input; 130 after Ctrl-C,
     143 after SIGTERM, which are treated alike.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
-        settings = parse_settings(settings_class, description=sys.modules[main.__module__].__doc__)
-        use_device(getattr(settings, "device", "auto"))
-        status = main(settings)
+        with _ended_by_signals():
+            settings = parse_settings(settings_class, description=sys.modules[main.__module__].__doc__)
+            use_device(getattr(settings, "device", "auto"))
+            status = main(settings)
     except UserError as error:
         _report(f"error: {error}")
         status = 2
@@ -98,8 +102,36 @@ def leave_signals_to_main_process(*_) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _interrupt(*_) -> typing.NoReturn:
-    raise Terminated
+def start_worker(*_) -> None:
+    """For worker processes of a DataLoader: they leave signals to the main process, and die with it."""
+    leave_signals_to_main_process()
+    if sys.platform == "linux":  # elsewhere a worker looks every five seconds, and not while it waits to send
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the block with KeyboardInterrupt or Terminated, even where that exception was
+    lost on its way, as in a destructor, or turned into another one, as by a failed import."""
+    received: list[KeyboardInterrupt] = []
+
+    def interrupt(number: int, frame: object) -> typing.NoReturn:
+        received.append(Terminated() if number == signal.SIGTERM else KeyboardInterrupt())
+        raise received[-1]
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    try:
+        yield
+    except Exception:
+        if not received:
+            raise
+    if received:
+        raise received[0]
+    for number in (signal.SIGINT, signal.SIGTERM):  # the rest is only the interpreter's end
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _leave_processes(failed: bool) -> bool:
@@ -123,7 +155,8 @@ def _report(message: str) -> None:
     The main process prints at once. The others wait first: the launcher ends them when the main process has
     failed. When it has not, the message is theirs alone and they print it.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     if not is_main_process():
         time.sleep(10)
     print(printable(message), file=sys.stderr, flush=True)

@@ -13,6 +13,8 @@ numbers. With --figures each image's attention is drawn as a PNG too.
 
 from __future__ import annotations
 
+import captioning.interrupts  # noqa: F401  before what takes seconds
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from torch import nn
 
 from captioning.annotations import find_word_map_problem
 from captioning.files import OutputFile
+from captioning.hdf5 import require_disk_space
 from captioning.pretrained import build_encoder
 from captioning.schema import Number, find_mismatch
 from captioning.tutorial_checkpoint import read_tutorial_checkpoint
@@ -81,6 +82,33 @@ def load_checkpoint(path: str | Path, *needed: str, word_map_path: str | Path | 
             f"({len(checkpoint['word_map'])} words); give the --word_map or data that belong to it"
         )
     return checkpoint
+
+
+def check_room(
+    folder: Path, optimizer: torch.optim.Optimizer, epochs: int, keep: int, log: Callable[[str], None]
+) -> None:
+    """Look, before the first epoch, whether the folder's disk has room for what a training writes.
+
+    Args:
+        optimizer: with all the models' parameters; Adam keeps two averages of those that are trained.
+        epochs: that will be trained. keep: how many epochs' checkpoints stay; 0: all.
+        log: told where there is not enough for all of them.
+
+    Raises:
+        UserError: there is not enough for the first one.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    weights = sum(parameter.nbytes for parameter in parameters)
+    checkpoint = weights + 2 * sum(parameter.nbytes for parameter in parameters if parameter.requires_grad)
+    needed = 2 * checkpoint + weights  # of an epoch, of the best one, and the best one's models
+    require_disk_space(folder, needed, "free some disk space, or give another --output_folder")
+    room = (shutil.disk_usage(folder).free - needed) // checkpoint + 1
+    wanted = min(epochs, keep or epochs)
+    if room < wanted:
+        log(
+            f"{folder}: room for the checkpoints of {room} epochs, and {wanted} are to be kept, "
+            f"{checkpoint / 1e9:.2f} GB each: give --keep_checkpoints {max(1, room - 1)}"
+        )
 
 
 class Weights:

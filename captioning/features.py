@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from captioning.hdf5 import RowWriter, open_dataset
+from captioning.hdf5 import ResumableRowWriter, Rows, has_attributes, open_dataset
 from captioning.prepared import Prepared
 from models import Encoder, normalize_images
-from utils import UserError, atomic_write, progress_bar
+from utils import UserError, progress_bar
 
+REMEDY = "delete it, and it will be made anew"
 CPU_BATCH = 8  # images; ran 1.2 (resnet101) to 2.5 times (efficientnet_lite0) as fast as 32
 
 
@@ -41,41 +41,52 @@ def weights_digest(module: nn.Module) -> str:
 def write_features(
     file: str | Path,
     fingerprints: dict[str, str],
-    batches: Iterable[Tensor],
+    batches: Callable[[int], Iterable[Tensor]],
     encode: Callable[[Tensor], Tensor],
     size: int,
+    batch_size: int,
     description: str,
 ) -> None:
-    """Encode `size` images batch by batch into an HDF5 file.
+    """Encode `size` images batch by batch into an HDF5 file; go on where an earlier run was interrupted.
 
     The file has the dataset `features`, float16 (size, *shape of an image's features), and `fingerprints` as
     its attributes, by which `is_up_to_date` knows it again.
 
     Args:
-        batches: what `encode` takes, in the order of the images.
+        batches: the number of the first image, a multiple of `batch_size` -> what `encode` takes of this and
+            the following ones, in order.
         encode: a batch -> its features (N, ...).
         description: what is encoded, such as "train images".
 
     Raises:
         UserError: the disk has not enough space.
     """
-    file = Path(file)
-    progress = progress_bar(total=size, desc=f"encoding {description}", unit="image")
     remedy = "free some disk space, or give --cache_features False to encode the images anew in every epoch"
-    with atomic_write(file) as tmp_path, progress, RowWriter(tmp_path, "features", size, remedy) as writer:
-        writer.file.attrs.update(fingerprints)
-        for batch in batches:
-            features = encode(batch).half().cpu().numpy()
-            if not np.isfinite(features).all():
-                raise UserError(
-                    f"the encoder's features of some {description} are no finite numbers in half precision: "
-                    f"its weights are damaged, or need --cache_features False"
-                )
-            if writer.written == 0:
-                needed = size * features[0].nbytes
-                progress.write(f"features of {size} {description}: {needed / 1e9:.2f} GB in {file}")
-            writer.append(features)
-            progress.update(len(features))
+    with ResumableRowWriter(file, "features", size, fingerprints, remedy) as writer:
+        if is_up_to_date(file, fingerprints, size):  # another run has just written it
+            return
+        writer.written -= writer.written % batch_size  # features depend, in the last digit, on their batch
+        options = {"total": size, "initial": writer.written, "desc": f"encoding {description}"}
+        with progress_bar(unit="image", **options) as progress:
+            if writer.written:
+                progress.write(f"{writer.written} of {size} {description} were encoded by an earlier run")
+            try:
+                for batch in batches(writer.written):
+                    features = encode(batch).half().cpu().numpy()
+                    if not np.isfinite(features).all():
+                        raise UserError(
+                            f"the encoder's features of some {description} are no finite numbers in half "
+                            f"precision: its weights are damaged, or need --cache_features False"
+                        )
+                    if writer.written == 0:
+                        needed = size * features[0].nbytes
+                        progress.write(f"features of {size} {description}: {needed / 1e9:.2f} GB in {file}")
+                    writer.append(features)
+                    progress.update(len(features))
+            except KeyboardInterrupt as interrupt:
+                interrupt.args = (f"{writer.written} of {size} {description} are encoded; the same command "
+                                  f"goes on from there",)  # fmt: skip
+                raise
 
 
 def is_up_to_date(file: str | Path, fingerprints: dict[str, str], size: int) -> bool:
@@ -85,27 +96,26 @@ def is_up_to_date(file: str | Path, fingerprints: dict[str, str], size: int) -> 
     except ValueError:
         return False
     with features.file as cache:
-        same = all(cache.attrs.get(name) == value for name, value in fingerprints.items())
-        return same and len(features) == size
+        return has_attributes(cache, fingerprints) and len(features) == size
 
 
-def open_features(file: str | Path, data: Prepared, split: str) -> h5py.Dataset:
+def open_features(file: str | Path, data: Prepared, split: str) -> Rows:
     """The features (I, h, w, D) or (I, views, h, w, D) that `cache_features` wrote of these images.
 
     Raises:
         UserError: they are damaged, or of other images.
     """
     try:
-        features = open_dataset(file, "features", np.float16)
-        if features.ndim not in (4, 5):
+        features = open_dataset(file, "features", np.float16, remedy=REMEDY)
+        if len(features.shape) not in (4, 5):
             features.file.close()
-            raise ValueError(f"its features have {features.ndim} dimensions")
+            raise ValueError(f"its features have {len(features.shape)} dimensions")
         if features.file.attrs.get("pictures") != data.images_digest(split):
             features.file.close()
             raise ValueError("of other images")
         return features
     except ValueError as error:
-        raise UserError(f"{file}: {error}; delete it, and it will be made anew") from None
+        raise UserError(f"{file}: {error}; {REMEDY}") from None
 
 
 # --- the attention model's encoder --------------------------------------------------------------------------
@@ -148,8 +158,11 @@ def cache_features(
         return encoded.unflatten(0, batch.shape[:-3])
 
     with images.file:
-        batches = map(read_batch, range(0, size, batch_size))
-        write_features(file, fingerprints, batches, encode, size, description)
+
+        def batches(first: int) -> Iterator[Tensor]:
+            return map(read_batch, range(first, size, batch_size))
+
+        write_features(file, fingerprints, batches, encode, size, batch_size, description)
     return file
 
 

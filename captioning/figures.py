@@ -7,15 +7,17 @@ import math
 import sys
 import textwrap
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from captioning.decoding import DecodingOptions, ScoredCaption
+from captioning.files import write_encoded
 from captioning.images import read_image
 from captioning.interface import BaseCaptioner
-from utils import UserError, atomic_write, printable
+from utils import UserError, printable
 
 PANEL = 2.4  # inches, the longer side of an image
 
@@ -33,8 +35,7 @@ def check_figure(file: str | Path) -> str:
 def save_figure(figure, file: str | Path) -> None:
     """Write a matplotlib figure; the file's extension is the format."""
     extension = check_figure(file)
-    with atomic_write(file) as tmp_path:
-        figure.savefig(tmp_path, format=extension, dpi=110)
+    write_encoded(file, partial(figure.savefig, format=extension, dpi=110))
 
 
 def enlarge(attention: np.ndarray, width: int = 224, height: int = 224) -> np.ndarray:

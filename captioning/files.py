@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from utils import UserError, is_main_process
+from utils import UserError, atomic_write, is_main_process
 
 try:
     import fcntl
@@ -74,7 +74,7 @@ def _lock(folder: Path, reading: bool) -> int | None:
             raise UserError(
                 f"{folder}: another run is {what}; wait for its end, or give another folder"
             ) from None
-        if _is_in_place(folder, descriptor):
+        if is_in_place(descriptor, folder / LOCK_FILE):
             return descriptor
         os.close(descriptor)  # its last holder has just removed it
 
@@ -82,16 +82,31 @@ def _lock(folder: Path, reading: bool) -> int | None:
 def _unlock(folder: Path, descriptor: int) -> None:
     with suppress(OSError):  # others are still reading
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if _is_in_place(folder, descriptor):
+        if is_in_place(descriptor, folder / LOCK_FILE):
             (folder / LOCK_FILE).unlink()
     os.close(descriptor)
 
 
-def _is_in_place(folder: Path, descriptor: int) -> bool:
+def is_in_place(file: int | io.FileIO, path: Path) -> bool:
+    """Whether an open file is still the one of this name."""
     try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(folder / LOCK_FILE))
+        return os.path.samestat(os.stat(file if isinstance(file, int) else file.fileno()), os.stat(path))
     except FileNotFoundError:
         return False
+
+
+def lock_file(stream: io.FileIO, waiting: str) -> None:
+    """Hold an open file alone until it is closed, by whatever descriptor; `waiting` is printed where another
+    process has it, whose end is then waited for."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        print(waiting, flush=True)
+        fcntl.lockf(stream, fcntl.LOCK_EX)
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -116,17 +131,34 @@ def is_alive(process: int) -> bool:
     return True
 
 
+def write_encoded(path: str | Path, encode: Callable[[io.BytesIO], object]) -> None:
+    """Write a file that Pillow or matplotlib encodes, through memory: Pillow itself takes no notice when only
+    the first part of what it writes has room on the disk."""
+    encoded = io.BytesIO()
+    encode(encoded)
+    with atomic_write(path) as tmp_path:
+        tmp_path.write_bytes(encoded.getbuffer())
+
+
+def _open_or_create(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT, 0o666)
+
+
 class OutputFile(io.FileIO):
     """A file for libraries that crash when a write fails, as HDF5 and `torch.save` do on a full disk.
 
     To them every write succeeds; the first error is raised by `check`, and at the end of a `with` block.
     """
 
-    def __init__(self, path: str | Path, shown: str | Path | None = None):
-        """shown: the name in an error, if it is not `path`."""
-        super().__init__(path, "w+")
+    def __init__(self, path: str | Path, shown: str | Path | None = None, keep: bool = False):
+        """shown: the name in an error, if it is not `path`. keep: what is in the file."""
         self.error: OSError | None = None
         self.shown = str(shown or path)
+        try:
+            super().__init__(path, "r+" if keep else "w+", opener=_open_or_create)
+        except OSError as error:
+            error.filename = self.shown
+            raise
 
     def check(self) -> None:
         if self.error:

@@ -39,6 +39,7 @@ class FolderOptions:
     prefix: str = ""
     suffix: str = ""
     with_scores: bool = False
+    escape_formulas: bool = False
     batch_size: int = 32
     workers: int = 4
 

@@ -253,7 +253,8 @@ def write_captions(options: FolderOptions, plan: Plan, problems: Sequence[Proble
         captions.append((image_id, entry.captions if entry else [ScoredCaption(kept)]))
     places = []
     if options.output_csv:
-        write_submission(options.output_csv, *caption_rows(captions, with_ranks, options.with_scores))
+        rows, columns = caption_rows(captions, with_ranks, options.with_scores)
+        write_submission(options.output_csv, rows, columns, options.escape_formulas)
         places.append(str(options.output_csv))
     if sidecars:
         places.append(str(Path(options.test_folder, *["**"] * options.recursive, f"*{sidecars.extension}")))

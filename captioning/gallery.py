@@ -12,19 +12,23 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from captioning.annotations import Record
+from captioning.files import remove_unfinished, write_encoded
 from captioning.images import read_image
 from captioning.scoring import COLUMNS
 from metrics import Scores
-from utils import UserError, atomic_write, check_output, parallel_map, progress_bar
+from utils import UserError, check_output, parallel_map, progress_bar
 
 PAGE = Path(__file__).resolve().parent / "gallery_page"
 MARK = '<meta name="generator" content="view_captions.py">'
@@ -70,7 +74,7 @@ def write_gallery(
     """Write a gallery of the images that have a caption by at least one model.
 
     Args:
-        folder: made where it is missing; an earlier gallery in it is replaced.
+        folder: made where it is missing; an earlier gallery in it is replaced when the new one is complete.
         comparisons: what `compare_models` gives of two models, with "first" and "second", their indices.
 
     Returns:
@@ -83,7 +87,29 @@ def write_gallery(
     shown = [record for record in records if any(record.image_id in model.captions for model in models)]
     if not shown:
         raise UserError("no image has a caption: there is nothing to show")
-    clear(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(folder)
+    tmp_path = folder / f".gallery.{os.getpid()}.partial"
+    try:
+        problems = write_files(tmp_path, shown, models, comparisons, title)
+        clear(folder)
+        for file in sorted(tmp_path.rglob("*.*")):  # index.html is among the last
+            os.replace(file, folder / file.relative_to(tmp_path))
+    finally:
+        shutil.rmtree(tmp_path, ignore_errors=True)
+    return folder / "index.html", problems
+
+
+def write_files(
+    folder: Path,
+    shown: Sequence[Record],
+    models: Sequence[ShownModel],
+    comparisons: Sequence[dict],
+    title: str,
+) -> list[str]:
+    """Write the gallery's files to a new folder; what is wrong with images that cannot be shown."""
+    for part in ("images", "attention"):
+        (folder / part).mkdir(parents=True)
     sizes, problems = write_thumbnails(folder / "images", shown)
     grids = write_attention(folder / "attention", shown, models)
     names = [
@@ -108,15 +134,11 @@ def write_gallery(
         ],
         "images": [_image_data(record, size, models, names) for record, size in zip(shown, sizes)],
     }
-    with atomic_write(folder / "data.js") as tmp_path:
-        # ASCII with escapes: nothing in a caption can end the file early or be taken for another encoding
-        tmp_path.write_text(
-            f"window.GALLERY = {json.dumps(data, separators=(',', ':'))};\n", encoding="ascii"
-        )
-    index = folder / "index.html"
-    with atomic_write(index) as tmp_path:
-        tmp_path.write_text(page(), encoding="utf-8")
-    return index, problems
+    # ASCII with escapes: nothing in a caption can end the file early or be taken for another encoding
+    text = f"window.GALLERY = {json.dumps(data, separators=(',', ':'))};\n"
+    (folder / "data.js").write_text(text, encoding="ascii")
+    (folder / "index.html").write_text(page(), encoding="utf-8")
+    return problems
 
 
 def page() -> str:
@@ -169,7 +191,7 @@ def write_thumbnails(
             problems.append(str(error))
             return None
         image.thumbnail((THUMBNAIL, THUMBNAIL), reducing_gap=2.0)
-        image.save(folder / f"{number:05d}.jpg", quality=85)
+        write_encoded(folder / f"{number:05d}.jpg", partial(image.save, format="JPEG", quality=85))
         return image.size
 
     results = parallel_map(write, enumerate(records), workers=4)
@@ -193,10 +215,8 @@ def write_attention(
                     grids[k] = own.shape[1:]
             chunk.append(["" if own is None else base64.b64encode(own.tobytes()).decode() for own in maps])
         if any(any(own) for own in chunk):
-            with atomic_write(folder / f"{number:03d}.js") as tmp_path:
-                tmp_path.write_text(
-                    f"window.ATTENTION({number},{json.dumps(chunk, separators=(',', ':'))});\n"
-                )
+            text = f"window.ATTENTION({number},{json.dumps(chunk, separators=(',', ':'))});\n"
+            (folder / f"{number:03d}.js").write_text(text)
     return grids
 
 

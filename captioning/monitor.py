@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import textwrap
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from captioning.engine import REWARD, Run, best_epoch
-from utils import UserError, atomic_write, printable
+from captioning.files import write_encoded
+from utils import UserError, printable
 
 SAMPLES = 3  # validation images whose captions are printed after every epoch
 LONGEST_SAMPLE = 90  # characters
@@ -108,5 +110,4 @@ def draw_curves(history: list[dict], score: str, file: Path) -> None:
         axis.legend(fontsize=8)
     rates.set_ylim(bottom=0)
     rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    with atomic_write(file) as tmp_path:
-        figure.savefig(tmp_path, format="png", dpi=110)
+    write_encoded(file, partial(figure.savefig, format="png", dpi=110))

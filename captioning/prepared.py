@@ -3,7 +3,7 @@
     data = Prepared("data_output")
     data.word_map()                             # {"<pad>": 0, "a": 1, ...}
     captions, lengths = data.captions("train")
-    images = data.images("train")               # an HDF5 dataset, uint8 (I, 3, S, S)
+    images = data.images("train")               # uint8 (I, 3, S, S), read from the HDF5 file row by row
 
 `prepared.json` has a digest of every file, so that a file which is damaged, or of another preparation, is
 noticed. Folders that were prepared before there were digests are accepted where their content is sound.
@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 
 from captioning.annotations import END, START, Record, find_word_map_problem
-from captioning.hdf5 import open_dataset
+from captioning.hdf5 import Rows, open_dataset
 from captioning.schema import AnyOf, Number, find_mismatch
 from utils import LARGEST, UserError, read_json
 
@@ -123,13 +123,13 @@ class Prepared:
         self._require(None, name, None if good else "not <start>, words, <end>, <pad>")
         return captions.reshape(size, per_image, -1), lengths.astype(np.int16).reshape(size, per_image)
 
-    def images(self, split: str) -> h5py.Dataset:
+    def images(self, split: str) -> Rows:
         """The split's images, uint8 (I, 3, S, S)."""
         size, side, name = (
             self.require_split(split), self.record["settings"]["image_size"], f"{split}_images.hdf5"
         )  # fmt: skip
         try:
-            images, problem = open_dataset(self.folder / name, "images", np.uint8, 4), None
+            images, problem = open_dataset(self.folder / name, "images", np.uint8, 4, REMEDY), None
         except ValueError as error:
             self._require(None, name, str(error))
         digest = str(images.file.attrs.get("digest"))

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import h5py
 import torch
 
 from captioning.annotations import Record
 from captioning.decoding import DecodingOptions, ScoredCaption
+from captioning.hdf5 import Rows
 from utils import parallel_map, processes, progress_bar
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ def decode_split(
     captioner: Captioner,
     ids: Sequence[str],
     indices: Sequence[int],
-    files: Sequence[Path],
+    stored: Sequence[Rows],
     options: Mapping[Any, DecodingOptions],
     batch_size: int,
 ) -> tuple[Decoded, dict[Any, float]]:
@@ -38,8 +37,8 @@ def decode_split(
 
     Args:
         ids: of all images of the split.
-        indices: of the images to caption, neighbours.
-        files: an HDF5 file of "images", or of "features" for each of the captioner's encoders.
+        indices: of the images to caption.
+        stored: the split's images, or its features for each of the captioner's encoders.
     """
     decoded: Decoded = {name: [] for name in options}
     seconds = dict.fromkeys(("encoding", *options), 0.0)
@@ -53,9 +52,10 @@ def decode_split(
     with progress_bar(
         total=len(indices), desc="evaluation", unit="image", disable=not processes().is_main_process
     ) as progress:
-        for now, stored, encoded in read_batches(indices, files, batch_size):
+        for now, values in read_batches(indices, stored, batch_size):
             began = clock()
-            grids = [features.to(device) for features in stored] if encoded else captioner.encode(stored[0])
+            is_images = values[0].dtype == torch.uint8
+            grids = captioner.encode(values[0]) if is_images else [features.to(device) for features in values]
             ended = clock()
             seconds["encoding"] += ended - began
             for name, own in options.items():
@@ -69,24 +69,20 @@ def decode_split(
 
 
 def read_batches(
-    indices: Sequence[int], files: Sequence[Path], batch_size: int
-) -> Iterator[tuple[Sequence[int], list[torch.Tensor], bool]]:
-    """Batches of indices with the images, or each encoder's features, and whether they are features; a thread
-    reads ahead."""
-    opened = [h5py.File(file, "r") for file in files]
+    indices: Sequence[int], stored: Sequence[Rows], batch_size: int
+) -> Iterator[tuple[Sequence[int], list[torch.Tensor]]]:
+    """Batches of indices with their rows of each of `stored`, which are closed at the end; a thread reads
+    ahead."""
+    batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+
+    def read(batch: Sequence[int]) -> tuple[Sequence[int], list[torch.Tensor]]:
+        return batch, [torch.from_numpy(rows.read(batch)) for rows in stored]
+
     try:
-        encoded = "features" in opened[0]
-        stored = [file["features" if encoded else "images"] for file in opened]
-        batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
-
-        def read(batch: Sequence[int]) -> tuple[Sequence[int], list[torch.Tensor], bool]:
-            tensors = [torch.from_numpy(data[batch[0] : batch[-1] + 1]) for data in stored]  # neighbours
-            return batch, tensors, encoded
-
         yield from parallel_map(read, batches, workers=1)
     finally:
-        for file in opened:
-            file.close()
+        for rows in stored:
+            rows.file.close()
 
 
 def decode_files(

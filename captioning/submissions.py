@@ -42,9 +42,14 @@ def caption_rows(
     return rows, tuple(compress(MORE_COLUMNS, wanted))
 
 
-def write_submission(path: str | Path, rows: Sequence[tuple], more_columns: Sequence[str] = ()) -> None:
+def write_submission(
+    path: str | Path, rows: Sequence[tuple], more_columns: Sequence[str] = (), escape_formulas: bool = False
+) -> None:
     """Write (id, caption, ...) rows: as COCO results or JSON lines where the file's name ends in .json or
-    .jsonl, else as a CSV. more_columns: names of the values behind the caption."""
+    .jsonl, else as a CSV.
+
+    more_columns: names of the values behind the caption. escape_formulas: in a CSV, as `escape_formula` does.
+    """
     columns = ("image_id", "caption", *more_columns)
     if Path(path).suffix.lower() == ".json":
         write_json(path, [dict(zip(columns, (coco_id(image_id), *rest))) for image_id, *rest in rows])
@@ -56,7 +61,19 @@ def write_submission(path: str | Path, rows: Sequence[tuple], more_columns: Sequ
             return
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(columns)
-        writer.writerows(rows)
+        writer.writerows(map(escape_formula, row) if escape_formulas else row for row in rows)
+
+
+FORMULAS = ("=", "+", "-", "@")  # how a cell begins that spreadsheets take for a formula
+
+
+def escape_formula(value: object) -> object:
+    """Text that begins as a formula with an apostrophe in front, which makes it text to a spreadsheet too."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULAS) else value
+
+
+def _unescape_formula(text: str) -> str:
+    return text[1:] if text[:1] == "'" and text[1:].startswith(FORMULAS) else text
 
 
 def coco_id(image_id: str) -> int | str:
@@ -126,7 +143,7 @@ def _read_rows(path: Path) -> list[tuple[str, str]]:
                         f"{path}, line {reader.line_num}: other columns than image_id, caption and "
                         f"{', '.join(MORE_COLUMNS)}; quote captions with commas"
                     )
-                rows.append((row[columns[0]].strip(), row["caption"]))
+                rows.append(tuple(map(_unescape_formula, (row[columns[0]].strip(), row["caption"]))))
             return rows
         except csv.Error as error:
             raise UserError(f"{path}, line {reader.line_num}: not a CSV file ({error})") from None

@@ -5,6 +5,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: test processes sh
 import csv
 import gzip
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -33,8 +34,11 @@ def fixed_seed():
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory) -> Path:
     """A small demonstration set, drawn as users draw it."""
-    folder = tmp_path_factory.mktemp("data") / "demo"
-    make_demo_data.make_demo_data(make_demo_data.Settings(str(folder), train_images=40, test_images=12))
+    return draw_demo(tmp_path_factory.mktemp("data") / "demo", 40, 12)
+
+
+def draw_demo(folder: Path, train_images: int, test_images: int) -> Path:
+    make_demo_data.make_demo_data(make_demo_data.Settings(str(folder), train_images, test_images))
     return folder
 
 
@@ -117,6 +121,13 @@ def assert_one_line(result: subprocess.CompletedProcess, *parts) -> None:
         assert str(part) in lines[0], result.stderr
 
 
+def without_progress(result: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
+    lines = [line.split("\r")[-1] for line in result.stderr.splitlines()]
+    lines = [line for line in lines if not line.rstrip("]").endswith(("image/s", "?image/s", "step/s"))]
+    result.stderr = "\n".join(line for line in lines if "|" not in line)
+    return result
+
+
 @pytest.fixture
 def run_script():
     """Run a real script from the repository root: run_script("train.py", "--epochs", 1)."""
@@ -130,7 +141,16 @@ def run_script():
 
 
 @pytest.fixture
-def run_main(monkeypatch, capsys):
+def keep_signals():
+    """What `run_script` makes of Ctrl-C and SIGTERM ends with the test."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys, keep_signals):
     """As `run_script`, but in this process and without its imports: run_main(train, "--epochs", 1)."""
 
     def run(script: ModuleType, *arguments) -> subprocess.CompletedProcess:

@@ -13,6 +13,7 @@ import datasets
 from captioning import features, hdf5
 from captioning.annotations import read_annotations
 from captioning.features import cache_features, cached_features, encode_images
+from captioning.files import remove_unfinished
 from captioning.tiny_blip import tiny_captioner
 from datasets import LEFT_OR_RIGHT, BatchSampler, BlipDataset, CaptionDataset, Request, augment_image
 from models import Encoder
@@ -172,27 +173,74 @@ def test_a_full_disk_is_noticed_before_the_work(tmp_path, monkeypatch):
         encoded.append(batch)
         return batch
 
-    batches = (torch.ones(2, 5) for _ in range(50))
+    def batches(first):
+        return (torch.ones(2, 5) for _ in range(50))
+
     with pytest.raises(UserError, match="--cache_features False") as error:
-        features.write_features(tmp_path / "f.hdf5", {}, batches, encode, 100, "images")
+        features.write_features(tmp_path / "f.hdf5", {}, batches, encode, 100, 2, "images")
     assert "\n" not in str(error.value)
     assert len(encoded) == 1 and not list(tmp_path.iterdir())
 
 
-def test_an_interrupted_cache_leaves_nothing(tmp_path):
-    def write(batches):
-        features.write_features(tmp_path / "f.hdf5", {"weights": "w"}, batches, lambda b: b, 4, "images")
+def write_squares(file, size: int, fingerprint: str = "w", stop_at: int | None = None) -> list[int]:
+    """A cache of the squares of 0, 1, ...; the first numbers of the batches that were encoded."""
+    encoded = []
 
-    def batches():
-        yield torch.ones(2, 5)
-        raise KeyboardInterrupt
+    def batches(first):
+        for start in range(first, size, 4):
+            if stop_at is not None and start >= stop_at:
+                raise KeyboardInterrupt
+            encoded.append(start)
+            yield torch.arange(start, min(start + 4, size)).float().unsqueeze(1)
 
-    with pytest.raises(KeyboardInterrupt):
-        write(batches())
+    features.write_features(file, {"weights": fingerprint}, batches, torch.square, size, 4, "images")
+    return encoded
+
+
+def test_an_interrupted_cache_goes_on(tmp_path):
+    file, partial = tmp_path / "f.hdf5", tmp_path / ".f.hdf5.partial"
+
+    def interrupt(*arguments, **options):
+        with pytest.raises(KeyboardInterrupt) as interrupted:
+            write_squares(file, *arguments, **options)
+        assert not file.exists()
+        return str(interrupted.value)
+
+    interrupt(10, stop_at=0)
     assert not list(tmp_path.iterdir())
-    features.write_features(
-        tmp_path / "f.hdf5", {"weights": "w"}, [torch.ones(2, 5)], lambda b: b, 2, "images"
-    )
-    assert features.is_up_to_date(tmp_path / "f.hdf5", {"weights": "w"}, 2)
-    assert not features.is_up_to_date(tmp_path / "f.hdf5", {"weights": "v"}, 2)
-    assert not features.is_up_to_date(tmp_path / "f.hdf5", {"weights": "w"}, 3)
+    assert interrupt(10, stop_at=8) == "8 of 10 images are encoded; the same command goes on from there"
+    remove_unfinished(tmp_path)  # this is not for it
+    content = partial.read_bytes()
+    truth = [index**2 for index in range(10)]
+
+    def complete(*arguments) -> list[int]:
+        try:
+            encoded = write_squares(file, 10, *arguments)
+        except UserError as error:  # a header that says float16 no more, say
+            assert "start it again" in str(error)
+            encoded = write_squares(file, 10, *arguments)
+        assert [path.name for path in tmp_path.iterdir()] == ["f.hdf5"]
+        assert hdf5.open_dataset(file, "features", np.float16)[:].flatten().tolist() == truth
+        assert features.is_up_to_date(file, {"weights": arguments[0] if arguments else "w"}, 10)
+        assert not features.is_up_to_date(file, {"weights": "other"}, 10)
+        assert not features.is_up_to_date(file, {"weights": "w"}, 11)
+        file.unlink()
+        return encoded
+
+    assert complete() == [8]
+    partial.write_bytes(content)
+    assert complete("v") == [0, 4, 8], "those of other weights are not used"
+    rng, counts = np.random.default_rng(0), []
+    for position in rng.permutation(len(content) * 8)[:200]:  # a flipped bit anywhere
+        damaged = bytearray(content)
+        damaged[position // 8] ^= 1 << position % 8
+        partial.write_bytes(damaged)
+        counts.append(len(complete()))
+    for length in range(0, len(content), len(content) // 50):  # cut short
+        partial.write_bytes(content[:length])
+        counts.append(len(complete()))
+    assert set(counts) == {1, 2, 3}
+    with pytest.raises(KeyboardInterrupt):
+        write_squares(file, 10, stop_at=8)
+    write_squares(file, 11)
+    assert features.is_up_to_date(file, {"weights": "w"}, 11)

@@ -1,6 +1,7 @@
 """Damaged, foreign and hostile prepared data: refused with one line, never trusted, never a traceback."""
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -223,7 +224,8 @@ def test_a_damaged_feature_cache_is_made_anew(folder):
     with h5py.File(file) as cache:
         truth = cache["features"][:]
     with h5py.File(file, "r+") as cache:
-        cache["features"].resize(3, axis=0)
+        del cache["features"]
+        cache["features"] = truth[:3]
     shorter = file.read_bytes()
     with h5py.File(file, "r+") as cache:
         del cache["features"]
@@ -254,3 +256,31 @@ def test_features_that_are_no_numbers_are_not_blamed_on_the_learning_rate(folder
     with pytest.raises(UserError, match="encoder's features"):
         cache_features(encoder, folder, "val", torch.device("cpu"))
     assert not list(folder.glob("*features*"))
+
+
+@pytest.mark.parametrize("kind", ["images", "features"])
+def test_a_flipped_bit_is_noticed_where_it_is_read(folder, kind):
+    features = cache_features(Encoder("resnet18"), folder, "val", torch.device("cpu"))
+    file = {"images": folder / "val_images.hdf5", "features": features}[kind]
+    with h5py.File(file) as stored:
+        row = stored[kind][3].tobytes()
+        assert stored["checksums"].shape == (len(stored[kind]),)
+    content = bytearray(file.read_bytes())
+    content[content.index(row) + len(row) // 2] ^= 4
+    file.write_bytes(content)
+    requests = [Request(np.arange(3), 0), Request(np.arange(3, 5), 0)]
+
+    def read(count: int, workers: int) -> None:
+        dataset = CaptionDataset(folder, "val", features if kind == "features" else None)
+        list(torch.utils.data.DataLoader(dataset, None, sampler=requests[:count], num_workers=workers))
+
+    for workers in (0, 1):
+        read(1, workers)
+        with pytest.raises(UserError, match="its row 3 is damaged") as error:
+            read(2, workers)
+        assert "\n" not in str(error.value)
+    with h5py.File(file) as stored, h5py.File(folder / "old", "w") as old:
+        old.attrs.update(stored.attrs)
+        old[kind] = stored[kind][:]
+    os.replace(folder / "old", file)  # as written before there were checksums
+    read(2, 0)

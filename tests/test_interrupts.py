@@ -1,0 +1,111 @@
+"""Ctrl-C and SIGTERM: a line and the right exit status, never a traceback, never status 0."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import utils
+
+SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "run_script(main, Settings)" in path.read_text())
+STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+def start(*command, **options) -> subprocess.Popen:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, **pipes, **options)
+
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+
+
+def catches(number: int, status: str) -> bool:
+    """Whether a process has a handler for a signal, as /proc/PID/status says."""
+    masks = dict(line.split(":", 1) for line in status.splitlines() if line.startswith("Sig"))
+    return bool(int(masks["SigCgt"], 16) >> (number - 1) & 1)
+
+
+@on_linux
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_signals_during_imports(script):
+    rng = random.Random(script)
+    for number, status in STATUS.items():
+        process = start(script, "--no_such_setting", "1")
+        status_file = Path(f"/proc/{process.pid}/status")
+        while not catches(signal.SIGTERM, status_file.read_text()):
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.1))  # importing takes 0.2 to 2 seconds
+        process.send_signal(number)
+        _, err = process.communicate()
+        if process.returncode != 2:  # already done
+            assert (process.returncode, err) == (status, "\ninterrupted before the work began\n")
+
+
+def test_imports_by_others_change_no_signals():
+    code = "import signal, make_demo_data; assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL"
+    assert start("-c", code).wait() == 0
+
+
+@dataclass
+class Settings:
+    seed: int = 0  # nothing is random
+
+
+def lose_exception() -> None:
+    class Destroyed:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+    Destroyed()
+
+
+def turn_exception_into_another() -> None:
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+    except KeyboardInterrupt:
+        raise ImportError("as a module of C code does") from None
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("work", [lose_exception, turn_exception_into_another])
+def test_an_interrupt_is_never_lost(work, monkeypatch, capsys, keep_signals):
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(SystemExit) as ended:
+        utils.run_script(lambda settings: work(), Settings)
+    assert ended.value.code == 130
+    assert "interrupted: finished files are kept" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@on_linux
+def test_loader_workers_end_with_a_killed_training(prepared, tmp_path):
+    options = ("--data_folder", prepared, "--output_folder", tmp_path, "--encoder_name", "efficientnet_lite0")
+    options += ("--workers", 3, "--fine_tune_encoder", "--batch_size", 2, "--epochs", 1000)
+    training = start("train.py", *options)
+    children = Path(f"/proc/{training.pid}/task/{training.pid}/children")
+    while len(workers := children.read_text().split()) < 3:
+        assert training.poll() is None, training.communicate()
+        time.sleep(0.05)
+    time.sleep(1)  # they are reading batches
+    training.kill()
+    training.communicate()
+    deadline = time.monotonic() + 2
+    while any(is_running(worker) for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_running(process: str) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
