@@ -120,6 +120,10 @@ class CaptionDataset(Dataset):
         changed = [augment_image(image, Random(f"{index} {view}"), flip) for view in range(1, count)]
         return torch.stack([image, *changed])
 
+    def view_digest(self) -> str:
+        """A fingerprint of what `draw_views` depends on beside the images: which may be mirrored."""
+        return hashlib.sha256(self.may_flip.tobytes()).hexdigest()
+
     def _open(self) -> Rows:
         """The images or features, which must be of the preparation that the captions are of."""
         if self.features_file is None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import captioning.interrupts  # noqa: F401  before what takes seconds
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -32,6 +32,7 @@ from captioning.checkpoints import (
     STATES,
     check_content,
     check_room,
+    checkpoint_content,
     decoder_from,
     encoder_from,
     load_checkpoint,
@@ -54,7 +55,7 @@ from captioning.files import lock_folder
 from captioning.interruption import Progress, Saver
 from captioning.losses import CrossEntropy, drop_embeddings, sampling_probability
 from captioning.monitor import Monitor
-from captioning.prepared import Prepared, read_prepared
+from captioning.prepared import Prepared
 from captioning.pretrained import build_encoder, load_embeddings
 from captioning.resume import Resumed
 from captioning.self_critical import Reward, SelfCritical, start_self_critical
@@ -362,9 +363,9 @@ def start_stage(
         augment = training and (settings.augment if fine_tuned else views > 1)
         dataset = CaptionDataset(settings.data_folder, split, augment=augment)  # complain before long work
         if settings.cache_features and not fine_tuned:
-            draw_views = partial(dataset.draw_views, count=views) if views > 1 else None
+            drawn = (partial(dataset.draw_views, count=views), dataset.view_digest()) if views > 1 else ()
             with run.state.main_process_first():
-                features = cache_features(encoder, settings.data_folder, split, run.device, views, draw_views)
+                features = cache_features(encoder, settings.data_folder, split, run.device, views, *drawn)
             dataset = CaptionDataset(settings.data_folder, split, features)
         sampler = BatchSampler(
             len(dataset),
@@ -412,7 +413,7 @@ def train_one_epoch(
     done, bar = saver.progress, saver.steps_left(sampler.steps)
 
     def report() -> dict[str, float]:
-        mean = run.mean_loss(done.loss, done.steps, done.epoch, "lower --decoder_lr or --encoder_lr")
+        mean = run.mean_loss(done.loss, done.steps, done.epoch, objective.remedy)
         rate = done.captions / done.seconds()
         line = {"epoch": done.epoch, "train_loss": mean, "captions_per_second": rate}
         return line | objective.report()
@@ -436,21 +437,6 @@ def train_one_epoch(
             bar.set_postfix_str(describe_training(report()))
         saver.after_step()
     return report()
-
-
-# --- what is kept -------------------------------------------------------------------------------------------
-
-
-def checkpoint_content(
-    states: dict[str, dict], history: list[dict], word_map: dict[str, int], settings: Settings
-) -> dict:
-    about = {
-        "settings": asdict(settings),
-        "word_map": word_map,
-        "data": {key: read_prepared(settings.data_folder)[key] for key in ("settings", "inputs")},
-        "history": list(history),
-    }
-    return about | states
 
 
 if __name__ == "__main__":

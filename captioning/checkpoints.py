@@ -11,6 +11,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from torch import nn
 from captioning.annotations import find_word_map_problem
 from captioning.files import OutputFile
 from captioning.hdf5 import require_disk_space
+from captioning.prepared import read_prepared
 from captioning.pretrained import build_encoder
 from captioning.schema import Number, find_mismatch
 from captioning.tutorial_checkpoint import read_tutorial_checkpoint
@@ -31,6 +33,20 @@ def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
     it."""
     with atomic_write(path) as tmp_path, OutputFile(tmp_path, path) as stream:
         torch.save(checkpoint, stream)
+
+
+def checkpoint_content(
+    states: dict[str, dict], history: list[dict], word_map: dict[str, int], settings
+) -> dict:
+    """What a checkpoint of the attention model holds: the `states` of the training, and what they are of."""
+    record = read_prepared(settings.data_folder)
+    about = {
+        "settings": asdict(settings),
+        "word_map": word_map,
+        "data": {key: record[key] for key in ("settings", "inputs")},
+        "history": list(history),
+    }
+    return about | states
 
 
 def read_checkpoint(path: str | Path) -> object:

@@ -128,6 +128,7 @@ def cache_features(
     device: torch.device,
     views: int = 1,
     draw_views: Callable[[int], Tensor] | None = None,
+    drawn_with: str = "",
 ) -> Path:
     """Encode each image of a prepared split once; return the HDF5 file with `features`, float16
     (I, h, w, D), or of several views of each image (I, views, h, w, D).
@@ -136,12 +137,13 @@ def cache_features(
 
     Args:
         draw_views: the index of an image -> its views, uint8 (views, 3, S, S), the same in every run.
+        drawn_with: a fingerprint of what the views depend on beside the images.
 
     Raises:
         UserError: the disk has not enough space.
     """
     file, data = _cache_file(encoder, data_folder, split, views), Prepared(data_folder)
-    fingerprints = _fingerprints(encoder, data, split)
+    fingerprints = _fingerprints(encoder, data, split) | ({"views": drawn_with} if draw_views else {})
     if is_up_to_date(file, fingerprints, data.require_split(split)):
         return file
     images, batch_size = data.images(split), max(1, 64 // views)

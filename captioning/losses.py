@@ -64,6 +64,8 @@ class CrossEntropy:
         history: of the training so far. totals: of the epoch so far, kept up to date.
     """
 
+    remedy = "lower --decoder_lr or --encoder_lr"  # where the loss is no longer a number
+
     def __init__(
         self,
         encoder: Encoder,

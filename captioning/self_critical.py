@@ -71,6 +71,8 @@ class SelfCritical:
             counted.
     """
 
+    remedy = "lower --self_critical_lr"  # where the loss is no longer a number
+
     def __init__(
         self,
         encoder: Encoder,
