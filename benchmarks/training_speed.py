@@ -9,7 +9,8 @@ for each caption's copy of the image; we run it once an image. Here each step st
 weights: Adam makes large steps of the smallest rounding differences in a deep network.
 
 Self-critical training, on the same features: captions sampled, rewarded and learned from a second, beside
-those that cross-entropy learns from, steps in turn. Samples are about as long as the captions. Less than half
+those that cross-entropy learns from, steps in turn. Samples are as long as the captions, and stay so, as the
+learning rate is 0. Less than half
 the captions a second is an error.
 
 Both get the same captions, the textbook first. Losses, and gradients of the fine-tuned models, must agree, or
@@ -20,6 +21,7 @@ takes about five minutes.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -124,8 +126,18 @@ def compare_self_critical(
     features = [(encode_images(encoder, batch[0].to(device)).half().cpu(), *batch[1:]) for batch in batches]
     lengths = torch.cat([batch[2] for batch in batches])
     trainers = {"cross-entropy": make_pair(encoder, settings, device)[1]}
-    decoder = end_samples(make_pair(encoder, settings, device)[1].decoder, float(lengths.float().mean()) - 1)
-    trainers["self-critical"] = OursSelfCritical(encoder, decoder, device, batches, settings)
+    words = float(lengths.float().mean()) - 1
+    decoder = end_samples(make_pair(encoder, settings, device)[1].decoder, words)
+    trainers["self-critical"] = trainer = OursSelfCritical(encoder, decoder, device, batches, settings)
+    for batch in features:  # until samples are as long as the captions
+        trainer.objective.start_step(batch[2].numpy())
+        with torch.no_grad():
+            trainer.objective(range(len(batch[0])), *batch)
+        decoder.fc.bias.data[-1] += math.log(
+            trainer.objective.step_words / trainer.objective.captions / words
+        )
+    for group in trainer.optimizers[0].param_groups:
+        group["lr"] = 0.0  # so that the samples keep their length
     seconds, captions = defaultdict(float), defaultdict(int)
     for step in range(settings.self_critical_steps):
         for name, trainer in trainers.items():
@@ -138,9 +150,11 @@ def compare_self_critical(
     print("encoder frozen, captions a second:")
     for name, rate in rates.items():
         print(f"    {name}: {rate:.2f} ({settings.self_critical_steps - 1} steps)")
-    objective = trainers["self-critical"].objective
-    words = objective.step_words / objective.captions
-    print(f"    {share:.2f} times those of cross-entropy; {words:.1f} words a sample", flush=True)
+    sampled = trainer.objective.step_words / trainer.objective.captions
+    print(
+        f"    {share:.2f} times those of cross-entropy; {sampled:.1f} words a sample, {words:.1f} a caption"
+    )
+    sys.stdout.flush()
     if share < 0.5:
         sys.exit("self-critical training takes more than twice the time of cross-entropy")
 

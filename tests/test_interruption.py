@@ -438,6 +438,7 @@ def test_two_processes_go_on_in_mid_epoch(script, prepared, demo, tmp_path):
     assert "last.pth" not in files and not any(name.endswith(".partial") for name in files)
 
 
+@pytest.mark.slow
 def test_the_pipeline_goes_on_by_itself(demo, tmp_path, monkeypatch, capsys):
     import run_pipeline
 

@@ -178,10 +178,8 @@ def test_going_back_moves_the_abandoned_epochs_away(prepared, tmp_path):
 
 def test_a_refused_resume_changes_no_file(prepared, first, tmp_path):
     shutil.copytree(first, tmp_path / "run")
-    (tmp_path / "run" / "encoder.pth").unlink()  # as after a kill; the next training would mend it
     before = {file: file.read_bytes() for file in (tmp_path / "run").iterdir() if file.is_file()}
     names = {"data_folder": str(prepared), "output_folder": str(tmp_path / "run"), "resume": True}
     with pytest.raises(UserError, match="--decoder_dim 100"):
         train.train(make_settings(train.Settings, names | {"decoder_dim": 100, "epochs": 5}))
-    assert {file: file.read_bytes() for file in before} == before
-    assert not (tmp_path / "run" / "encoder.pth").exists()
+    assert {file: file.read_bytes() for file in (tmp_path / "run").iterdir() if file.is_file()} == before
