@@ -10,8 +10,7 @@ weights: Adam makes large steps of the smallest rounding differences in a deep n
 
 Self-critical training, on the same features: captions sampled, rewarded and learned from a second, beside
 those that cross-entropy learns from, steps in turn. Samples are as long as the captions, and stay so, as the
-learning rate is 0. Less than half
-the captions a second is an error.
+learning rate is 0. Less than half the captions a second is an error.
 
 Both get the same captions, the textbook first. Losses, and gradients of the fine-tuned models, must agree, or
 the script stops with an error. The first step of each warms up and is not counted. Weights, images and
