@@ -10,7 +10,7 @@ from models import DecoderWithAttention, Encoder
 
 
 class WeightAverage:
-    """average = decay * average + (1 - decay) * weights, after every step (Polyak and Juditsky, 1992).
+    """average = decay * average + (1 - decay) * weights, after every step.
 
     In the first steps the decay is lower, (1 + steps) / (10 + steps), so that the average soon forgets the
     random weights that it began with.
@@ -43,8 +43,8 @@ class WeightAverage:
                 torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - decay)
 
     def restart(self, checkpoint: dict, steps: int) -> None:
-        """Go on from a checkpoint's weights after so many steps; where there is an average, from its
-        `unaveraged` ones, if it has them."""
+        """Load a checkpoint's weights, taken after `steps` steps. If `decay` is not 0 and the checkpoint has
+        `unaveraged` weights, the trained models get those and the averages get the others."""
         encoder, decoder = self.trained
         self.steps, self.encoder = steps, encoder
         unaveraged = checkpoint.get("unaveraged", {}) if self.decay else {}
@@ -56,8 +56,8 @@ class WeightAverage:
         self.decoder.load_state_dict(checkpoint["decoder"])
 
     def states(self) -> dict[str, dict]:
-        """The weights as a checkpoint has them: "encoder" and "decoder" are the averages; "unaveraged" has
-        those that are trained, where they are others."""
+        """The weights as stored in a checkpoint: "encoder" and "decoder" are the averages; "unaveraged" holds
+        the weights being trained, of each module whose average is a separate copy."""
         states = {"encoder": self.encoder.state_dict(), "decoder": self.decoder.state_dict()}
         if self.decay:
             trained = zip(("encoder", "decoder"), self.trained, (self.encoder, self.decoder))

@@ -1,4 +1,4 @@
-"""Training that goes on in mid-epoch: `last.pth`, written every some minutes and when a signal ends the run.
+"""Saving and resuming in mid-epoch: `last.pth`, written every few minutes and when a signal ends the run.
 
     saver = Saver(run, output, minutes, checkpoint, resumed)
     for epoch in ...:
@@ -11,8 +11,8 @@
             ...                               # validate, write the epoch's checkpoint
 
 `last.pth` is an epoch's checkpoint with one more key, `progress`. On the CPU a training that goes on from it
-ends with the same numbers, bit for bit, as one that was not interrupted. For that, what is random in a
-training comes from torch's default generators, or from seeds made of the setting, the epoch and the step.
+ends with the same numbers, bit for bit, as one that was not interrupted. For that, all random numbers come
+from torch's default generators, or from generators seeded by `seed`, the epoch and the step or image.
 """
 
 from __future__ import annotations

@@ -36,12 +36,12 @@ STEPS_BETWEEN_CHECKS = 4  # of which samples have ended
 
 
 class Reward:
-    """The reward of captions as lists of words, without `<end>`.
+    """The reward of captions, given as lists of words that include `<end>` if the caption is finished.
 
     CIDEr-D with the document frequencies of these references, plus `bleu4_weight` times BLEU-4 in [0, 1].
 
     Args:
-        references: for each training image its reference captions, each a list of words.
+        references: for each training image its reference captions, each a list of words without `<end>`.
     """
 
     def __init__(self, references: Sequence[Sequence[Sequence[str]]], bleu4_weight: float = 0.0):
@@ -207,7 +207,7 @@ def start_self_critical(
     run: Run,
     has_begun: bool = False,
 ) -> Reward:
-    """Prepare the self-critical stage, which begins with a new Adam and the weights of the best epoch so far.
+    """Prepare the self-critical stage: a new Adam and, unless `is_given`, the best epoch's weights.
 
     Args:
         settings: of the training: `data_folder`, `output_folder`, `self_critical_lr`, `reward_bleu4`.
