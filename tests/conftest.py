@@ -22,6 +22,8 @@ from captioning.annotations import read_annotations
 from metrics import Meteor, MeteorDataError
 from metrics.meteor_data import find_data
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 

@@ -147,6 +147,7 @@ def test_augmentation_depends_on_seed_and_image_alone(captioner, records):
 
 
 def test_feature_cache_is_made_once_and_never_stale(prepared):
+    torch.manual_seed(149)  # weights that no other test has
     encoder = Encoder("resnet18")
     assert cached_features(encoder, prepared, "val") is None
     file = cache_features(encoder, prepared, "val", torch.device("cpu"))

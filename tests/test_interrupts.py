@@ -45,7 +45,10 @@ def test_signals_during_imports(script):
         process.send_signal(number)
         _, err = process.communicate()
         if process.returncode != 2:  # already done
-            assert (process.returncode, err) == (status, "\ninterrupted before the work began\n")
+            lines = ["interrupted before the work began"]
+            if script == "make_demo_data.py":  # its imports may already be done
+                lines.append("interrupted: finished files are kept, unfinished ones are removed")
+            assert process.returncode == status and err in [f"\n{line}\n" for line in lines]
 
 
 def test_imports_by_others_change_no_signals():

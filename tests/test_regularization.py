@@ -77,7 +77,12 @@ def test_validation_is_as_without(prepared, tmp_path):
     """At a rate of 0 the models stay as they began, and so does what is found on the validation images."""
     rows = []
     for name, options in (("plain", {}), ("all", ALL)):
-        options |= {"encoder_name": "resnet18", "encoder_weights": "none", "epochs": 1, "decoder_lr": 0.0}
+        options = options | {
+            "encoder_name": "resnet18",
+            "encoder_weights": "none",
+            "epochs": 1,
+            "decoder_lr": 0.0,
+        }
         train.train(small_settings(prepared, tmp_path / name, **options))
         rows.append(load_checkpoint(tmp_path / name / "checkpoint_epoch_1.pth")["history"][0])
     for name in ("val_loss", "val_top5", "val_bleu4", "val_cider"):
