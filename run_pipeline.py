@@ -30,6 +30,7 @@ import train
 import train_model as blip_training
 from captioning.annotations import read_annotations
 from captioning.engine import best_epoch, repair_outputs
+from captioning.files import lock_folder
 from captioning.images import list_images
 from captioning.prepared import Prepared, read_prepared
 from captioning.pretrained import check_encoder_name
@@ -215,15 +216,22 @@ def prepare(settings: Settings, announce: Callable[..., None]) -> None:
         test_image_folder=settings.test_folder if has_test else None,
         output_folder=settings.data_folder,
     )
-    if (Path(settings.data_folder) / "prepared.json").is_file():
-        data = Prepared(settings.data_folder)
-        inputs = create_input_files.input_files(wanted)
-        same = data.record["settings"] == asdict(wanted) and data.record["inputs"] == inputs
-        if same and data.is_whole():
-            announce(f"preparation: {settings.data_folder}/ is up to date, skipped")
-            return
+    if is_prepared(wanted):
+        announce(f"preparation: {settings.data_folder}/ is up to date, skipped")
+        return
     announce(f"preparation: {settings.annotations} -> {settings.data_folder}/", non_default_settings(wanted))
     create_input_files.create_input_files(wanted)
+
+
+def is_prepared(wanted: create_input_files.Settings) -> bool:
+    """Whether the output folder has the data, whole, that these settings and the annotations give."""
+    if not (Path(wanted.output_folder) / "prepared.json").is_file():
+        return False
+    with lock_folder(wanted.output_folder, reading=True):
+        data = Prepared(wanted.output_folder)
+        inputs = create_input_files.input_files(wanted)
+        same = data.record["settings"] == asdict(wanted) and data.record["inputs"] == inputs
+        return same and data.is_whole()
 
 
 def train_attention(settings: Settings, announce: Callable[..., None]) -> dict:
@@ -243,7 +251,8 @@ def run_training(
     step: str, run: Callable, wanted, data: object, source: str, announce: Callable[..., None]
 ) -> dict:
     """Train with the `wanted` settings, unless the output folder has the same training already."""
-    repair_outputs(Path(wanted.output_folder))
+    with lock_folder(wanted.output_folder):  # which removes what a killed run left unfinished
+        repair_outputs(Path(wanted.output_folder))
     same = find_same_run(wanted, data)
     if not same:
         announce(f"{step}: {source}", non_default_settings(wanted))

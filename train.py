@@ -38,8 +38,8 @@ from captioning.checkpoints import (
     load_checkpoint,
     write_best,
 )
+from captioning.curves import REWARD
 from captioning.engine import (
-    REWARD,
     LearningRate,
     Run,
     copy_best,

@@ -33,6 +33,7 @@ from captioning.checkpoints import (
     save_checkpoint,
     write_best,
 )
+from captioning.curves import REWARD, draw_curves
 from metrics import CiderD, bleu4, tokenize
 from utils import (
     UserError,
@@ -261,9 +262,6 @@ class LearningRate:
             group["lr"] = base * factor * self.decay**decays if self.constant is None else self.constant
 
 
-REWARD = "train_reward"  # column of the epochs of self-critical training
-
-
 # --- history ------------------------------------------------------------------------------------------------
 
 
@@ -337,8 +335,8 @@ def copy_best(source: Path, history: list[dict], score: str, output: Path) -> No
 
 
 def repair_outputs(output: Path) -> None:
-    """Make a folder's best files and history.csv those of its newest checkpoint, where a training was killed
-    while it wrote them."""
+    """Make a folder's best files, history.csv and curves.png those of its newest checkpoint, where a training
+    was killed while it wrote them."""
     remove_superseded_state(output)
     files = epoch_checkpoints(output)
     if not files or not is_main_process():
@@ -359,6 +357,9 @@ def repair_outputs(output: Path) -> None:
         table = output / "history.csv"
         if not table.is_file() or table.read_bytes().count(b"\n") != len(history) + 1:
             write_table(table, history)
+        curves = output / "curves.png"
+        if not curves.is_file() or curves.stat().st_mtime < table.stat().st_mtime:
+            draw_curves(history, best, curves)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, UserError):
         return  # not ours, or damaged: whoever reads it says so
 

@@ -156,9 +156,12 @@ class Saver:
     def finishing(self) -> Iterator[None]:
         """From the last step of an epoch to its checkpoint: a signal ends the run at once, and what is saved
         is the state after the last step."""
-        if self.group or self.signal:  # one may have come since
-            self.after_step()
-        state = self._state()
+        with note_signals(self._note):  # waiting for the other processes, too
+            if self.group or self.signal:  # one may have come since
+                self.after_step()
+            state = self._state()
+            if self.signal:
+                raise ending(self.signal, self._how_to_go_on(self._write(state)))
         try:
             try:
                 yield

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from captioning.engine import REWARD, Run, best_epoch
-from captioning.files import write_encoded
+from captioning.curves import draw_curves
+from captioning.engine import Run, best_epoch
 from utils import UserError, printable
 
 SAMPLES = 3  # validation images whose captions are printed after every epoch
@@ -48,7 +46,7 @@ class Monitor:
             seconds = left * sum(self.seconds) / len(self.seconds)
             run.log(f"    {duration(seconds)} left for {left} epoch{'s' if left > 1 else ''}")
         if run.is_main:
-            draw_curves(history, self.settings.score, self.output / "curves.png")
+            draw_curves(history, best_epoch(history, self.settings.score), self.output / "curves.png")
             if self.tracker:
                 self.tracker.log(line, step=line["epoch"])
 
@@ -78,36 +76,3 @@ def start_tracker(settings, output: Path) -> Any:
              for name, value in asdict(settings).items()}  # fmt: skip
     tracker.store_init_configuration(plain)
     return tracker
-
-
-def draw_curves(history: list[dict], score: str, file: Path) -> None:
-    """Write losses, scores and learning rate over the epochs as a PNG; the best epoch is marked."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(14, 3.4), layout="constrained")
-    losses, bleu, cider, rates = figure.subplots(1, 4)
-    epochs = [line["epoch"] for line in history]
-    best = epochs[best_epoch(history, score)]
-
-    def plot(axis, name: str, label: str, style: str = "-") -> None:
-        if name in history[-1]:
-            values = [line.get(name, math.nan) for line in history]
-            axis.plot(epochs, values, style, label=label, marker="." if len(epochs) < 40 else None)
-
-    plot(losses, "train_loss", "training")
-    plot(losses, "val_loss", "validation")
-    plot(bleu, "val_bleu4", "BLEU-4")
-    plot(cider, "val_cider", "CIDEr")
-    plot(cider, REWARD, "reward in training")
-    for name in ("decoder_lr", "learning_rate"):
-        plot(rates, name, name, style="C2-")
-    titles = ("loss", "validation BLEU-4", "validation CIDEr", "learning rate")
-    for axis, title in zip((losses, bleu, cider, rates), titles):
-        axis.axvline(best, color="0.6", linestyle=":", label=f"best: epoch {best}")
-        axis.set(title=title, xlabel="epoch")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    rates.set_ylim(bottom=0)
-    rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    write_encoded(file, partial(figure.savefig, format="png", dpi=110))

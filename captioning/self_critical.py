@@ -21,7 +21,8 @@ from torch import Tensor
 from captioning.annotations import END, START
 from captioning.averaging import WeightAverage
 from captioning.checkpoints import load_checkpoint
-from captioning.engine import REWARD, LearningRate, Run
+from captioning.curves import REWARD
+from captioning.engine import LearningRate, Run
 from captioning.fused_decoder import FusedSearchState
 from captioning.fused_recurrence import copy_to_device
 from captioning.losses import caption_logits, drop_channels, encode

@@ -402,11 +402,8 @@ def test_a_script_says_how_to_go_on(number, status, prepared, whole, tmp_path):
     assert_same(read_history(whole), read_history(tmp_path / "run"))
 
 
-BUSY = pytest.mark.xfail(strict=False, reason="on a busy machine the signal may come after the last step")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["train.py", pytest.param("train_model.py", marks=BUSY)])
+@pytest.mark.parametrize("script", ["train.py", "train_model.py"])
 def test_two_processes_go_on_in_mid_epoch(script, prepared, demo, tmp_path):
     """SIGTERM to the launcher, which passes it on; then to its processes too, so that they get it twice."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")

@@ -15,7 +15,8 @@ from captioning import self_critical
 from captioning.annotations import END, START, UNK
 from captioning.averaging import WeightAverage
 from captioning.checkpoints import decoder_from, encoder_from, load_checkpoint
-from captioning.engine import REWARD, Run, epochs_of_patience
+from captioning.curves import REWARD
+from captioning.engine import Run, epochs_of_patience
 from captioning.features import cache_features
 from captioning.losses import caption_logits
 from captioning.prepared import Prepared
