@@ -21,13 +21,14 @@ from torch import Tensor
 
 from captioning.captioner import Captioner
 from captioning.checkpoints import load_models
+from captioning.command_line import run_script
 from captioning.decoding import DecodingOptions
 from captioning.figures import caption_files, draw_attention
 from captioning.folder_plan import FolderOptions
 from captioning.folders import caption_folder
 from captioning.images import read_image
 from models import DecoderWithAttention, Encoder
-from utils import Device, UserError, run_script
+from utils import Device, UserError
 
 DEFAULT_OUTPUT = "submission.csv"
 

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Literal
 
 from captioning.captioner import Captioner
+from captioning.command_line import run_script
 from captioning.decoding import DecodingOptions
 from captioning.folder_plan import FolderOptions
 from captioning.folders import caption_folder
-from utils import Device, UserError, is_main_process, natural_order, run_script
+from utils import Device, UserError, is_main_process, natural_order
 
 DEFAULT_OUTPUT = "submission.csv"
 

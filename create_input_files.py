@@ -35,21 +35,12 @@ from captioning.annotations import (
     read_training_splits,
     require_image,
 )
+from captioning.command_line import check_at_least, check_share, run_script
 from captioning.files import lock_folder
 from captioning.hdf5 import RowWriter, require_disk_space
 from captioning.images import read_image
 from captioning.prepared import digest_files
-from utils import (
-    UserError,
-    check_at_least,
-    check_output,
-    check_share,
-    parallel_map,
-    printable,
-    progress_bar,
-    run_script,
-    write_json,
-)
+from utils import UserError, check_output, parallel_map, printable, progress_bar, write_json
 
 REMEDY = "free some disk space, or lower --image_size"
 

@@ -21,20 +21,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from captioning import HUB_MODEL
+from captioning.command_line import check_at_least, run_script
 from captioning.decoding import DecodingOptions
 from captioning.figures import caption_files, caption_line
 from captioning.folder_plan import FolderOptions
 from captioning.folders import caption_folder
 from captioning.images import read_image
-from utils import (
-    Device,
-    UserError,
-    check_at_least,
-    is_main_process,
-    pick_device,
-    printable,
-    run_script,
-)
+from utils import Device, UserError, is_main_process, pick_device, printable
 
 if TYPE_CHECKING:
     from captioning.blip import BlipCaptioner

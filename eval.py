@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from captioning.annotations import Record
+from captioning.command_line import LARGEST, check_at_least, run_script
 from captioning.comparison import compare_files, compare_models, print_intervals, verdict
 from captioning.decoding import DecodingOptions, ScoredCaption
 from captioning.diversity import caption_diversity, print_diversity
@@ -40,17 +41,7 @@ from captioning.scoring import (
 )
 from captioning.submissions import caption_rows, escape_formula, write_submission
 from metrics import Scores, score_captions
-from utils import (
-    LARGEST,
-    Device,
-    UserError,
-    check_at_least,
-    check_output,
-    processes,
-    run_script,
-    write_json,
-    write_table,
-)
+from utils import Device, UserError, check_output, processes, write_json, write_table
 
 if TYPE_CHECKING:  # files of captions are scored without torch, which takes seconds to import
     from captioning.captioner import Captioner

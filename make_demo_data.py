@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from captioning.command_line import check_at_least, run_script
 from captioning.files import remove_unfinished, write_encoded
-from utils import UserError, atomic_write, check_at_least, progress_bar, run_script, write_json
+from utils import UserError, atomic_write, progress_bar, write_json
 
 SIZE = 256  # pixels, width and height
 COLOURS = {

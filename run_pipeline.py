@@ -29,6 +29,7 @@ import make_demo_data
 import train
 import train_model as blip_training
 from captioning.annotations import read_annotations
+from captioning.command_line import Step, check_at_least, describe_settings, make_settings, run_script
 from captioning.engine import best_epoch, repair_outputs
 from captioning.files import lock_folder
 from captioning.images import list_images
@@ -36,19 +37,7 @@ from captioning.prepared import Prepared, read_prepared
 from captioning.pretrained import check_encoder_name
 from captioning.resume import find_same_run, is_complete
 from captioning.scoring import score_submission
-from utils import (
-    Device,
-    Step,
-    UserError,
-    check_at_least,
-    check_output,
-    describe_settings,
-    make_settings,
-    printable,
-    read_json,
-    run_script,
-    write_json,
-)
+from utils import Device, UserError, check_output, printable, read_json, write_json
 
 
 @dataclass

@@ -38,6 +38,7 @@ from captioning.checkpoints import (
     load_checkpoint,
     write_best,
 )
+from captioning.command_line import check_above_zero, check_at_least, check_share, run_script
 from captioning.curves import REWARD
 from captioning.engine import (
     LearningRate,
@@ -63,16 +64,7 @@ from captioning.validation import validate
 from datasets import BatchSampler, CaptionDataset, make_loader
 from metrics import tokenize
 from models import DecoderWithAttention, Encoder
-from utils import (
-    Device,
-    UserError,
-    check_above_zero,
-    check_at_least,
-    check_output,
-    check_share,
-    read_json,
-    run_script,
-)
+from utils import Device, UserError, check_output, read_json
 
 
 @dataclass

@@ -37,6 +37,7 @@ from captioning.checkpoints import (
     check_room,
     read_checkpoint,
 )
+from captioning.command_line import check_above_zero, check_at_least, check_share, run_script
 from captioning.engine import (
     LearningRate,
     Run,
@@ -51,16 +52,7 @@ from captioning.files import lock_folder
 from captioning.interruption import Saver
 from captioning.monitor import Monitor
 from captioning.resume import Resumed
-from utils import (
-    Device,
-    UserError,
-    check_above_zero,
-    check_at_least,
-    check_output,
-    check_share,
-    progress_bar,
-    run_script,
-)
+from utils import Device, UserError, check_output, progress_bar
 
 if TYPE_CHECKING:  # they import transformers, which takes seconds
     from captioning.blip import BlipCaptioner

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from captioning.annotations import Record
+from captioning.command_line import check_at_least, run_script
 from captioning.comparison import compare_models, verdict
 from captioning.decoding import DecodingOptions
 from captioning.figures import draw_attention, draw_maps
@@ -38,16 +39,7 @@ from captioning.scoring import (
     training_texts,
 )
 from metrics import score_captions, tokenize
-from utils import (
-    Device,
-    UserError,
-    check_at_least,
-    check_output,
-    printable,
-    progress_bar,
-    run_script,
-    write_json,
-)
+from utils import Device, UserError, check_output, printable, progress_bar, write_json
 
 
 @dataclass

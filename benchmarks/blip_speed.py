@@ -25,11 +25,12 @@ from PIL import Image
 from tokenizers import BertWordPieceTokenizer
 
 from captioning.blip import BlipCaptioner, load_captioner
+from captioning.command_line import check_at_least, run_script
 from captioning.decoding import DecodingOptions
 from captioning.folder_plan import FolderOptions
 from captioning.folders import caption_folder
 from captioning.submissions import read_submission
-from utils import UserError, check_at_least, pick_device, run_script
+from utils import UserError, pick_device
 
 
 @dataclass

@@ -35,6 +35,7 @@ import train
 from caption import caption_images
 from captioning.annotations import END, START
 from captioning.beam_search import beam_search
+from captioning.command_line import check_at_least, run_script
 from captioning.features import encode_images
 from captioning.fused_decoder import caption_logits
 from captioning.images import read_image
@@ -42,7 +43,7 @@ from captioning.journal import Journal
 from captioning.word_masks import NO_RULES, WordRules
 from models import DecoderWithAttention, Encoder, normalize_images
 from tests.reference import TextbookDecoder, TextbookEncoder, textbook_search
-from utils import check_at_least, pick_device, run_script
+from utils import pick_device
 
 
 @dataclass

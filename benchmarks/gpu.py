@@ -32,13 +32,14 @@ from torch import Tensor
 
 from captioning.annotations import END, START
 from captioning.captioner import Captioner
+from captioning.command_line import check_at_least, run_script
 from captioning.decoding import DecodingOptions
 from captioning.folder_plan import FolderOptions
 from captioning.folders import caption_folder
 from captioning.fused_decoder import caption_logits
 from models import DecoderWithAttention, normalize_images
 from tests.reference import textbook_search
-from utils import Device, UserError, check_at_least, parallel_map, pick_device, run_script, write_json
+from utils import Device, UserError, parallel_map, pick_device, write_json
 
 COCO_TEST_IMAGES = 5_000
 

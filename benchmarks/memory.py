@@ -27,9 +27,10 @@ from common import make_captions, make_word_map, write_record
 from torch import nn
 
 import train
+from captioning.command_line import check_at_least, run_script
 from captioning.engine import Run
 from captioning.features import weights_digest
-from utils import UserError, check_at_least, progress_bar, run_script, write_json
+from utils import UserError, progress_bar, write_json
 
 MAX_LEN = 50  # words
 

@@ -26,7 +26,7 @@ from common import make_captions, timed, write_images
 from PIL import Image
 
 import create_input_files
-from utils import check_at_least, run_script
+from captioning.command_line import check_at_least, run_script
 
 MAX_LEN = 50  # words
 

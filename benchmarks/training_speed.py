@@ -39,13 +39,14 @@ from torch import Tensor, nn
 
 import train
 from captioning.annotations import UNK
+from captioning.command_line import check_at_least, run_script
 from captioning.engine import Run
 from captioning.features import encode_images
 from captioning.losses import CrossEntropy
 from captioning.self_critical import Reward, SelfCritical
 from models import DecoderWithAttention, Encoder, normalize_images
 from tests.reference import TextbookDecoder, TextbookEncoder, pool, textbook_loss
-from utils import check_at_least, pick_device, run_script
+from utils import pick_device
 
 Batch = tuple[Tensor, Tensor, Tensor]  # images (N, 3, S, S), captions (N, G, L), lengths (N, G)
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from captioning.annotations import find_word_map_problem
+from captioning.command_line import LARGEST
 from captioning.files import OutputFile
 from captioning.hdf5 import require_disk_space
 from captioning.prepared import read_prepared
@@ -25,7 +26,7 @@ from captioning.pretrained import build_encoder
 from captioning.schema import Number, find_mismatch
 from captioning.tutorial_checkpoint import read_tutorial_checkpoint
 from models import DecoderWithAttention, Encoder
-from utils import LARGEST, UserError, atomic_write, pick_device, read_json
+from utils import UserError, atomic_write, pick_device, read_json
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
-from utils import UserError, check_above_zero, check_at_least
+from captioning.command_line import check_above_zero, check_at_least
+from utils import UserError
 
 
 class ScoredCaption(NamedTuple):

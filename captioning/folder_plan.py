@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from captioning.annotations import ImageFinder, read_annotations, require_image
+from captioning.command_line import check_at_least
 from captioning.decoding import DecodingOptions
 from captioning.images import IMAGE_EXTENSIONS, read_image, walk_images
 from captioning.journal import Entry, Journal, file_stamp, files_digest
 from captioning.sidecars import EXISTING, Sidecars
 from captioning.submissions import FORMATS
-from utils import UserError, check_at_least, check_output, printable
+from utils import UserError, check_output, printable
 
 
 @dataclass

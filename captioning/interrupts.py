@@ -1,6 +1,6 @@
 """Ctrl-C and SIGTERM while a script is still importing: one line instead of a traceback, or of nothing.
 
-Every script imports this first, as torch and the like take seconds. `utils.run_script` takes over from here.
+Every script imports this first, as torch and the like take seconds; `command_line.run_script` takes over.
 In a program that merely imports one of the scripts nothing changes.
 """
 

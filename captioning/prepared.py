@@ -18,9 +18,10 @@ import h5py
 import numpy as np
 
 from captioning.annotations import END, START, Record, find_word_map_problem
+from captioning.command_line import LARGEST
 from captioning.hdf5 import Rows, open_dataset
 from captioning.schema import AnyOf, Number, find_mismatch
-from utils import LARGEST, UserError, read_json
+from utils import UserError, read_json
 
 REMEDY = "run create_input_files.py again"
 RECORD = {  # the content of prepared.json

@@ -20,8 +20,9 @@ from captioning.checkpoints import (
     peek,
     read_checkpoint,
 )
+from captioning.command_line import describe_settings, given_names
 from captioning.engine import LearningRate, Run, epochs_of_patience, is_earlier
-from utils import UserError, describe_settings, given_names, processes
+from utils import UserError, processes
 
 # these are of each run, whatever the checkpoint says
 OF_THIS_RUN = {"data_folder", "annotations", "image_folder", "output_folder", "resume", "checkpoint"}

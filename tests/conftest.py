@@ -17,7 +17,7 @@ import torch
 import create_input_files
 import make_demo_data
 import train
-import utils
+from captioning import command_line
 from captioning.annotations import read_annotations
 from metrics import Meteor, MeteorDataError
 from metrics.meteor_data import find_data
@@ -160,7 +160,7 @@ def run_main(monkeypatch, capsys, keep_signals):
         monkeypatch.setattr(sys, "argv", command)
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            utils.run_script(script.main, script.Settings)
+            command_line.run_script(script.main, script.Settings)
         return subprocess.CompletedProcess(command, ended.value.code, *capsys.readouterr())
 
     return run

@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+from captioning import command_line
+
 ROOT = Path(__file__).resolve().parent.parent
 PROCESSOR_TICK = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
@@ -115,10 +117,9 @@ def run_job(job: dict) -> None:
         sys.argv = [job["script"], *job["arguments"]]
         if job["before_rename"]:
             die_before_rename(job["before_rename"])
-        import utils
 
         module = __import__(job["script"].removesuffix(".py"))
-        utils.run_script(module.main, module.Settings)
+        command_line.run_script(module.main, module.Settings)
     except SystemExit as end:
         status = end.code or 0
     except BaseException:

@@ -22,6 +22,7 @@ from captioning.annotations import START as START_WORD
 from captioning.beam_search import beam_search, beam_search_n_best
 from captioning.blip import load_captioner
 from captioning.captioner import Captioner
+from captioning.command_line import parse_settings
 from captioning.decoding import DecodingOptions, ScoredCaption
 from captioning.diversity import caption_diversity, sample_diversity
 from captioning.fused_decoder import caption_logits
@@ -32,7 +33,7 @@ from captioning.submissions import caption_rows, read_submission, write_submissi
 from captioning.word_masks import WordMasks, WordRules
 from metrics import bleu4
 from tests.reference import TextbookDecoder, textbook_search
-from utils import UserError, parse_settings
+from utils import UserError
 
 UNFINISHED_WORDS = tuple(range(0, 20))
 RULES = {

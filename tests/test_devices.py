@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from utils import Device, UserError, parse_settings, pick_device
+from captioning.command_line import parse_settings
+from utils import Device, UserError, pick_device
 
 
 @dataclass

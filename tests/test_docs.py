@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import utils
+from captioning import command_line
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS_PAGE = ROOT / "docs" / "settings.md"
@@ -27,7 +28,7 @@ SCRIPTS = sorted(file.stem for file in ROOT.glob("*.py") if "\n    run_script(" 
 
 def settings_table(settings_class: type) -> list[str]:
     """The lines of a table of all settings: name, default, help text with the values that it may have."""
-    comments, hints = utils._field_comments(settings_class), typing.get_type_hints(settings_class)
+    comments, hints = command_line._field_comments(settings_class), typing.get_type_hints(settings_class)
     lines = ["| setting | default | meaning |", "|---|---|---|"]
     for name, default in default_texts(settings_class).items():
         meaning = comments[name]
@@ -80,7 +81,7 @@ def with_tables(page: str) -> str:
 def test_every_setting_has_a_help_text(script):
     """It is found where the setting and its comment are on one line."""
     settings_class = importlib.import_module(script).Settings
-    assert set(settings_class.__dataclass_fields__) <= set(utils._field_comments(settings_class))
+    assert set(settings_class.__dataclass_fields__) <= set(command_line._field_comments(settings_class))
 
 
 def test_the_settings_page_has_a_table_of_every_script():
@@ -115,7 +116,7 @@ def test_commands_are_ones_that_the_scripts_take(page):
     for script, arguments in commands(page.read_text("utf-8")):
         settings_class = importlib.import_module(script).Settings
         try:
-            utils.parse_settings(settings_class, arguments)
+            command_line.parse_settings(settings_class, arguments)
         except utils.UserError as error:
             pytest.fail(f"{script}.py {shlex.join(arguments)}: {error}")
 

@@ -17,9 +17,10 @@ import train
 from captioning.annotations import read_annotations
 from captioning.captioner import Captioner
 from captioning.checkpoints import load_checkpoint, save_checkpoint
+from captioning.command_line import parse_settings
 from captioning.submissions import coco_id, read_submission, write_submission
 from metrics import score_captions
-from utils import UserError, parse_settings
+from utils import UserError
 
 
 @pytest.fixture(scope="module")

@@ -19,12 +19,13 @@ from test_folders import add_unreadable_files, make_images
 import caption
 import caption_from_checkpoint
 import direct_caption
+from captioning.command_line import parse_settings
 from captioning.folder_plan import FolderOptions
 from captioning.images import read_image, walk_images
 from captioning.journal import Journal
 from captioning.submissions import read_submission
 from captioning.tiny_blip import tiny_captioner
-from utils import UserError, parse_settings
+from utils import UserError
 
 
 class Script:

@@ -20,9 +20,10 @@ from conftest import ROOT, blip_settings, read_history, small_settings
 import train
 import train_model
 from captioning import interruption, validation
+from captioning.command_line import make_settings, parse_settings
 from captioning.engine import Run
 from captioning.resume import OF_THIS_RUN
-from utils import Terminated, UserError, make_settings, parse_settings
+from utils import Terminated, UserError
 
 TIMES = ("seconds", "captions_per_second")
 RESNET = {"encoder_name": "resnet18", "encoder_weights": "none", "encoder_lr": 1e-4}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-import utils
+from captioning import command_line
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "run_script(main, Settings)" in path.read_text())
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -85,7 +85,7 @@ def turn_exception_into_another() -> None:
 def test_an_interrupt_is_never_lost(work, monkeypatch, capsys, keep_signals):
     monkeypatch.setattr(sys, "argv", ["script.py"])
     with pytest.raises(SystemExit) as ended:
-        utils.run_script(lambda settings: work(), Settings)
+        command_line.run_script(lambda settings: work(), Settings)
     assert ended.value.code == 130
     assert "interrupted: finished files are kept" in capsys.readouterr().err
 

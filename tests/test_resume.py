@@ -10,10 +10,11 @@ from conftest import read_history, small_settings
 
 import train
 from captioning.checkpoints import archive_previous_run, load_checkpoint
+from captioning.command_line import make_settings
 from captioning.engine import LearningRate, Run
 from captioning.prepared import read_prepared
 from captioning.resume import Resumed, find_same_run, is_complete
-from utils import UserError, make_settings
+from utils import UserError
 
 
 @pytest.fixture(scope="module")

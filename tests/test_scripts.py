@@ -13,8 +13,9 @@ from PIL import Image
 
 from caption import caption_image_beam_search, caption_images
 from captioning.checkpoints import load_models
+from captioning.command_line import parse_settings
 from captioning.images import read_image
-from utils import UserError, check_output, parse_settings, write_json
+from utils import UserError, check_output, write_json
 
 
 def read_rows(file):

@@ -9,7 +9,8 @@ import direct_caption
 import eval as evaluation
 import train
 import train_model
-from utils import UserError, parse_settings
+from captioning.command_line import parse_settings
+from utils import UserError
 
 SCRIPTS = (
     caption,

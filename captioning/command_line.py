@@ -1,0 +1,331 @@
+"""A script as a command: settings from the command line, what they may be, and how the command ends."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import inspect
+import os
+import re
+import signal
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from utils import (
+    Terminated,
+    UserError,
+    is_main_process,
+    leave_signals_to_main_process,
+    printable,
+    use_device,
+)
+
+# errors of files that the user can mend: permissions, a full disk or quota, a share that is gone, names
+OF_THE_USER = {
+    "EACCES", "EDQUOT", "EEXIST", "EFBIG", "EHOSTDOWN", "EIO", "EISDIR", "ELOOP", "ENAMETOOLONG",
+    "ENODEV", "ENOLCK", "ENOSPC", "ENOTCONN", "ENOTDIR", "ENXIO", "EPERM", "EROFS", "ESTALE",
+    "ETIMEDOUT",
+}  # fmt: skip
+
+
+def run_script(main: Callable, settings_class: type) -> typing.NoReturn:
+    """Run `main(settings)` as a command: the settings come from the command line.
+
+    Exit status: what `main` returns (None is 0); 2 with one line on stderr for wrong input; 130 after Ctrl-C,
+    143 after SIGTERM, which are treated alike.
+    """
+    try:
+        with _ended_by_signals():
+            settings = parse_settings(settings_class, description=sys.modules[main.__module__].__doc__)
+            use_device(getattr(settings, "device", "auto"))
+            status = main(settings)
+    except UserError as error:
+        _report(f"error: {error}")
+        status = 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; torch may not have been imported
+            raise
+        _report("error: the GPU's memory is full: lower --batch_size, or use a smaller encoder")
+        status = 2
+    except OSError as error:
+        if errno.errorcode.get(error.errno) not in OF_THE_USER:
+            raise  # not the user's doing: show where it comes from
+        _report(f"error: {error.strerror}: {error.filename or 'while writing'}")
+        status = 2
+    except KeyboardInterrupt as error:
+        leave_signals_to_main_process()  # this one is ending already
+        if is_main_process():
+            kept = str(error) or "finished files are kept, unfinished ones are removed"
+            print(f"\ninterrupted: {kept}", file=sys.stderr)
+        status = 143 if isinstance(error, Terminated) else 130
+    if _leave_processes(failed=status in (2, 130, 143)):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status or 0)  # as threads of the process group can abort an ordinary exit
+    sys.exit(status or 0)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the block with KeyboardInterrupt or Terminated, even where that exception was
+    lost on its way, as in a destructor, or turned into another one, as by a failed import."""
+    received: list[KeyboardInterrupt] = []
+
+    def interrupt(number: int, frame: object) -> typing.NoReturn:
+        received.append(Terminated() if number == signal.SIGTERM else KeyboardInterrupt())
+        raise received[-1]
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    try:
+        yield
+    except Exception:
+        if not received:
+            raise
+    if received:
+        raise received[0]
+    for number in (signal.SIGINT, signal.SIGTERM):  # the rest is only the interpreter's end
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _leave_processes(failed: bool) -> bool:
+    """End the connections to the other processes, if there are any; whether there were.
+
+    NCCL's are left when this process has failed, as they might wait for the other processes.
+    """
+    if "torch" not in sys.modules:
+        return False
+    from torch import distributed
+
+    started = distributed.is_available() and distributed.is_initialized()
+    if started and not (failed and distributed.get_backend() == "nccl"):
+        distributed.destroy_process_group()
+    return started
+
+
+def _report(message: str) -> None:
+    """Print on stderr, once where several processes fail alike.
+
+    The main process prints at once. The others wait first: the launcher ends them when the main process has
+    failed. When it has not, the message is theirs alone and they print it.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    if not is_main_process():
+        time.sleep(10)
+    print(printable(message), file=sys.stderr, flush=True)
+
+
+# --- settings -----------------------------------------------------------------------------------------------
+
+
+BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+def parse_settings(settings_class: type, argv: list[str] | None = None, description: str | None = None):
+    """An instance of the dataclass `settings_class` with the values of `argv` (default: the command line).
+
+    Every field is an option `--name value`; its type comes from the annotation (str, int, float, bool,
+    Literal, each also `| None`; a tuple takes several values, numbers also with commas), its help text from
+    the comment at the end of the field's line. A bool may stand alone (`--flag`) or with a value (`--flag
+    False`); so may a field whose metadata has `alone`, its value where it stands alone. A tuple whose
+    metadata has `positional` takes the plain arguments.
+
+    A class may have `pipeline_steps`, a list of `Step`: then their settings are options too, and those that
+    were given are in the instance's `step_values`, by their options' names.
+
+    Raises:
+        UserError: for an unknown option, a value of the wrong type or a setting that the class refuses.
+    """
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.allow_abbrev = False
+    flags = _add_options(parser, settings_class)
+    for step in getattr(settings_class, "pipeline_steps", ()):
+        group = parser.add_argument_group(step.title)
+        _add_options(
+            group, step.settings_class, step.prefix, {*settings_class.__dataclass_fields__, *step.decided}
+        )
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if any(field.metadata.get("positional") for field in settings_class.__dataclass_fields__.values()):
+        argv = _separate_flags(argv, flags)
+    values = vars(parser.parse_intermixed_args(argv))  # plain arguments may stand between the options
+    for name, value in values.items():
+        if isinstance(value, list):  # a list for each argument
+            values[name] = tuple(item for items in value for item in items)
+    own = {name: value for name, value in values.items() if name in settings_class.__dataclass_fields__}
+    settings = make_settings(settings_class, own)
+    if hasattr(settings_class, "pipeline_steps"):
+        settings.step_values = {name: value for name, value in values.items() if name not in own}
+    return settings
+
+
+class Step(typing.NamedTuple):
+    """A script whose settings another script takes as its own options."""
+
+    title: str
+    settings_class: type
+    prefix: str  # of the options' names
+    decided: frozenset[str]  # settings that the other script decides: no options
+
+
+def _add_options(
+    parser, settings_class: type, prefix: str = "", left_out: set[str] = frozenset()
+) -> list[str]:
+    """Add an option for each field; those that several steps share are added once. Returns the flags of
+    bools."""
+    hints, comments, flags = typing.get_type_hints(settings_class), _field_comments(settings_class), []
+    for name, field in settings_class.__dataclass_fields__.items():
+        option, (kind, optional, choices) = f"--{prefix}{name}", _resolve_type(hints[name])
+        if name in left_out or option in parser._option_string_actions:
+            continue
+        options = {
+            "default": argparse.SUPPRESS,  # so that only what is given comes back
+            "type": _converter(kind, optional),
+            "metavar": kind.__name__.upper(),
+            "help": comments.get(name, "").replace("%", "%%"),
+        }
+        if choices:
+            options |= {"choices": choices, "metavar": "|".join(choices)}
+        if kind is bool:
+            options |= {"nargs": "?", "const": True}
+            flags.append(option)
+        if typing.get_origin(hints[name]) is tuple:
+            options |= {"nargs": "+", "type": _list_converter(kind)}
+        if "alone" in field.metadata:
+            options |= {"nargs": "?", "const": field.metadata["alone"]}
+        if field.metadata.get("positional"):
+            parser.add_argument(name, **options | {"nargs": "*", "metavar": name})
+            continue
+        options["help"] += f" (default: {field.default})"
+        parser.add_argument(option, **options)
+    return flags
+
+
+def make_settings(settings_class: type, given: dict[str, object]):
+    """Settings with the `given` values and defaults for the rest; `given_names` knows which are which."""
+    settings = settings_class(**given)
+    settings.__dict__["_given"] = frozenset(given)
+    return settings
+
+
+def given_names(settings) -> frozenset[str]:
+    """The settings that were given on the command line; of settings made in Python, those that differ from
+    the defaults."""
+    defaults = {name: field.default for name, field in settings.__dataclass_fields__.items()}
+    differ = (name for name, default in defaults.items() if getattr(settings, name) != default)
+    return settings.__dict__.get("_given", frozenset(differ))
+
+
+def describe_settings(values: dict[str, object]) -> str:
+    """`batch_size 8, decoder_lr 1e-05`"""
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def _separate_flags(argv: list[str], flags: list[str]) -> list[str]:
+    """`--flag photo.jpg` -> `--flag=True photo.jpg`: the plain argument is no value of the flag."""
+    following = [*argv[1:], "True"]
+    return [
+        f"{argument}=True" if argument in flags and after.lower() not in BOOLS else argument
+        for argument, after in zip(argv, following)
+    ]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message}; {self.prog} --help lists the settings")
+
+
+def _resolve_type(hint) -> tuple[type, bool, tuple]:
+    """(type, may it be None, allowed values) of an annotation such as `int`, `str | None`, `Literal["a",
+    "b"]`."""
+    optional = False
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        optional = True
+        (hint,) = [argument for argument in typing.get_args(hint) if argument is not type(None)]
+    if typing.get_origin(hint) is typing.Literal:
+        return str, optional, typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0], optional, ()
+    return hint, optional, ()
+
+
+def _converter(kind: type, optional: bool) -> Callable[[str], object]:
+    def convert(text: str):
+        if optional and text.lower() == "none":
+            return None
+        if kind is bool:
+            try:
+                return BOOLS[text.lower()]
+            except KeyError:
+                raise ValueError from None
+        return kind(text)
+
+    convert.__name__ = kind.__name__  # argparse names it in its message
+    return convert
+
+
+def _list_converter(kind: type) -> Callable[[str], list]:
+    def convert(text: str) -> list:
+        return [text] if kind is str else [kind(part) for part in text.split(",")]
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+def _field_comments(settings_class: type) -> dict[str, str]:
+    """The comment at the end of each field's line in the source of the dataclass."""
+    try:
+        source = inspect.getsource(settings_class)
+    except (OSError, TypeError):  # typed into an interpreter
+        return {}
+    return dict(re.findall(r"^\s+(\w+)\s*:[^#\n]*#\s*(.+)$", source, flags=re.MULTILINE))
+
+
+# --- what settings may be -----------------------------------------------------------------------------------
+
+
+LARGEST = {  # of settings; more is a slip, or asks for more memory than there is
+    **dict.fromkeys(("emb_dim", "attention_dim", "decoder_dim"), 16384),
+    **dict.fromkeys(("batch_size", "val_batch_size", "grad_accumulation"), 65536),
+    **dict.fromkeys(("beam_size", "num_beams", "max_new_tokens", "max_length", "max_len"), 1000),
+    **dict.fromkeys(("encoder_lr", "decoder_lr", "self_critical_lr", "learning_rate"), 1000),
+    **dict.fromkeys(("weight_decay", "alpha_c", "reward_bleu4", "self_critical_samples"), 1000),
+    **dict.fromkeys(("lambda_r", "lambda_e"), 1000),
+    **{"image_size": 4096, "workers": 256, "captions_per_image": 1000, "seed": 2**32 - 1},
+    **dict.fromkeys(("epochs", "self_critical_after", "save_every"), 10**6),
+    **{"cached_views": 1000, "length_penalty": 100, "decay": 1, "temperature": 100, "top_p": 1},
+    **{"no_repeat_ngram": 50, "min_length": 50, "num_captions": 1000, "diversity": 1000},
+}
+
+
+def check_at_least(settings, smallest: float, *names: str) -> None:
+    """Raise UserError unless each named setting is a number of at least `smallest`, and at most that of
+    `LARGEST`."""
+    for name in names:
+        if not getattr(settings, name) >= smallest:  # written so that nan is refused
+            raise UserError(f"--{name} is {getattr(settings, name)}: give {smallest} or more")
+        _check_at_most(settings, name)
+
+
+def check_above_zero(settings, *names: str) -> None:
+    for name in names:
+        if not getattr(settings, name) > 0:
+            raise UserError(f"--{name} is {getattr(settings, name)}: give more than 0")
+        _check_at_most(settings, name)
+
+
+def _check_at_most(settings, name: str) -> None:
+    value, largest = getattr(settings, name), LARGEST.get(name, float("inf"))
+    if value > largest:
+        raise UserError(f"--{name} is {value}: give {largest} or less")
+
+
+def check_share(settings, *names: str) -> None:
+    """Raise UserError unless each named setting is 0 or more and less than 1."""
+    for name in names:
+        if not 0 <= getattr(settings, name) < 1:
+            raise UserError(f"--{name} is {getattr(settings, name)}: give 0 or more and less than 1")
