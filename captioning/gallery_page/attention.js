@@ -67,7 +67,7 @@ const Attention = (() => {
 
   function paint(canvas, values, strength = 1) {
     canvas.width = canvas.height = SIDE;
-    const context = canvas.getContext("2d"), picture = context.createImageData(SIDE, SIDE), pixels = picture.data;
+    const context = canvas.getContext("2d"), imageData = context.createImageData(SIDE, SIDE), pixels = imageData.data;
     for (let i = 0; i < values.length; i++) {
       const value = values[i];
       if (style === "spotlight") {
@@ -79,7 +79,7 @@ const Attention = (() => {
         pixels[4 * i + 3] *= strength;
       }
     }
-    context.putImageData(picture, 0, 0);
+    context.putImageData(imageData, 0, 0);
   }
 
   return {

@@ -14,7 +14,7 @@ const single = models.length === 1;
 const thumbnail = (i) => `images/${String(i).padStart(5, "0")}.jpg`;
 const plainNumber = (value) => String(value).replace("-", "−");
 
-function picture(i, tag = "button") {
+function imageElement(i, tag = "button") {
   const { size, id } = images[i];
   const frame = make(tag, { className: size ? "frame has-size" : "frame" });
   if (tag === "button") Object.assign(frame, { ariaLabel: `${id}: large`, type: "button" });
@@ -109,7 +109,7 @@ function fill(element) {
   const state = view.terms.join(" ") + view.sort;
   if (element.dataset.filled === `1${state}`) return;
   const i = Number(element.dataset.i);
-  element.replaceChildren(picture(i), textBlock(i, view.sort));
+  element.replaceChildren(imageElement(i), textBlock(i, view.sort));
   element.dataset.filled = `1${state}`;
 }
 
@@ -242,7 +242,7 @@ function openLarge(i) {
   stop();
   clear();
   large.dataset.i = i;
-  const frame = picture(i, "div"), fit = make("span", { className: "fit" });
+  const frame = imageElement(i, "div"), fit = make("span", { className: "fit" });
   fit.append(...frame.childNodes);
   if (images[i].size) fit.style.setProperty("--ratio", images[i].size[0] / images[i].size[1]);
   frame.append(fit);
