@@ -15,8 +15,6 @@ import sys
 import time
 from pathlib import Path
 
-from captioning import command_line
-
 ROOT = Path(__file__).resolve().parent.parent
 PROCESSOR_TICK = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
@@ -117,6 +115,8 @@ def run_job(job: dict) -> None:
         sys.argv = [job["script"], *job["arguments"]]
         if job["before_rename"]:
             die_before_rename(job["before_rename"])
+
+        from captioning import command_line
 
         module = __import__(job["script"].removesuffix(".py"))
         command_line.run_script(module.main, module.Settings)
