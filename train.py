@@ -114,7 +114,7 @@ class Settings:
     embeddings: str | None = None  # start from these word vectors (GloVe text file); sets emb_dim
     fine_tune_embeddings: bool = True  # train the word embeddings
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # 16-bit autocast, on CUDA
-    select_by: Literal["bleu4", "cider"] = "bleu4"  # score by which the best epoch is chosen
+    select_by: Literal["bleu4", "cider"] = "cider"  # score by which the best epoch is chosen
     resume: bool = False  # go on from the newest state in output_folder
     checkpoint: str | None = None  # or go on from this file
     log_with: Literal["none", "tensorboard", "wandb"] = "none"  # also report every epoch there
