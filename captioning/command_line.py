@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import types
 import typing
@@ -71,21 +72,33 @@ def run_script(main: Callable, settings_class: type) -> typing.NoReturn:
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the block with KeyboardInterrupt or Terminated, even where that exception was
-    lost on its way, as in a destructor, or turned into another one, as by a failed import."""
+    """Ctrl-C and SIGTERM end the block with KeyboardInterrupt or Terminated, even where that exception is
+    turned into another one on its way, as by a failed import. Where it cannot be raised at all, as in a
+    destructor, the signal comes again a little later."""
     received: list[KeyboardInterrupt] = []
+    report_unraisable = sys.unraisablehook
 
     def interrupt(number: int, frame: object) -> typing.NoReturn:
         received.append(Terminated() if number == signal.SIGTERM else KeyboardInterrupt())
         raise received[-1]
 
+    def send_again(unraisable: object) -> None:
+        if unraisable.exc_value not in received:
+            report_unraisable(unraisable)
+            return
+        number = signal.SIGTERM if isinstance(unraisable.exc_value, Terminated) else signal.SIGINT
+        threading.Timer(0.05, signal.raise_signal, [number]).start()
+
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
+    sys.unraisablehook = send_again
     try:
         yield
     except Exception:
         if not received:
             raise
+    finally:
+        sys.unraisablehook = report_unraisable
     if received:
         raise received[0]
     for number in (signal.SIGINT, signal.SIGTERM):  # the rest is only the interpreter's end
