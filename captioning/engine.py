@@ -335,8 +335,8 @@ def copy_best(source: Path, history: list[dict], score: str, output: Path) -> No
 
 
 def repair_outputs(output: Path) -> None:
-    """Make a folder's best files, history.csv and curves.png those of its newest checkpoint, where a training
-    was killed while it wrote them."""
+    """Make a folder's best files, history.csv and curves.png those of its newest checkpoint, and remove the
+    checkpoints before it that do not stay, where a training was killed while it did so."""
     remove_superseded_state(output)
     files = epoch_checkpoints(output)
     if not files or not is_main_process():
@@ -360,6 +360,10 @@ def repair_outputs(output: Path) -> None:
         curves = output / "curves.png"
         if not curves.is_file() or curves.stat().st_mtime < table.stat().st_mtime:
             draw_curves(history, best, curves)
+        superfluous = superfluous_checkpoints(output, newest["settings"]["keep_checkpoints"])
+        if superfluous and read_checkpoint(files[-1]):  # whole
+            for older in superfluous:
+                older.unlink()
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, UserError):
         return  # not ours, or damaged: whoever reads it says so
 
@@ -399,6 +403,9 @@ def save_epoch(
         write_best(file)
     write_table(output / "history.csv", history)
     (output / LAST).unlink(missing_ok=True)
-    if keep_checkpoints:
-        for older in epoch_checkpoints(output)[:-keep_checkpoints]:
-            older.unlink()
+    for older in superfluous_checkpoints(output, keep_checkpoints):
+        older.unlink()
+
+
+def superfluous_checkpoints(output: Path, keep_checkpoints: int) -> list[Path]:
+    return epoch_checkpoints(output)[:-keep_checkpoints] if keep_checkpoints else []

@@ -14,6 +14,7 @@ from captioning.checkpoints import (
     epoch_checkpoints,
     load_checkpoint,
     load_models,
+    read_checkpoint,
     save_checkpoint,
 )
 from captioning.engine import best_epoch, repair_outputs
@@ -89,6 +90,22 @@ def test_missing_best_files_are_written_again_where_their_epoch_is_gone(folder):
     (folder / "decoder.pth").write_bytes(b"cut")
     repair_outputs(folder)
     assert histories(folder) == [best] * 3
+
+
+def test_checkpoints_that_do_not_stay_are_removed_after_a_kill(folder):
+    files = epoch_checkpoints(folder)
+    newest = read_checkpoint(files[-1])
+    newest["settings"]["keep_checkpoints"] = 2
+    save_checkpoint(files[-1], newest)
+    content = files[-1].read_bytes()
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    files[-1].write_bytes(flipped)
+    repair_outputs(folder)
+    assert epoch_checkpoints(folder) == files  # the newest is damaged: the others are needed
+    files[-1].write_bytes(content)
+    repair_outputs(folder)
+    assert epoch_checkpoints(folder) == files[-2:]
 
 
 DAMAGES = {
