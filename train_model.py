@@ -166,7 +166,7 @@ def run_training(settings: Settings) -> dict:
     history = resumed.history if resumed else []
     torch.manual_seed(settings.seed)
     captioner = build_captioner(settings, train_records)
-    train_set, val_set = build_datasets(captioner, train_records, val_records, settings)
+    train_set, val_set = build_datasets(captioner, train_records, val_records, settings, run)
     captions = encode_captions(captioner, train_set.records, settings.max_length)
     sampler = BatchSampler(
         len(captions),
@@ -289,13 +289,19 @@ def build_captioner(settings: Settings, records: list[Record]) -> BlipCaptioner:
 
 
 def build_datasets(
-    captioner: BlipCaptioner, train_records: list[Record], val_records: list[Record], settings: Settings
+    captioner: BlipCaptioner,
+    train_records: list[Record],
+    val_records: list[Record],
+    settings: Settings,
+    run: Run,
 ) -> tuple[BlipDataset, BlipDataset]:
+    """The images that can be read; what is wrong with the others goes to the log."""
     from datasets import BlipDataset
 
     train_set, val_set = (
         BlipDataset(captioner, records, settings.workers) for records in (train_records, val_records)
     )
+    run.log_many("skipped", train_set.problems + val_set.problems)
     if not train_set.records:
         raise UserError(f"{settings.image_folder}: none of the training images can be used")
     if settings.freeze_vision and settings.cache_features:

@@ -36,9 +36,11 @@ from captioning.checkpoints import (
 from captioning.curves import REWARD, draw_curves
 from metrics import CiderD, bleu4, tokenize
 from utils import (
+    Messages,
     UserError,
     is_main_process,
     pick_device,
+    printable,
     processes,
     write_table,
 )
@@ -85,6 +87,16 @@ class Run:
             with self.log_file.open("a", encoding="utf-8") as stream:
                 stream.writelines(f"{line}\n" for line in self.waiting)
             self.waiting.clear()
+
+    def log_many(self, kind: str, texts: Sequence[str]) -> None:
+        """Append messages of one kind to `log_file`, before the next line that is logged; print a few."""
+        if not self.is_main:
+            return
+        messages = Messages(kind)
+        for text in texts:
+            messages.add(text)
+        messages.finish("; train.log lists all")
+        self.waiting += [printable(f"{kind}: {text}") for text in texts]
 
     def describe(self) -> str:
         return f"{self.state.num_processes} x {self.device.type}"
