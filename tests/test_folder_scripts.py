@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from folder_images import add_unreadable_files, make_images
 from PIL import Image
-from test_folders import add_unreadable_files, make_images
 
 import caption
 import caption_from_checkpoint
