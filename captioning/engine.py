@@ -98,6 +98,13 @@ class Run:
         messages.finish("; train.log lists all")
         self.waiting += [printable(f"{kind}: {text}") for text in texts]
 
+    def patience_ends(self, waited: int, settings) -> bool:
+        """Whether so many epochs without a better score are as many as `settings.patience`; if so, say it."""
+        ends = bool(settings.patience) and waited >= settings.patience
+        if ends:
+            self.log(f"stopped: no better {settings.select_by} for {waited} epochs")
+        return ends
+
     def describe(self) -> str:
         return f"{self.state.num_processes} x {self.device.type}"
 
@@ -396,11 +403,11 @@ def save_epoch(
     output: Path,
     checkpoint: dict,
     score: str,
-    write_best: Callable[[Path], None],
+    write_best: Callable[[Path, dict], None],
     keep_checkpoints: int,
 ) -> None:
     """Write the epoch's checkpoint and history.csv, and remove the state within it; where it is the best so
-    far, call `write_best(file)`.
+    far, call `write_best(file, checkpoint)`.
 
     keep_checkpoints: how many epochs' files stay; 0: all.
     """
@@ -408,7 +415,7 @@ def save_epoch(
     file = output / f"checkpoint_epoch_{len(history)}.pth"
     save_checkpoint(file, checkpoint)
     if epochs_since_improvement(history, score) == 0:
-        write_best(file)
+        write_best(file, checkpoint)
     write_table(output / "history.csv", history)
     (output / LAST).unlink(missing_ok=True)
     if keep_checkpoints:
