@@ -41,7 +41,7 @@ from captioning.engine import (
     report_best,
     save_epoch,
 )
-from captioning.files import lock_folder
+from captioning.files import lock_folder, named_in_errors
 from captioning.interruption import Saver
 from captioning.monitor import Monitor
 from captioning.resume import Resumed, begin_outputs
@@ -432,7 +432,8 @@ def save_model(output: Path, captioner: BlipCaptioner) -> None:
     tmp_path = output / f".model.{os.getpid()}.partial"
     try:
         tmp_path.mkdir(parents=True)
-        captioner.save(tmp_path)
+        with named_in_errors(output):
+            captioner.save(tmp_path)
         for file in sorted(tmp_path.iterdir(), key=lambda file: (file.suffix == ".safetensors", file.name)):
             os.replace(file, output / file.name)
     finally:

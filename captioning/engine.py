@@ -34,6 +34,7 @@ from captioning.checkpoints import (
     write_best,
 )
 from captioning.curves import REWARD, draw_curves
+from captioning.files import named_in_errors
 from metrics import CiderD, bleu4, tokenize
 from utils import (
     Messages,
@@ -84,7 +85,7 @@ class Run:
         self.waiting.append(text)
         if self.log_file:
             self.log_file.parent.mkdir(parents=True, exist_ok=True)
-            with self.log_file.open("a", encoding="utf-8") as stream:
+            with named_in_errors(self.log_file), self.log_file.open("a", encoding="utf-8") as stream:
                 stream.writelines(f"{line}\n" for line in self.waiting)
             self.waiting.clear()
 
