@@ -16,14 +16,12 @@ import hashlib
 import os
 import random
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from captioning.annotations import (
     END,
@@ -40,7 +38,7 @@ from captioning.files import lock_folder
 from captioning.hdf5 import RowWriter, require_disk_space
 from captioning.images import read_image
 from captioning.prepared import digest_files
-from utils import UserError, check_output, parallel_map, printable, progress_bar, write_json
+from utils import Messages, UserError, check_output, parallel_map, progress_bar, write_json
 
 REMEDY = "free some disk space, or lower --image_size"
 
@@ -191,19 +189,20 @@ def write_images(
 
     The others are added to `skipped`.
     """
-    kept, digest = [], hashlib.sha256()
+    kept, digest, messages = [], hashlib.sha256(), Messages("skipped")
     with RowWriter(folder / f"{split}_images.hdf5", "images", len(records), REMEDY) as writer:
         results = read_images(records, settings.image_size, settings.workers)
         for record, pixels in progress_bar(results, total=len(records), desc=f"{split} images", unit="image"):
             if isinstance(pixels, UserError):
                 if settings.strict:
                     raise pixels
-                tqdm.write(printable(f"skipped: {pixels}"), file=sys.stderr)
+                messages.add(str(pixels))
                 skipped.append((record.image_id, str(pixels)))
                 continue
             writer.append(pixels[np.newaxis])
             digest.update(pixels)
             kept.append(record)
+        messages.finish("; prepared.json lists all")
         writer.file.attrs["captions_per_image"] = settings.captions_per_image
         writer.file.attrs["digest"] = digest.hexdigest()  # tells whether cached features are of these images
     return kept

@@ -33,7 +33,6 @@ from utils import (
     UserError,
     parallel_map,
     pick_device,
-    printable,
     processes,
     progress_bar,
     start_worker,
@@ -227,7 +226,7 @@ KEPT_BYTES = 2**31  # of resized images in memory; further ones are read from th
 
 
 class BlipDataset:
-    """The images of a BLIP training; those that cannot be read are named and left out.
+    """The images of a BLIP training; those that cannot be read are left out.
 
     Args:
         records: images with their captions.
@@ -235,6 +234,7 @@ class BlipDataset:
 
     Attributes:
         records: those whose images can be read.
+        problems: what is wrong with the others, a line each.
         features: after `cache_features` the vision model's outputs, else None.
     """
 
@@ -245,6 +245,7 @@ class BlipDataset:
         self.bytes_left = KEPT_BYTES
         self.features: Rows | None = None
         problems = self._find_problems(records)
+        self.problems = list(problems.values())
         self.records = [record for record in records if record.image_id not in problems]
         self.may_flip = [
             not any(LEFT_OR_RIGHT.search(word) for tokens in record.tokens for word in tokens)
@@ -271,8 +272,6 @@ class BlipDataset:
             from accelerate.utils import gather_object
 
             problems = gather_object(problems)
-        for _, text in problems:
-            state.print(printable(f"skipped: {text}"))
         return dict(problems)
 
     def _resized(self, record: Record) -> Tensor:

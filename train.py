@@ -31,7 +31,6 @@ from captioning.averaging import WeightAverage
 from captioning.checkpoints import (
     STATES,
     check_content,
-    check_room,
     checkpoint_content,
     decoder_from,
     encoder_from,
@@ -49,7 +48,6 @@ from captioning.engine import (
     repair_outputs,
     report_best,
     save_epoch,
-    start_outputs,
 )
 from captioning.features import cache_features
 from captioning.files import lock_folder
@@ -58,7 +56,7 @@ from captioning.losses import CrossEntropy, drop_embeddings, sampling_probabilit
 from captioning.monitor import Monitor
 from captioning.prepared import Prepared
 from captioning.pretrained import build_encoder, load_embeddings
-from captioning.resume import Resumed
+from captioning.resume import Resumed, begin_outputs
 from captioning.self_critical import Reward, SelfCritical, start_self_critical
 from captioning.validation import validate
 from datasets import BatchSampler, CaptionDataset, make_loader
@@ -204,7 +202,7 @@ def run_training(settings: Settings) -> dict:
     optimizer = build_optimizer(encoder, decoder, settings)
     size = sum(parameter.numel() for parameter in decoder.parameters())
     run.log(f"{settings.encoder_name}, decoder of {size:,} parameters, on {run.describe()}")
-    fine_tuned = settings.is_fine_tuned(len(history) + 1)
+    fine_tuned, reward = settings.is_fine_tuned(len(history) + 1), None
     train_loader, val_loader = start_stage(encoder, settings, run, fine_tuned, len(history) + 1)
     steps_per_epoch = len(train_loader.sampler.steps)
     rates = LearningRate(optimizer, settings, steps_per_epoch * settings.cross_entropy_epochs)
@@ -212,14 +210,10 @@ def run_training(settings: Settings) -> dict:
     if resumed:
         run.log(resumed.restore(optimizer, rates, run, (decoder, encoder), RATES))
         average.restart(resumed.checkpoint, rates.steps)
-    if run.is_main:
-        check_room(output, optimizer, settings.epochs - len(history), settings.keep_checkpoints, run.log)
-        start_outputs(output, resumed.source if resumed else None, len(history), OUTPUT_FILES)
-        if resumed:
-            copy_best(resumed.source, history, score, output)
-    run.log_file = output / "train.log"  # set only now: archiving would move it
+    begin_outputs(run, output, settings, optimizer, resumed, OUTPUT_FILES)
+    if resumed and run.is_main:
+        copy_best(resumed.source, history, score, output)
     monitor = Monitor(run, output, settings, read_json(Path(settings.data_folder) / "val_image_ids.json"))
-    reward = None
 
     def checkpoint() -> dict:
         states = run.states(optimizer, rates) | average.states()
@@ -231,9 +225,7 @@ def run_training(settings: Settings) -> dict:
         if settings.is_fine_tuned(epoch) != fine_tuned:
             fine_tuned = not fine_tuned
             train_loader, val_loader = start_stage(encoder, settings, run, fine_tuned, epoch)
-        waited = epochs_of_patience(history, settings)
-        if settings.patience and waited >= settings.patience:
-            run.log(f"stopped: no better {settings.select_by} for {waited} epochs")
+        if run.patience_ends(epochs_of_patience(history, settings), settings):
             break
         if not saver.goes_on:
             rates.before_epoch(epochs_since_improvement(history, score))
@@ -252,13 +244,10 @@ def run_training(settings: Settings) -> dict:
         with saver.finishing():
             models = average.encoder, average.decoder
             scores, captions = validate(*models, val_loader, references, word_map, settings, run)
-            line |= scores
-            line |= {"decoder_lr": optimizer.param_groups[0]["lr"], "seconds": progress.seconds()}
+            line |= scores | {"decoder_lr": optimizer.param_groups[0]["lr"], "seconds": progress.seconds()}
             history.append(line)
             if run.is_main:
-                content = checkpoint()
-                make_best = partial(write_best, checkpoint=content)
-                save_epoch(output, content, score, make_best, settings.keep_checkpoints)
+                save_epoch(output, checkpoint(), score, write_best, settings.keep_checkpoints)
             monitor.report_epoch(history, captions, describe(line))
     return report_best(run, history, score, output)
 

@@ -30,13 +30,7 @@ from torch import Tensor, nn
 
 from captioning import HUB_MODEL
 from captioning.annotations import Record, read_training_splits
-from captioning.checkpoints import (
-    STATES,
-    WEIGHTS,
-    check_content,
-    check_room,
-    read_checkpoint,
-)
+from captioning.checkpoints import STATES, WEIGHTS, check_content, read_checkpoint
 from captioning.command_line import check_above_zero, check_at_least, check_share, run_script
 from captioning.engine import (
     LearningRate,
@@ -46,12 +40,11 @@ from captioning.engine import (
     repair_outputs,
     report_best,
     save_epoch,
-    start_outputs,
 )
-from captioning.files import lock_folder
+from captioning.files import lock_folder, named_in_errors
 from captioning.interruption import Saver
 from captioning.monitor import Monitor
-from captioning.resume import Resumed
+from captioning.resume import Resumed, begin_outputs
 from utils import Device, UserError, check_output, progress_bar
 
 if TYPE_CHECKING:  # they import transformers, which takes seconds
@@ -119,6 +112,7 @@ FOR_PRETRAINED = {"epochs": 3, "batch_size": 8, "captions_per_image": 1, "learni
 FOR_PRETRAINED |= {"augment": False, "patience": 5, "label_smoothing": 0.1}
 FOR_TINY = {"epochs": 50, "batch_size": 16, "captions_per_image": 2, "learning_rate": 2e-3}
 FOR_TINY |= {"augment": True, "patience": 0, "label_smoothing": 0.0}
+RATES = ("learning_rate", "learning_rate")  # of each optimizer group: with and without weight decay
 REMEDY = "lower --learning_rate"  # where the loss is no longer a number
 FIXED = ("base_model",)  # fixed by the checkpoint: cannot change when a training is resumed
 OUTPUT_FILES = (
@@ -151,12 +145,9 @@ def train(settings: Settings) -> dict:
 
 
 def run_training(settings: Settings) -> dict:
-    import transformers
+    from datasets import encode_captions
 
-    from datasets import BatchSampler, encode_captions
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quiet_transformers()
     settings, resumed = resume(settings)
     train_records, val_records = read_records(settings)
     if resumed and resumed.checkpoint["data"] != data_digest(train_records, val_records):
@@ -165,36 +156,20 @@ def run_training(settings: Settings) -> dict:
     settings = replace(settings, mixed_precision=run.mixed_precision)
     history = resumed.history if resumed else []
     torch.manual_seed(settings.seed)
-    captioner = build_captioner(settings, train_records)
-    train_set, val_set = build_datasets(captioner, train_records, val_records, settings)
+    captioner = build_captioner(settings, train_records, resumed)
+    train_set, val_set = build_datasets(captioner, train_records, val_records, settings, run)
     captions = encode_captions(captioner, train_set.records, settings.max_length)
-    sampler = BatchSampler(
-        len(captions),
-        settings.batch_size,
-        settings.grad_accumulation,
-        run.state.process_index,
-        run.state.num_processes,
-        shuffle=True,
-        seed=settings.seed,
-    )
-    if resumed:
-        captioner.model.load_state_dict(resumed.checkpoint["model"])
+    sampler = build_sampler(len(captions), settings, run)
     loss_module = CaptionLoss(captioner.model).to(run.device)
     optimizer = build_optimizer(captioner.model, settings)
     rates = LearningRate(optimizer, settings, len(sampler.steps) * settings.epochs)
     trained = sum(p.numel() for p in captioner.model.parameters() if p.requires_grad)
-    run.log(
-        f"{settings.base_model}, {trained:,} trained parameters, {len(captions)} images to train on, "
-        f"{len(val_set.records)} to validate on, {run.describe()}"
-    )
+    images = f"{len(captions)} images to train on, {len(val_set.records)} to validate on"
+    run.log(f"{settings.base_model}, {trained:,} trained parameters, {images}, {run.describe()}")
     if resumed:
-        # both groups (decay, no decay) have one setting; modules are for checkpoints of the first release
-        rate_names = ("learning_rate", "learning_rate")
-        run.log(resumed.restore(optimizer, rates, run, modules=(), rate_names=rate_names))
-    if run.is_main:
-        check_room(output, optimizer, settings.epochs - len(history), settings.keep_checkpoints, run.log)
-        start_outputs(output, resumed.source if resumed else None, len(history), OUTPUT_FILES)
-    run.log_file = output / "train.log"  # set only now: archiving would move it
+        # modules are for checkpoints of the first release
+        run.log(resumed.restore(optimizer, rates, run, modules=(), rate_names=RATES))
+    begin_outputs(run, output, settings, optimizer, resumed, OUTPUT_FILES)
     monitor = Monitor(run, output, settings, [record.image_id for record in val_set.records])
     digest = data_digest(train_records, val_records)
 
@@ -205,8 +180,7 @@ def run_training(settings: Settings) -> dict:
     saver = Saver(run, output, settings.save_every, checkpoint, resumed)
     for epoch in range(len(history) + 1, settings.epochs + 1):
         waited = epochs_since_improvement(history, score)
-        if settings.patience and waited >= settings.patience:
-            run.log(f"stopped: no better {settings.select_by} for {waited} epochs")
+        if run.patience_ends(waited, settings):
             break
         if not saver.goes_on:
             rates.before_epoch(waited)
@@ -226,14 +200,26 @@ def run_training(settings: Settings) -> dict:
             if run.is_main:
                 if epochs_since_improvement(history, score) == 0:
                     save_model(output, captioner)  # first, so that a checkpoint's best model is always there
-                save_epoch(output, checkpoint(), score, lambda _: None, settings.keep_checkpoints)
-            text = f"loss {line['train_loss']:.3f}; "
-            text += f"validation BLEU-4 {line['val_bleu4']:.4f}, CIDEr {line['val_cider']:.4f}"
-            monitor.report_epoch(history, texts, text)
+                save_epoch(output, checkpoint(), score, lambda *_: None, settings.keep_checkpoints)
+            monitor.report_epoch(history, texts, describe(line))
     return report_best(run, history, score, output)
 
 
+def describe(line: dict) -> str:
+    """An epoch's row of the history in words."""
+    validation = f"validation BLEU-4 {line['val_bleu4']:.4f}, CIDEr {line['val_cider']:.4f}"
+    return f"loss {line['train_loss']:.3f}; {validation}"
+
+
 # --- what is trained, and on what ---------------------------------------------------------------------------
+
+
+def quiet_transformers() -> None:
+    """No warnings and progress bars of transformers among the lines of a training."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def resume(settings: Settings) -> tuple[Settings, Resumed | None]:
@@ -268,8 +254,8 @@ def data_digest(*splits: list[Record]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def build_captioner(settings: Settings, records: list[Record]) -> BlipCaptioner:
-    """The model to start from, with the settings that its own forward pass looks at."""
+def build_captioner(settings: Settings, records: list[Record], resumed: Resumed | None) -> BlipCaptioner:
+    """The model to start from, or the checkpoint's, with the settings that its own forward pass looks at."""
     from captioning.blip import load_captioner, require_blip
     from captioning.tiny_blip import tiny_captioner
 
@@ -285,22 +271,45 @@ def build_captioner(settings: Settings, records: list[Record]) -> BlipCaptioner:
     model.vision_model.requires_grad_(not settings.freeze_vision)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if resumed:
+        model.load_state_dict(resumed.checkpoint["model"])
     return captioner
 
 
 def build_datasets(
-    captioner: BlipCaptioner, train_records: list[Record], val_records: list[Record], settings: Settings
+    captioner: BlipCaptioner,
+    train_records: list[Record],
+    val_records: list[Record],
+    settings: Settings,
+    run: Run,
 ) -> tuple[BlipDataset, BlipDataset]:
+    """The images that can be read; what is wrong with the others goes to the log."""
     from datasets import BlipDataset
 
     train_set, val_set = (
         BlipDataset(captioner, records, settings.workers) for records in (train_records, val_records)
     )
+    run.log_many("skipped", train_set.problems + val_set.problems)
     if not train_set.records:
         raise UserError(f"{settings.image_folder}: none of the training images can be used")
     if settings.freeze_vision and settings.cache_features:
         train_set.cache_features(f"{Path(settings.output_folder)}_features.hdf5")
     return train_set, val_set
+
+
+def build_sampler(images: int, settings: Settings, run: Run) -> BatchSampler:
+    """Batches of shuffled images; each process gets a share of every one."""
+    from datasets import BatchSampler
+
+    return BatchSampler(
+        images,
+        settings.batch_size,
+        settings.grad_accumulation,
+        run.state.process_index,
+        run.state.num_processes,
+        shuffle=True,
+        seed=settings.seed,
+    )
 
 
 def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
@@ -423,7 +432,8 @@ def save_model(output: Path, captioner: BlipCaptioner) -> None:
     tmp_path = output / f".model.{os.getpid()}.partial"
     try:
         tmp_path.mkdir(parents=True)
-        captioner.save(tmp_path)
+        with named_in_errors(output):
+            captioner.save(tmp_path)
         for file in sorted(tmp_path.iterdir(), key=lambda file: (file.suffix == ".safetensors", file.name)):
             os.replace(file, output / file.name)
     finally:

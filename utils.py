@@ -65,6 +65,31 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def tell(text: str) -> None:
+    """Print a line on stderr, above the progress bar; names from anywhere may hold line breaks."""
+    tqdm.write(printable(text), file=sys.stderr)
+
+
+class Messages:
+    """Messages of one kind, of which there may be thousands: the first five are printed as they come."""
+
+    SHOWN = 5
+
+    def __init__(self, kind: str):
+        self.kind = kind
+        self.count = 0
+
+    def add(self, text: str) -> None:
+        self.count += 1
+        if self.count <= self.SHOWN:
+            tell(f"{self.kind}: {text}")
+
+    def finish(self, where: str = "") -> None:
+        """Say how many more there were; `where`: how all are found."""
+        if self.count > self.SHOWN:
+            tell(f"{self.kind}: ... and {self.count - self.SHOWN} more{where}")
+
+
 # --- files --------------------------------------------------------------------------------------------------
 
 

@@ -114,12 +114,7 @@ def compare_evaluation(
     device: torch.device,
 ) -> None:
     start, end, size = word_map[START], word_map[END], settings.batch_size
-    textbook_encoder = TextbookEncoder(encoder.name)
-    textbook_encoder.load_state_dict(encoder.state_dict())
-    width = settings.width
-    textbook = TextbookDecoder(width, width, width, settings.vocabulary, encoder.dim)
-    textbook.load_state_dict(decoder.state_dict())
-    textbook_encoder, textbook = textbook_encoder.to(device), textbook.to(device)
+    textbook_encoder, textbook = make_textbook(encoder, decoder, settings, device)
 
     def textbook_captions(beam_size: int, chosen: Tensor) -> list[list[int]]:
         captions = []
@@ -167,6 +162,18 @@ def compare_evaluation(
         )
 
 
+def make_textbook(
+    encoder: Encoder, decoder: DecoderWithAttention, settings: Settings, device: torch.device
+) -> tuple[TextbookEncoder, TextbookDecoder]:
+    """The textbook's models with the weights of ours."""
+    textbook_encoder = TextbookEncoder(encoder.name)
+    textbook_encoder.load_state_dict(encoder.state_dict())
+    width = settings.width
+    textbook = TextbookDecoder(width, width, width, settings.vocabulary, encoder.dim)
+    textbook.load_state_dict(decoder.state_dict())
+    return textbook_encoder.to(device), textbook.to(device)
+
+
 def compare_rules(
     decoder: DecoderWithAttention,
     features: Tensor,
@@ -206,24 +213,7 @@ def compare_folder(
     device: torch.device,
 ) -> None:
     checkpoint = folder / "checkpoint.pth"
-    torch.save(
-        {
-            "settings": asdict(
-                train.Settings(
-                    encoder_name=settings.encoder_name,
-                    emb_dim=settings.width,
-                    attention_dim=settings.width,
-                    decoder_dim=settings.width,
-                )
-            ),
-            "word_map": word_map,
-            "data": {"settings": {"image_size": settings.image_size}},
-            "history": [],
-            "encoder": encoder.state_dict(),
-            "decoder": decoder.state_dict(),
-        },
-        checkpoint,
-    )
+    write_checkpoint(checkpoint, encoder, decoder, word_map, settings)
     paths = write_images(folder / "images", settings.folder_images, 480, 640, settings.seed)
     write_images(folder / "one", 1, 480, 640, settings.seed)
     images = torch.stack([torch.from_numpy(read_image(path, settings.image_size)) for path in paths])
@@ -259,6 +249,25 @@ def compare_folder(
     print(f"    captioning: {len(paths) / captioning:.2f}, takes {captioning / encoding:.2f} times as long")
     print(f"    less the {one:.1f} s of a folder with one image: {(captioning - one) / encoding:.2f} times")
     print(f"    the journal takes {journal:.4f} s, {journal / captioning:.3%} of it")
+
+
+def write_checkpoint(
+    file: Path, encoder: Encoder, decoder: DecoderWithAttention, word_map: dict[str, int], settings: Settings
+) -> None:
+    """A checkpoint as train.py writes it, as far as captioning reads it."""
+    width = settings.width
+    trained = train.Settings(
+        encoder_name=settings.encoder_name, emb_dim=width, attention_dim=width, decoder_dim=width
+    )
+    content = {
+        "settings": asdict(trained),
+        "word_map": word_map,
+        "data": {"settings": {"image_size": settings.image_size}},
+        "history": [],
+        "encoder": encoder.state_dict(),
+        "decoder": decoder.state_dict(),
+    }
+    torch.save(content, file)
 
 
 if __name__ == "__main__":

@@ -34,11 +34,14 @@ from captioning.checkpoints import (
     write_best,
 )
 from captioning.curves import REWARD, draw_curves
+from captioning.files import named_in_errors
 from metrics import CiderD, bleu4, tokenize
 from utils import (
+    Messages,
     UserError,
     is_main_process,
     pick_device,
+    printable,
     processes,
     write_table,
 )
@@ -82,9 +85,26 @@ class Run:
         self.waiting.append(text)
         if self.log_file:
             self.log_file.parent.mkdir(parents=True, exist_ok=True)
-            with self.log_file.open("a", encoding="utf-8") as stream:
+            with named_in_errors(self.log_file), self.log_file.open("a", encoding="utf-8") as stream:
                 stream.writelines(f"{line}\n" for line in self.waiting)
             self.waiting.clear()
+
+    def log_many(self, kind: str, texts: Sequence[str]) -> None:
+        """Append messages of one kind to `log_file`, before the next line that is logged; print a few."""
+        if not self.is_main:
+            return
+        messages = Messages(kind)
+        for text in texts:
+            messages.add(text)
+        messages.finish("; train.log lists all")
+        self.waiting += [printable(f"{kind}: {text}") for text in texts]
+
+    def patience_ends(self, waited: int, settings) -> bool:
+        """Whether so many epochs without a better score are as many as `settings.patience`; if so, say it."""
+        ends = bool(settings.patience) and waited >= settings.patience
+        if ends:
+            self.log(f"stopped: no better {settings.select_by} for {waited} epochs")
+        return ends
 
     def describe(self) -> str:
         return f"{self.state.num_processes} x {self.device.type}"
@@ -388,11 +408,11 @@ def save_epoch(
     output: Path,
     checkpoint: dict,
     score: str,
-    write_best: Callable[[Path], None],
+    write_best: Callable[[Path, dict], None],
     keep_checkpoints: int,
 ) -> None:
     """Write the epoch's checkpoint and history.csv, and remove the state within it; where it is the best so
-    far, call `write_best(file)`.
+    far, call `write_best(file, checkpoint)`.
 
     keep_checkpoints: how many epochs' files stay; 0: all.
     """
@@ -400,7 +420,7 @@ def save_epoch(
     file = output / f"checkpoint_epoch_{len(history)}.pth"
     save_checkpoint(file, checkpoint)
     if epochs_since_improvement(history, score) == 0:
-        write_best(file)
+        write_best(file, checkpoint)
     write_table(output / "history.csv", history)
     (output / LAST).unlink(missing_ok=True)
     for older in superfluous_checkpoints(output, keep_checkpoints):

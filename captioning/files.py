@@ -131,6 +131,17 @@ def is_alive(process: int) -> bool:
     return True
 
 
+@contextmanager
+def named_in_errors(path: str | Path) -> Iterator[None]:
+    """Give an OSError of the block the name of the file or folder that is written, where it has none: one of
+    a write, unlike one of an opening, does not say where there was no room."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def write_encoded(path: str | Path, encode: Callable[[io.BytesIO], object]) -> None:
     """Write a file that Pillow or matplotlib encodes, through memory: Pillow itself takes no notice when only
     the first part of what it writes has room on the disk."""

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from tqdm import tqdm
 
 from captioning.annotations import ImageFinder, read_annotations, require_image
 from captioning.command_line import check_at_least
@@ -19,7 +16,7 @@ from captioning.images import IMAGE_EXTENSIONS, read_image, walk_images
 from captioning.journal import Entry, Journal, file_stamp, files_digest
 from captioning.sidecars import EXISTING, Sidecars
 from captioning.submissions import FORMATS
-from utils import UserError, check_output, printable
+from utils import Messages, UserError, check_output
 
 
 @dataclass
@@ -125,8 +122,13 @@ class Plan:
     depends_on: dict = field(default_factory=dict)
 
 
-def plan_folder(options: FolderOptions, model: str | Sequence[str | Path], search: dict) -> Plan:
-    """Find the images and what an earlier run has done of them; say what is left out."""
+def plan_folder(
+    options: FolderOptions, model: str | Sequence[str | Path], search: dict, messages: Messages
+) -> Plan:
+    """Find the images and what an earlier run has done of them; say what is left out.
+
+    messages: get the problems.
+    """
     rows, left_out, unreadable = _find_rows(options.test_folder, options.test_csv, options.recursive)
     if left_out:
         print(
@@ -150,10 +152,12 @@ def plan_folder(options: FolderOptions, model: str | Sequence[str | Path], searc
         describe()
         plan.done = _read_done(journal, plan)
     plan.pending = [row for row in rows if row.image_id not in plan.done and row.path not in skipped]
-    plan.problems = [report(Problem(None, text)) for text in unreadable]
+    plan.problems = [Problem(None, text) for text in unreadable]
     # no model is loaded before there is an image for it
     while plan.pending and (problem := read_row(plan.pending[0], options, read_image).problem):
-        plan.problems.append(report(Problem(plan.pending.pop(0).image_id, problem)))
+        plan.problems.append(Problem(plan.pending.pop(0).image_id, problem))
+    for problem in plan.problems:
+        messages.add(problem.text)
     if not plan.pending and not plan.done and not skipped:
         raise UserError(f"{options.test_folder}: not one readable image among {len(rows)}")
     if plan.pending and not plan.depends_on:
@@ -257,16 +261,3 @@ def read_row(row: Row, options: FolderOptions, prepare: Callable[[str], Any]) ->
     except MemoryError:
         problem = f"{row.path}: too large for this machine's memory; make it smaller"
     return ReadRow(row, None, [], problem)
-
-
-# --- messages ----------------------------------------------------------------------------------------------
-
-
-def report(problem: Problem) -> Problem:
-    tell(f"no caption: {problem.text}")
-    return problem
-
-
-def tell(text: str) -> None:
-    """Print a line on stderr, above the progress bar; names from anywhere may hold line breaks."""
-    tqdm.write(printable(text), file=sys.stderr)

@@ -28,13 +28,12 @@ from captioning.folder_plan import (
     Row,
     plan_folder,
     read_row,
-    report,
-    tell,
 )
 from captioning.journal import Entry, Journal
 from captioning.sidecars import Sidecars
 from captioning.submissions import caption_rows, write_submission
 from utils import (
+    Messages,
     UserError,
     is_main_process,
     on_main_process,
@@ -42,6 +41,7 @@ from utils import (
     printable,
     processes,
     progress_bar,
+    tell,
 )
 
 if TYPE_CHECKING:
@@ -80,11 +80,11 @@ def caption_folder(
         UserError: wrong input, or not one readable image.
     """
     options.check(decoding)
-    plan, search = None, search or {}
+    plan, search, messages = None, search or {}, Messages("no caption")
 
     def prepare() -> tuple[list[Row], list[Problem], dict, int]:
         nonlocal plan
-        plan = plan_folder(options, model, asdict(decoding) | search | (depends_on or {}))
+        plan = plan_folder(options, model, asdict(decoding) | search | (depends_on or {}), messages)
         return plan.pending, plan.problems, plan.depends_on, os.getpid()
 
     pending, problems, key, main_process = on_main_process(prepare)
@@ -99,7 +99,7 @@ def caption_folder(
         try:
             how = {"options": decoding, "with_scores": options.with_scores} | search
             decode = partial(captioner.decode_prepared, **how)
-            found = caption_share(decode, captioner.prepare, pending, options, key, bar)
+            found = caption_share(decode, captioner.prepare, pending, options, key, bar, messages)
         except KeyboardInterrupt as interrupt:
             kept = f"{journal.count()} captions are kept in {journal}; the same command goes on from there"
             interrupt.args = (kept,)
@@ -112,6 +112,7 @@ def caption_folder(
             if bar is not None:
                 bar.close()
         problems = problems + _gather(found, journal)
+    messages.finish(f"; their rows in {options.output_csv} are empty" if options.output_csv else "")
     on_main_process(lambda: write_captions(options, plan, problems, decoding.num_captions > 1))
     return [problem.text for problem in problems]
 
@@ -126,16 +127,21 @@ def caption_share(
     options: FolderOptions,
     depends_on: dict,
     bar: tqdm | None,
+    messages: Messages,
 ) -> list[Problem]:
     """Caption this process's share of the pending rows into its journal and, where asked for, sidecars.
 
-    bar: the progress of all processes, which is reckoned by that of this one.
+    bar: the progress of all processes, which is reckoned by that of this one. messages: get the problems.
     """
     state = processes()
     share = pending[state.process_index :: state.num_processes]
     journal, sidecars = options.journal(), options.as_sidecars
     caption = HalvingCaptioner(decode, options.batch_size)
     problems: list[Problem] = []
+
+    def report(problem: Problem) -> None:
+        messages.add(problem.text)
+        problems.append(problem)
 
     def finish(batch: list[ReadRow]) -> None:
         captions = caption([item.image for item in batch], [item.row.image_id for item in batch])
@@ -146,7 +152,8 @@ def caption_share(
         journal.append(state.process_index, depends_on, entries)
         if sidecars:
             for item, entry in zip(batch, entries):
-                problems.extend(_write_sidecar(sidecars, item.row.path, entry))
+                if problem := _write_sidecar(sidecars, item.row.path, entry):
+                    report(problem)
 
     def readable() -> Iterator[ReadRow]:
         read = parallel_map(
@@ -160,7 +167,7 @@ def caption_share(
                 if bar is not None:
                     bar.update(min(state.num_processes, bar.total - bar.n))
                 if item.problem:
-                    problems.append(report(Problem(item.row.image_id, item.problem)))
+                    report(Problem(item.row.image_id, item.problem))
                 else:
                     yield item
 
@@ -205,14 +212,14 @@ class HalvingCaptioner:
         return captions
 
 
-def _write_sidecar(sidecars: Sidecars, image: str, entry: Entry) -> list[Problem]:
-    """Returns []; or what was wrong with the place."""
+def _write_sidecar(sidecars: Sidecars, image: str, entry: Entry) -> Problem | None:
+    """Returns what was wrong with the place, if anything was."""
     try:
         sidecars.write(image, entry.caption, entry.before)
     except (PermissionError, IsADirectoryError) as error:
         text = f"{sidecars.path(image)}: cannot be written ({error.strerror})"
-        return [report(Problem(entry.image_id, text))]
-    return []
+        return Problem(entry.image_id, text)
+    return None
 
 
 def _gather(problems: list[Problem], journal: Journal) -> list[Problem]:
@@ -247,8 +254,10 @@ def write_captions(options: FolderOptions, plan: Plan, problems: Sequence[Proble
     captions = []
     for image_id, path in plan.rows:
         entry = entries.get(image_id)
-        if sidecars and image_id in plan.done:  # an earlier run may have been killed before it wrote this
-            _write_sidecar(sidecars, path, entry)
+        # an earlier run may have been killed before it wrote this
+        problem = _write_sidecar(sidecars, path, entry) if sidecars and image_id in plan.done else None
+        if problem:
+            tell(f"no caption: {problem.text}")
         kept = sidecars.read(path) if options.output_csv and path in plan.skipped and not entry else ""
         captions.append((image_id, entry.captions if entry else [ScoredCaption(kept)]))
     places = []

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from captioning.annotations import Record
-from captioning.files import remove_unfinished, write_encoded
+from captioning.files import named_in_errors, remove_unfinished, write_encoded
 from captioning.images import read_image
 from captioning.scoring import COLUMNS
 from metrics import Scores
@@ -91,7 +91,8 @@ def write_gallery(
     remove_unfinished(folder)
     tmp_path = folder / f".gallery.{os.getpid()}.partial"
     try:
-        problems = write_files(tmp_path, shown, models, comparisons, title)
+        with named_in_errors(folder):
+            problems = write_files(tmp_path, shown, models, comparisons, title)
         clear(folder)
         for file in sorted(tmp_path.rglob("*.*")):  # index.html is among the last
             os.replace(file, folder / file.relative_to(tmp_path))

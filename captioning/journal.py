@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from captioning.decoding import ScoredCaption
+from captioning.files import named_in_errors
 from utils import atomic_write
 
 
@@ -98,7 +99,7 @@ class Journal:
         text = "".join(json.dumps(asdict(entry)) + "\n" for entry in entries)
         if not file.exists():
             text = json.dumps(depends_on) + "\n" + text
-        with file.open("a", encoding="ascii") as stream:
+        with named_in_errors(file), file.open("a", encoding="ascii") as stream:
             stream.write(text)
 
     def count(self) -> int:

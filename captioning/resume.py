@@ -16,12 +16,13 @@ from captioning.checkpoints import (
     LAST,
     PROGRESS,
     check_content,
+    check_room,
     epoch_checkpoints,
     peek,
     read_checkpoint,
 )
 from captioning.command_line import describe_settings, given_names
-from captioning.engine import LearningRate, Run, epochs_of_patience, is_earlier
+from captioning.engine import LearningRate, Run, epochs_of_patience, is_earlier, start_outputs
 from utils import UserError, processes
 
 # these are of each run, whatever the checkpoint says
@@ -222,6 +223,26 @@ class Resumed:
             shapes = [getattr(average, "shape", None) for average in averages]
             if shapes != [parameter.shape] * 2 or not all(bool(a.isfinite().all()) for a in averages):
                 raise UserError(f"{self.source}: its optimizer's state is damaged")
+
+
+def begin_outputs(
+    run: Run,
+    output: Path,
+    settings,
+    optimizer: torch.optim.Optimizer,
+    resumed: Resumed | None,
+    patterns: Sequence[str],
+) -> None:
+    """Look whether there is room for what the run will write, `start_outputs`, and begin its log.
+
+    Raises:
+        UserError: there is not enough for one epoch.
+    """
+    done, source = (len(resumed.history), resumed.source) if resumed else (0, None)
+    if run.is_main:
+        check_room(output, optimizer, settings.epochs - done, settings.keep_checkpoints, run.log)
+        start_outputs(output, source, done, patterns)
+    run.log_file = output / "train.log"  # set only now: archiving would move it
 
 
 def merge_optimizers(

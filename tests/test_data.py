@@ -20,6 +20,7 @@ from PIL import Image
 import create_input_files as preparation
 from captioning.annotations import read_annotations, split_records
 from captioning.images import list_images, read_image
+from captioning.submissions import write_submission
 from datasets import CaptionDataset, Request
 from utils import UserError, natural_order, parallel_map
 
@@ -350,6 +351,21 @@ def test_bad_images_are_named_and_skipped(tmp_path, capsys):
     with pytest.raises(UserError, match=r"b\.png"):
         preparation.create_input_files(replace(settings, strict=True, output_folder=str(tmp_path / "strict")))
     assert not (tmp_path / "strict").exists()
+
+
+def test_thousands_of_missing_images_do_not_flood_the_terminal(tmp_path, capsys):
+    colourful().save(tmp_path / "here.png")
+    names = ["here", *(f"missing{number}" for number in range(2000))]
+    write_submission(tmp_path / "train.csv", [(name, "a red and blue image") for name in names])
+    settings = preparation.Settings(
+        str(tmp_path / "train.csv"), str(tmp_path), output_folder=str(tmp_path / "out"),
+        min_word_freq=1, val_fraction=0, image_size=32,
+    )  # fmt: skip
+    preparation.create_input_files(settings)
+    lines = [line.split("\r")[-1] for line in capsys.readouterr().err.splitlines() if "skipped: " in line]
+    assert len(lines) == 6 and lines[0].startswith("skipped: missing0: no image file of this name")
+    assert lines[5] == "skipped: ... and 1995 more; prepared.json lists all"
+    assert [name for name, _ in read_record(tmp_path / "out")["skipped"]] == names[1:]
 
 
 def test_interrupted_preparation_keeps_the_earlier_one(demo, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from conftest import ROOT, blip_settings, read_history
 
 import train_model
 from captioning.blip import load_captioner
+from captioning.engine import Run
 from captioning.tiny_blip import tiny_captioner
 from datasets import pad_captions
 from utils import UserError
@@ -185,6 +186,19 @@ def test_splits_of_the_file_are_kept_and_bad_images_left_out(demo, tmp_path, cap
         annotations=str(tmp_path / "dataset.json"), image_folder=str(folder),
     )  # fmt: skip
     train_model.train(settings)
-    printed = capsys.readouterr().out
-    assert "8 images to train on, 2 to validate on" in printed
-    assert printed.count("skipped: ") == 2 and names[0] in printed and names[1] in printed
+    printed = capsys.readouterr()
+    assert "8 images to train on, 2 to validate on" in printed.out
+    for text in (printed.err, (tmp_path / "model" / "train.log").read_text()):
+        assert text.count("skipped: ") == 2 and names[0] in text and names[1] in text
+
+
+def test_the_log_has_all_messages_and_the_terminal_the_first(tmp_path, capsys):
+    run = Run.start("no")
+    run.log_many("skipped", [f"image{number}: missing" for number in range(1000)])
+    run.log_file = tmp_path / "train.log"
+    run.log("epoch 1")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:5] == [f"skipped: image{number}: missing" for number in range(5)]
+    assert lines[5:] == ["skipped: ... and 995 more; train.log lists all"]
+    logged = run.log_file.read_text().splitlines()
+    assert logged == [*(f"skipped: image{number}: missing" for number in range(1000)), "epoch 1"]
