@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import io
 import os
 import re
@@ -109,9 +110,10 @@ def lock_file(stream: io.FileIO, waiting: str) -> None:
         fcntl.lockf(stream, fcntl.LOCK_EX)
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove what `utils.atomic_write` and the like left when their process was killed."""
-    for path in folder.glob(".*.partial"):
+def remove_unfinished(folder: Path, name: str = "") -> None:
+    """Remove what `utils.atomic_write` and the like left when their process was killed; of files whose names
+    begin with `name`."""
+    for path in folder.glob(f".{glob.escape(name)}*.partial"):
         number = re.search(r"\.(\d{1,9})\.partial$", path.name)
         if number and not is_alive(int(number[1])):
             if path.is_dir() and not path.is_symlink():

@@ -81,14 +81,15 @@ def caption_folder(
     """
     options.check(decoding)
     plan, search, messages = None, search or {}, Messages("no caption")
+    journal = options.journal()
 
     def prepare() -> tuple[list[Row], list[Problem], dict, int]:
         nonlocal plan
+        journal.remove_unfinished()
         plan = plan_folder(options, model, asdict(decoding) | search | (depends_on or {}), messages)
         return plan.pending, plan.problems, plan.depends_on, os.getpid()
 
     pending, problems, key, main_process = on_main_process(prepare)
-    journal = options.journal()
     if pending:
         captioner = load()
         on_main_process(lambda: journal.begin(key, plan.done.values()))

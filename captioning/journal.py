@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from captioning.decoding import ScoredCaption
-from captioning.files import named_in_errors
+from captioning.files import named_in_errors, remove_unfinished
 from utils import atomic_write
 
 
@@ -113,6 +113,10 @@ class Journal:
 
     def ended_early(self) -> bool:
         return self.path(0).read_bytes().endswith(b"\ninterrupted\n")
+
+    def remove_unfinished(self) -> None:
+        """Remove what killed processes left of the output and its journals."""
+        remove_unfinished(self.output.parent, self.output.name)
 
     def remove(self) -> None:
         for file in self.files():

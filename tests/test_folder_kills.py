@@ -3,6 +3,8 @@
 import os
 import random
 import shutil
+import subprocess
+import sys
 
 import pytest
 from folder_images import BATCH, ColourCaptioner, Killed, make_images, no_captioner, run
@@ -149,3 +151,15 @@ def test_the_file_is_written_even_where_all_was_done_before(tmp_path):
         (folder / f"img{number}.png").unlink()
     run(no_captioner, folder, output)
     assert [bool(text) for _, text in read_submission(output)] == [True] * 4 + [False]
+
+
+def test_what_was_left_before_a_rename_is_removed(tmp_path):
+    folder, output = make_images(tmp_path / "in", 4), tmp_path / "out.csv"
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    left = [tmp_path / f".{name}.{process.pid}.partial" for name in ("out.csv", "out.csv.journal-0")]
+    others = [tmp_path / f".other.csv.{process.pid}.partial", tmp_path / f".out.csv.{os.getppid()}.partial"]
+    for file in left + others:
+        file.write_text("cut sho")
+    run(ColourCaptioner(), folder, output)
+    assert sorted(tmp_path.glob(".*")) == sorted(others)
