@@ -138,13 +138,13 @@ def test_patience_stops_it_and_says_so(prepared, cross_entropy, tmp_path, capsys
 
 
 def test_patience_counts_the_stages_epochs_alone():
-    history = [{"val_bleu4": value} for value in (0.5, 0.1, 0.1, 0.1)]
+    history = [{"val_cider": value} for value in (0.5, 0.1, 0.1, 0.1)]
     assert epochs_of_patience(history, train.Settings()) == 3
     settings = train.Settings(self_critical_after=4, epochs=9)
     assert epochs_of_patience(history, settings) == 0
-    history += [{"val_bleu4": 0.2, REWARD: 1.0}]
+    history += [{"val_cider": 0.2, REWARD: 1.0}]
     assert epochs_of_patience(history, settings) == 1
-    history += [{"val_bleu4": value, REWARD: 1.0} for value in (0.6, 0.1)]
+    history += [{"val_cider": value, REWARD: 1.0} for value in (0.6, 0.1)]
     assert epochs_of_patience(history, settings) == 1
 
 
