@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import inspect
 import os
@@ -249,7 +250,14 @@ def _separate_flags(argv: list[str], flags: list[str]) -> list[str]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
-        raise UserError(f"{message}; {self.prog} --help lists the settings")
+        unknown = re.findall(r"--\w+", message) if message.startswith("unrecognized") else []
+        meant = [name for word in unknown for name in difflib.get_close_matches(word, self._options, 1)]
+        question = f"; did you mean {' '.join(meant)}?" if meant else ""
+        raise UserError(f"{message}{question}; {self.prog} --help lists the settings")
+
+    @property
+    def _options(self) -> list[str]:
+        return [name for action in self._actions for name in action.option_strings]
 
 
 def _resolve_type(hint) -> tuple[type, bool, tuple]:

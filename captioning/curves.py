@@ -24,6 +24,8 @@ def draw_curves(history: list[dict], best: int, file: Path) -> None:
     def plot(axis, name: str, label: str, style: str = "-") -> None:
         if name in history[-1]:
             values = [line.get(name, math.nan) for line in history]
+            if name == "val_bleu4":  # without a match it is not quite 0
+                values = [0.0 if value < 1e-6 else value for value in values]
             axis.plot(epochs, values, style, label=label, marker="." if len(epochs) < 40 else None)
 
     plot(losses, "train_loss", "training")

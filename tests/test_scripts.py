@@ -244,6 +244,15 @@ def test_the_pipeline_takes_every_setting_and_edits_hold(monkeypatch):
         parse_settings(run_pipeline.Settings, ["--encoder_path", "x"])
 
 
+def test_a_misspelt_setting_is_told_its_name():
+    import run_pipeline
+
+    with pytest.raises(UserError, match="--epoch 5; did you mean --epochs"):
+        parse_settings(run_pipeline.Settings, ["--epoch", "5"])
+    with pytest.raises(UserError, match=r"unrecognized arguments: --zzz 5; [^;]* lists the settings$"):
+        parse_settings(run_pipeline.Settings, ["--zzz", "5"])
+
+
 def test_wrong_input_of_training(run_script, prepared, tmp_path):
     output = tmp_path / "out"
     script = ["train.py", "--output_folder", output]
