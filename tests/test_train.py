@@ -19,6 +19,7 @@ from metrics import bleu4, tokenize
 from utils import UserError
 
 
+@pytest.mark.slow
 def test_a_model_overfits_twenty_images(demo, tmp_path):
     """Real images, real ImageNet features: what it has learned by heart it says by itself."""
     import create_input_files
@@ -117,6 +118,7 @@ def test_the_encoder_is_opened_after_the_decoder_has_learned(prepared, tmp_path)
         train.Settings(augment=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fine_tune", [False, True])
 def test_two_processes_or_two_parts_are_one_batch_of_twice_the_size(prepared, tmp_path, fine_tune):
     options = {"dropout": 0.0, "epochs": 2, "fine_tune_encoder": fine_tune}

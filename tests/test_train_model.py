@@ -76,6 +76,7 @@ def test_accumulated_passes_are_one_large_batch(demo, tmp_path):
     assert parts["train_loss"] == pytest.approx(whole["train_loss"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_large_batch(demo, tmp_path):
     one = train_model.train(blip_settings(demo, tmp_path / "one", learning_rate=1e-4))
     settings = blip_settings(demo, tmp_path / "two", batch_size=4, learning_rate=1e-4)
