@@ -251,13 +251,13 @@ def _separate_flags(argv: list[str], flags: list[str]) -> list[str]:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         unknown = re.findall(r"--\w+", message) if message.startswith("unrecognized") else []
-        meant = [name for word in unknown for name in difflib.get_close_matches(word, self._options, 1)]
+        meant = [
+            name
+            for word in unknown
+            for name in difflib.get_close_matches(word, self._option_string_actions, 1)
+        ]
         question = f"; did you mean {' '.join(meant)}?" if meant else ""
         raise UserError(f"{message}{question}; {self.prog} --help lists the settings")
-
-    @property
-    def _options(self) -> list[str]:
-        return [name for action in self._actions for name in action.option_strings]
 
 
 def _resolve_type(hint) -> tuple[type, bool, tuple]:
