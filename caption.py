@@ -19,14 +19,14 @@ from typing import Literal
 
 from torch import Tensor
 
-from captioning.captioner import Captioner
-from captioning.checkpoints import load_models
+from captioning.captioners.attention import Captioner
 from captioning.command_line import run_script
-from captioning.decoding import DecodingOptions
-from captioning.figures import caption_files, draw_attention
-from captioning.folder_plan import FolderOptions
-from captioning.folders import caption_folder
-from captioning.images import read_image
+from captioning.data.images import read_image
+from captioning.decoding.options import DecodingOptions
+from captioning.folders.plan import FolderOptions
+from captioning.folders.run import caption_folder
+from captioning.report.figures import caption_files, draw_attention
+from captioning.weights.checkpoints import load_models
 from models import DecoderWithAttention, Encoder
 from utils import Device, UserError
 

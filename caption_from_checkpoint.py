@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from captioning.captioner import Captioner
+from captioning.captioners.attention import Captioner
 from captioning.command_line import run_script
-from captioning.decoding import DecodingOptions
-from captioning.folder_plan import FolderOptions
-from captioning.folders import caption_folder
+from captioning.decoding.options import DecodingOptions
+from captioning.folders.plan import FolderOptions
+from captioning.folders.run import caption_folder
 from utils import Device, UserError, is_main_process, natural_order
 
 DEFAULT_OUTPUT = "submission.csv"

@@ -13,8 +13,8 @@ import captioning.interrupts  # noqa: F401  before what takes seconds
 
 from dataclasses import dataclass
 
-from captioning.checkpoints import load_checkpoint, save_checkpoint
 from captioning.command_line import run_script
+from captioning.weights.checkpoints import load_checkpoint, save_checkpoint
 from utils import UserError
 
 

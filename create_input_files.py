@@ -23,7 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from captioning.annotations import (
+from captioning.command_line import check_at_least, check_share, run_script
+from captioning.data.annotations import (
     END,
     PAD,
     START,
@@ -33,11 +34,10 @@ from captioning.annotations import (
     read_training_splits,
     require_image,
 )
-from captioning.command_line import check_at_least, check_share, run_script
+from captioning.data.hdf5 import RowWriter, require_disk_space
+from captioning.data.images import read_image
+from captioning.data.prepared import digest_files
 from captioning.files import lock_folder
-from captioning.hdf5 import RowWriter, require_disk_space
-from captioning.images import read_image
-from captioning.prepared import digest_files
 from utils import Messages, UserError, check_output, parallel_map, progress_bar, write_json
 
 REMEDY = "free some disk space, or lower --image_size"

@@ -24,11 +24,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from captioning.annotations import Record, require_image
-from captioning.features import REMEDY, is_up_to_date, open_features, weights_digest, write_features
-from captioning.hdf5 import Rows, open_dataset
-from captioning.images import read_image
-from captioning.prepared import Prepared
+from captioning.data.annotations import Record, require_image
+from captioning.data.features import REMEDY, is_up_to_date, open_features, weights_digest, write_features
+from captioning.data.hdf5 import Rows, open_dataset
+from captioning.data.images import read_image
+from captioning.data.prepared import Prepared
 from utils import (
     UserError,
     parallel_map,
@@ -39,7 +39,7 @@ from utils import (
 )
 
 if TYPE_CHECKING:
-    from captioning.blip import BlipCaptioner
+    from captioning.captioners.blip import BlipCaptioner
 
 # --- prepared data ------------------------------------------------------------------------------------------
 
@@ -62,7 +62,7 @@ class CaptionDataset(Dataset):
     Captions are kept as small integers in one array, which worker processes share.
 
     Args:
-        features_file: HDF5 file of features, as `captioning.features.cache_features` writes it.
+        features_file: HDF5 file of features, as `captioning.data.features.cache_features` writes it.
         augment: change images at random, see `augment_image`.
 
     Raises:

@@ -22,15 +22,15 @@ import torch
 
 from captioning import HUB_MODEL
 from captioning.command_line import check_at_least, run_script
-from captioning.decoding import DecodingOptions
-from captioning.figures import caption_files, caption_line
-from captioning.folder_plan import FolderOptions
-from captioning.folders import caption_folder
-from captioning.images import read_image
+from captioning.data.images import read_image
+from captioning.decoding.options import DecodingOptions
+from captioning.folders.plan import FolderOptions
+from captioning.folders.run import caption_folder
+from captioning.report.figures import caption_files, caption_line
 from utils import Device, UserError, is_main_process, pick_device, printable
 
 if TYPE_CHECKING:
-    from captioning.blip import BlipCaptioner
+    from captioning.captioners.blip import BlipCaptioner
 
 DEFAULT_OUTPUT = "blip_submission.csv"
 
@@ -160,7 +160,7 @@ def _load(model_path: str | Path, half: bool, mixed_precision: bool, prompt: str
     """The captioner on its device and in its precision."""
     import transformers
 
-    from captioning.blip import load_captioner, require_blip
+    from captioning.captioners.blip import load_captioner, require_blip
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -25,12 +25,13 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from captioning.annotations import Record
 from captioning.command_line import LARGEST, check_at_least, run_script
-from captioning.comparison import compare_files, compare_models, print_intervals, verdict
-from captioning.decoding import DecodingOptions, ScoredCaption
-from captioning.diversity import caption_diversity, print_diversity
-from captioning.scoring import (
+from captioning.data.annotations import Record
+from captioning.data.submissions import ScoredCaption, caption_rows, escape_formula, write_submission
+from captioning.decoding.options import DecodingOptions
+from captioning.report.comparison import compare_files, compare_models, print_intervals, verdict
+from captioning.report.quality import caption_diversity, print_diversity
+from captioning.report.scoring import (
     COLUMNS,
     find_image_folder,
     prepared_records,
@@ -39,13 +40,12 @@ from captioning.scoring import (
     score_submission,
     training_texts,
 )
-from captioning.submissions import caption_rows, escape_formula, write_submission
 from metrics import Scores, score_captions
 from utils import Device, UserError, check_output, processes, write_json, write_table
 
 if TYPE_CHECKING:  # files of captions are scored without torch, which takes seconds to import
-    from captioning.captioner import Captioner
-    from captioning.hdf5 import Rows
+    from captioning.captioners.attention import Captioner
+    from captioning.data.hdf5 import Rows
 
 __all__ = ["Settings", "evaluate", "print_table", "score_submission"]
 
@@ -147,8 +147,8 @@ def evaluate(settings: Settings) -> list[dict]:
     """
     from accelerate.utils import gather_object
 
-    from captioning.prepared import read_prepared
-    from captioning.split_captions import decode_files, decode_split
+    from captioning.data.prepared import read_prepared
+    from captioning.report.scoring import decode_files, decode_split
 
     state = processes()
     prepared_size = read_prepared(settings.data_folder)["settings"]["image_size"]
@@ -184,8 +184,8 @@ def evaluate(settings: Settings) -> list[dict]:
 
 def open_split(captioner: Captioner, settings: Settings) -> tuple[list[Rows], str]:
     """The split's images, "computed", or its features for each encoder, "cached"."""
-    from captioning.features import cached_features, open_features
-    from captioning.prepared import Prepared
+    from captioning.data.features import cached_features, open_features
+    from captioning.data.prepared import Prepared
 
     folder, split = settings.data_folder, settings.split
     data = Prepared(folder)
@@ -230,7 +230,7 @@ def add_diversity(rows: list[dict], settings: Settings, samples: dict[str, list[
 
 
 def load_model(settings: Settings):
-    from captioning.captioner import Captioner
+    from captioning.captioners.attention import Captioner
 
     if not settings.model_path:
         return Captioner.load(settings.checkpoint, settings.word_map)
@@ -254,8 +254,8 @@ def read_references(data_folder: str | Path, split: str) -> dict[str, list[str]]
 
 def point(rows: list[dict], records: Sequence[Record], settings: Settings) -> None:
     """Add to each row "pointing": whether the model looks at what it names, with the row's beam size."""
-    from captioning.interface import describe_files
-    from captioning.pointing import pointing_score, read_boxes
+    from captioning.captioners.base import describe_files
+    from captioning.report.pointing import pointing_score, read_boxes
 
     paths = {record.image_id: record.path for record in records}
     boxes = read_boxes(settings.boxes, paths)
@@ -417,7 +417,7 @@ def log_probs(row: dict, image_id: str) -> dict[str, float]:
 
 def draw_worst(row: dict, records: Sequence[Record], settings: Settings) -> None:
     """A figure of the images with the lowest CIDEr in a row, the worst first."""
-    from captioning.figures import draw_captions
+    from captioning.report.figures import draw_captions
 
     known = {record.image_id: record for record in records if record.path}
     scores = {key: own for key, own in row["scores"].per_image.items() if key in known}

@@ -3,8 +3,8 @@
 Written to be read beside the paper, with three differences: beta is a vector, with one gate per channel of
 the encoding; the output layer is linear in h, without equation 7's terms for the word and the context; h0 and
 c0 come from one linear layer each. This file needs torch and torchvision alone. By default
-`captioning/fused_decoder.py` runs, which computes the same numbers faster from the same modules; tests
-compare the two. After a change of Attention or DecoderWithAttention here, run with --fused False.
+`captioning/decoding/fused_decoder.py` runs, which computes the same numbers faster from the same modules;
+tests compare the two. After a change of Attention or DecoderWithAttention here, run with --fused False.
 
 Sizes: batch_size captions, each with its own copy of its image's encoding; num_pixels locations for attention
 to look at, 14 x 14 = 196; encoder_dim channels, 2048 for ResNet-101.
@@ -77,7 +77,7 @@ def convnext(name: str, dim: int) -> EncoderSpec:
 RESNETS = ("resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d",
            "wide_resnet50_2", "wide_resnet101_2")  # fmt: skip
 CONVNEXTS = {"convnext_tiny": 768, "convnext_small": 768, "convnext_base": 1024, "convnext_large": 1536}
-# Add an encoder here; captioning/pretrained.py adds those whose weights come with pip.
+# Add an encoder here; captioning/weights/pretrained.py adds those whose weights come with pip.
 ENCODERS: dict[str, EncoderSpec] = {
     **{name: resnet(name, 512) for name in ("resnet18", "resnet34")},
     **{name: resnet(name) for name in RESNETS},

@@ -28,15 +28,15 @@ import eval as evaluation
 import make_demo_data
 import train
 import train_model as blip_training
-from captioning.annotations import read_annotations
 from captioning.command_line import Step, check_at_least, describe_settings, make_settings, run_script
-from captioning.engine import best_epoch, repair_outputs
+from captioning.data.annotations import read_annotations
+from captioning.data.images import list_images
+from captioning.data.prepared import Prepared, read_prepared
 from captioning.files import lock_folder
-from captioning.images import list_images
-from captioning.prepared import Prepared, read_prepared
-from captioning.pretrained import check_encoder_name
-from captioning.resume import find_same_run, is_complete
-from captioning.scoring import score_submission
+from captioning.report.scoring import score_submission
+from captioning.training.loop import best_epoch, repair_outputs
+from captioning.training.resume import find_same_run, is_complete
+from captioning.weights.pretrained import check_encoder_name
 from utils import Device, UserError, check_output, printable, read_json, write_json
 
 

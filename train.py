@@ -26,20 +26,15 @@ from typing import Literal
 import torch
 from torch.utils.data import DataLoader
 
-from captioning import fused_decoder
-from captioning.averaging import WeightAverage
-from captioning.checkpoints import (
-    STATES,
-    check_content,
-    checkpoint_content,
-    decoder_from,
-    encoder_from,
-    load_checkpoint,
-    write_best,
-)
 from captioning.command_line import check_above_zero, check_at_least, check_share, run_script
-from captioning.curves import REWARD
-from captioning.engine import (
+from captioning.data.features import cache_features
+from captioning.data.prepared import Prepared
+from captioning.decoding import fused_decoder
+from captioning.files import lock_folder
+from captioning.training.averaging import WeightAverage
+from captioning.training.curves import REWARD
+from captioning.training.interruption import Progress, Saver
+from captioning.training.loop import (
     LearningRate,
     Run,
     copy_best,
@@ -49,16 +44,21 @@ from captioning.engine import (
     report_best,
     save_epoch,
 )
-from captioning.features import cache_features
-from captioning.files import lock_folder
-from captioning.interruption import Progress, Saver
-from captioning.losses import CrossEntropy, drop_embeddings, sampling_probability
-from captioning.monitor import Monitor
-from captioning.prepared import Prepared
-from captioning.pretrained import build_encoder, load_embeddings
-from captioning.resume import Resumed, begin_outputs
-from captioning.self_critical import Reward, SelfCritical, start_self_critical
-from captioning.validation import validate
+from captioning.training.losses import CrossEntropy, drop_embeddings, sampling_probability
+from captioning.training.monitor import Monitor
+from captioning.training.resume import Resumed, begin_outputs
+from captioning.training.self_critical import Reward, SelfCritical, start_self_critical
+from captioning.training.validation import validate
+from captioning.weights.checkpoints import (
+    STATES,
+    check_content,
+    checkpoint_content,
+    decoder_from,
+    encoder_from,
+    load_checkpoint,
+    write_best,
+)
+from captioning.weights.pretrained import build_encoder, load_embeddings
 from datasets import BatchSampler, CaptionDataset, make_loader
 from metrics import tokenize
 from models import DecoderWithAttention, Encoder

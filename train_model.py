@@ -29,10 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from captioning import HUB_MODEL
-from captioning.annotations import Record, read_training_splits
-from captioning.checkpoints import STATES, WEIGHTS, check_content, read_checkpoint
 from captioning.command_line import check_above_zero, check_at_least, check_share, run_script
-from captioning.engine import (
+from captioning.data.annotations import Record, read_training_splits
+from captioning.files import lock_folder, named_in_errors
+from captioning.training.interruption import Saver
+from captioning.training.loop import (
     LearningRate,
     Run,
     caption_scores,
@@ -41,14 +42,13 @@ from captioning.engine import (
     report_best,
     save_epoch,
 )
-from captioning.files import lock_folder, named_in_errors
-from captioning.interruption import Saver
-from captioning.monitor import Monitor
-from captioning.resume import Resumed, begin_outputs
+from captioning.training.monitor import Monitor
+from captioning.training.resume import Resumed, begin_outputs
+from captioning.weights.checkpoints import STATES, WEIGHTS, check_content, read_checkpoint
 from utils import Device, UserError, check_output, progress_bar
 
 if TYPE_CHECKING:  # they import transformers, which takes seconds
-    from captioning.blip import BlipCaptioner
+    from captioning.captioners.blip import BlipCaptioner
     from datasets import BatchSampler, BlipDataset
 
 
@@ -256,8 +256,8 @@ def data_digest(*splits: list[Record]) -> str:
 
 def build_captioner(settings: Settings, records: list[Record], resumed: Resumed | None) -> BlipCaptioner:
     """The model to start from, or the checkpoint's, with the settings that its own forward pass looks at."""
-    from captioning.blip import load_captioner, require_blip
-    from captioning.tiny_blip import tiny_captioner
+    from captioning.captioners.blip import load_captioner, require_blip
+    from captioning.captioners.tiny_blip import tiny_captioner
 
     if settings.base_model == "tiny":
         texts = [" ".join(tokens) for record in records for tokens in record.tokens]

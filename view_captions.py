@@ -22,16 +22,16 @@ from pathlib import Path
 
 import numpy as np
 
-from captioning.annotations import Record
 from captioning.command_line import check_at_least, run_script
-from captioning.comparison import compare_models, verdict
-from captioning.decoding import DecodingOptions
-from captioning.figures import draw_attention, draw_maps
-from captioning.folder_plan import find_images
-from captioning.gallery import ShownCaption, ShownModel, check_folder, write_gallery
-from captioning.images import read_image
-from captioning.quality import attention_summary, caption_quality
-from captioning.scoring import (
+from captioning.data.annotations import Record
+from captioning.data.images import read_image
+from captioning.decoding.options import DecodingOptions
+from captioning.folders.plan import find_images
+from captioning.report.comparison import compare_models, verdict
+from captioning.report.figures import draw_attention, draw_maps
+from captioning.report.gallery import ShownCaption, ShownModel, check_folder, write_gallery
+from captioning.report.quality import attention_summary, caption_quality
+from captioning.report.scoring import (
     find_image_folder,
     match_submission,
     prepared_records,
@@ -159,7 +159,7 @@ def caption_all(settings: Settings, records: Sequence[Record]) -> list[ShownMode
         )
     if settings.submission and not (settings.checkpoint or settings.model_path):
         return unique_names(models)
-    from captioning.interface import describe_files
+    from captioning.captioners.base import describe_files
 
     paths = {record.image_id: record.path for record in records if record.path}
     if not paths:
@@ -178,7 +178,7 @@ def caption_all(settings: Settings, records: Sequence[Record]) -> list[ShownMode
 
 def load_captioners(settings: Settings):
     """(name, captioner) of each model, one in memory at a time."""
-    from captioning.captioner import Captioner
+    from captioning.captioners.attention import Captioner
 
     checkpoints = settings.checkpoint
     if not (checkpoints or settings.model_path):

@@ -24,12 +24,12 @@ import transformers
 from PIL import Image
 from tokenizers import BertWordPieceTokenizer
 
-from captioning.blip import BlipCaptioner, load_captioner
+from captioning.captioners.blip import BlipCaptioner, load_captioner
 from captioning.command_line import check_at_least, run_script
-from captioning.decoding import DecodingOptions
-from captioning.folder_plan import FolderOptions
-from captioning.folders import caption_folder
-from captioning.submissions import read_submission
+from captioning.data.submissions import read_submission
+from captioning.decoding.options import DecodingOptions
+from captioning.folders.plan import FolderOptions
+from captioning.folders.run import caption_folder
 from utils import UserError, pick_device
 
 

@@ -33,14 +33,14 @@ from torch import Tensor
 
 import train
 from caption import caption_images
-from captioning.annotations import END, START
-from captioning.beam_search import beam_search
 from captioning.command_line import check_at_least, run_script
-from captioning.features import encode_images
-from captioning.fused_decoder import caption_logits
-from captioning.images import read_image
-from captioning.journal import Journal
-from captioning.word_masks import NO_RULES, WordRules
+from captioning.data.annotations import END, START
+from captioning.data.features import encode_images
+from captioning.data.images import read_image
+from captioning.decoding.beam_search import beam_search
+from captioning.decoding.fused_decoder import caption_logits
+from captioning.decoding.word_rules import NO_RULES, WordRules
+from captioning.folders.journal import Journal
 from models import DecoderWithAttention, Encoder, normalize_images
 from tests.reference import TextbookDecoder, TextbookEncoder, textbook_search
 from utils import pick_device

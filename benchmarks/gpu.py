@@ -30,13 +30,13 @@ from gpu_data import PRECISIONS, Data, precision
 from gpu_training import COCO_CAPTIONS, frozen, profile, rate, self_critical, trainable
 from torch import Tensor
 
-from captioning.annotations import END, START
-from captioning.captioner import Captioner
+from captioning.captioners.attention import Captioner
 from captioning.command_line import check_at_least, run_script
-from captioning.decoding import DecodingOptions
-from captioning.folder_plan import FolderOptions
-from captioning.folders import caption_folder
-from captioning.fused_decoder import caption_logits
+from captioning.data.annotations import END, START
+from captioning.decoding.fused_decoder import caption_logits
+from captioning.decoding.options import DecodingOptions
+from captioning.folders.plan import FolderOptions
+from captioning.folders.run import caption_folder
 from models import DecoderWithAttention, normalize_images
 from tests.reference import textbook_search
 from utils import Device, UserError, parallel_map, pick_device, write_json
@@ -237,7 +237,7 @@ def blip(bench: Bench, data: Data) -> None:
     """BLIP base in bfloat16, random weights: captioning at 3 beams and 20 tokens, and a training step."""
     from transformers import BlipConfig, BlipForConditionalGeneration
 
-    from captioning.blip import shared_by_beams
+    from captioning.captioners.blip import shared_by_beams
 
     text, vision, batch_size = {"initializer_range": 0.1}, {"initializer_range": 0.05}, 64
     if bench.settings.tiny:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from captioning.features import encode_images
+from captioning.data.features import encode_images
 from datasets import BatchSampler, CaptionDataset
 from models import DecoderWithAttention
 from tests.reference import TextbookDecoder, TextbookEncoder

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from gpu_data import Data, precision
 from torch import Tensor, nn
 
-from captioning.engine import Run
-from captioning.fused_decoder import caption_logits
-from captioning.self_critical import Reward, SelfCritical
+from captioning.decoding.fused_decoder import caption_logits
+from captioning.training.loop import Run
+from captioning.training.self_critical import Reward, SelfCritical
 from models import normalize_images
 from tests.reference import pool, textbook_loss
 

@@ -28,8 +28,8 @@ from torch import nn
 
 import train
 from captioning.command_line import check_at_least, run_script
-from captioning.engine import Run
-from captioning.features import weights_digest
+from captioning.data.features import weights_digest
+from captioning.training.loop import Run
 from utils import UserError, progress_bar, write_json
 
 MAX_LEN = 50  # words

@@ -31,14 +31,14 @@ from common import timed
 from torch import Tensor
 
 import train
-from captioning.beam_search import search_states
-from captioning.checkpoints import load_models
 from captioning.command_line import check_at_least, check_share, run_script
-from captioning.engine import Run
-from captioning.features import cache_features
-from captioning.fused_decoder import TokenLogits
-from captioning.losses import CrossEntropy, caption_logits, sample_inputs
-from captioning.sampling import draw_words
+from captioning.data.features import cache_features
+from captioning.decoding.beam_search import search_states
+from captioning.decoding.fused_decoder import TokenLogits
+from captioning.decoding.sampling import draw_words
+from captioning.training.loop import Run
+from captioning.training.losses import CrossEntropy, caption_logits, sample_inputs
+from captioning.weights.checkpoints import load_models
 from datasets import BatchSampler, CaptionDataset
 from models import DecoderWithAttention
 from utils import UserError, pick_device

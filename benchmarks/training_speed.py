@@ -38,12 +38,12 @@ from common import (
 from torch import Tensor, nn
 
 import train
-from captioning.annotations import UNK
 from captioning.command_line import check_at_least, run_script
-from captioning.engine import Run
-from captioning.features import encode_images
-from captioning.losses import CrossEntropy
-from captioning.self_critical import Reward, SelfCritical
+from captioning.data.annotations import UNK
+from captioning.data.features import encode_images
+from captioning.training.loop import Run
+from captioning.training.losses import CrossEntropy
+from captioning.training.self_critical import Reward, SelfCritical
 from models import DecoderWithAttention, Encoder, normalize_images
 from tests.reference import TextbookDecoder, TextbookEncoder, pool, textbook_loss
 from utils import pick_device

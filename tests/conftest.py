@@ -18,7 +18,7 @@ import create_input_files
 import make_demo_data
 import train
 from captioning import command_line
-from captioning.annotations import read_annotations
+from captioning.data.annotations import read_annotations
 from metrics import Meteor, MeteorDataError
 from metrics.meteor_data import find_data
 
@@ -104,8 +104,8 @@ def read_history(output: Path) -> list[dict[str, float]]:
 @pytest.fixture(scope="session")
 def blip_folder(demo, tmp_path_factory) -> Path:
     """A tiny BLIP with random weights: its captions are nonsense, its numbers are numbers."""
-    from captioning.annotations import read_annotations
-    from captioning.tiny_blip import tiny_captioner
+    from captioning.captioners.tiny_blip import tiny_captioner
+    from captioning.data.annotations import read_annotations
 
     torch.manual_seed(3)
     captions = [caption for record in read_annotations(demo / "train.csv") for caption in record.captions]

@@ -5,10 +5,11 @@ import os
 import torch
 from PIL import Image
 
-from captioning.decoding import DecodingOptions, ScoredCaption
-from captioning.folder_plan import FolderOptions
-from captioning.folders import caption_folder
-from captioning.images import read_image
+from captioning.data.images import read_image
+from captioning.data.submissions import ScoredCaption
+from captioning.decoding.options import DecodingOptions
+from captioning.folders.plan import FolderOptions
+from captioning.folders.run import caption_folder
 
 BATCH = 4
 

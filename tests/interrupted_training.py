@@ -13,8 +13,8 @@ import pytest
 import torch
 from conftest import ROOT, read_history
 
-from captioning.engine import Run
-from captioning.resume import OF_THIS_RUN
+from captioning.training.loop import Run
+from captioning.training.resume import OF_THIS_RUN
 from utils import Terminated
 
 TIMES = ("seconds", "captions_per_second")

@@ -18,9 +18,9 @@ SIZES = ["--emb_dim", 64, "--attention_dim", 32, "--decoder_dim", 128, "--dropou
 CHECK = """
 import json, sys
 import h5py, torch
-from captioning.beam_search import beam_search
-from captioning.checkpoints import load_models
-from captioning.features import encode_images
+from captioning.decoding.beam_search import beam_search
+from captioning.weights.checkpoints import load_models
+from captioning.data.features import encode_images
 from models import pool_grid
 
 checkpoint, data_folder = sys.argv[1:]
@@ -114,8 +114,8 @@ def test_an_encoder_is_one_entry(tmp_path):
     copy = altered_copy("Another encoder", tmp_path)
     checked = run(copy, "-c", (
         "import torch\n"
-        "from captioning.fold_batch_norms import fold_batch_norms\n"
-        "from captioning.pretrained import build_encoder\n"
+        "from captioning.weights.pretrained import fold_batch_norms\n"
+        "from captioning.weights.pretrained import build_encoder\n"
         "from models import Encoder\n"
         "images = torch.randn(2, 3, 64, 64)\n"
         "plain = Encoder('regnet_y_400mf')\n"

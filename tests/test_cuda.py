@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 import train
-from captioning.captioner import Captioner
-from captioning.engine import Run
-from captioning.folders import HalvingCaptioner
-from captioning.fused_decoder import caption_logits
+from captioning.captioners.attention import Captioner
+from captioning.decoding.fused_decoder import caption_logits
+from captioning.folders.run import HalvingCaptioner
+from captioning.training.loop import Run
 from models import DecoderWithAttention
 from tests.conftest import ROOT, small_settings
 from utils import UserError, read_json
@@ -34,7 +34,7 @@ def as_on_the_cpu(monkeypatch):
 
     def run(work):
         with monkeypatch.context() as patch:
-            for module in ("captioning.engine", "captioning.checkpoints"):
+            for module in ("captioning.training.loop", "captioning.weights.checkpoints"):
                 patch.setattr(f"{module}.pick_device", lambda *names: torch.device("cpu"))
             return work()
 

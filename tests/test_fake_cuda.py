@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captioning import fused_decoder
-from captioning.beam_search import beam_search
-from captioning.engine import Run
-from captioning.features import encode_images
-from captioning.sampling import sample_captions
-from captioning.self_critical import Reward, SelfCritical, draw_samples
-from captioning.word_masks import WordRules
+from captioning.data.features import encode_images
+from captioning.decoding import fused_decoder
+from captioning.decoding.beam_search import beam_search
+from captioning.decoding.sampling import sample_captions
+from captioning.decoding.word_rules import WordRules
+from captioning.training.loop import Run
+from captioning.training.self_critical import Reward, SelfCritical, draw_samples
 from models import DecoderWithAttention, Encoder, normalize_images
 from tests.fake_cuda import CUDA, CudaTensor, FakeCuda, backward, to_cuda
 from train import Settings

@@ -9,8 +9,8 @@ import pytest
 from conftest import ROOT, assert_one_line
 
 import create_input_files as preparation
+from captioning.data.hdf5 import ResumableRowWriter, RowWriter, open_dataset
 from captioning.files import LOCK_FILE, OutputFile, lock_folder, remove_unfinished
-from captioning.hdf5 import ResumableRowWriter, RowWriter, open_dataset
 from utils import UserError, atomic_write
 
 fcntl = pytest.importorskip("fcntl")
@@ -128,7 +128,7 @@ def test_hdf5_and_torch_survive_a_failing_write(tmp_path, monkeypatch):
             written.append(len(data))
             return super().write(data)
 
-    monkeypatch.setattr("captioning.hdf5.OutputFile", FullDisk)
+    monkeypatch.setattr("captioning.data.hdf5.OutputFile", FullDisk)
     with pytest.raises(OSError), RowWriter(tmp_path / "a", "rows", 1000, "") as writer:
         for _ in range(1000):
             writer.append(np.zeros((1, 10_000), np.uint8))

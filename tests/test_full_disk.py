@@ -24,8 +24,8 @@ import run_pipeline
 import train
 import train_model
 import view_captions
-from captioning.annotations import read_annotations
-from captioning.submissions import write_submission
+from captioning.data.annotations import read_annotations
+from captioning.data.submissions import write_submission
 
 resource = pytest.importorskip("resource")
 

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 import eval as evaluation
-from captioning.images import read_image
-from captioning.submissions import read_submission, write_submission
+from captioning.data.images import read_image
+from captioning.data.submissions import read_submission, write_submission
 from utils import UserError, printable
 
 

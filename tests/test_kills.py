@@ -23,9 +23,9 @@ from conftest import draw_demo
 from fork_server import Run, Server
 from PIL import Image
 
-from captioning.checkpoints import BEST_FILES, epoch_checkpoints, read_checkpoint
-from captioning.engine import best_epoch
-from captioning.hdf5 import open_dataset
+from captioning.data.hdf5 import open_dataset
+from captioning.training.loop import best_epoch
+from captioning.weights.checkpoints import BEST_FILES, epoch_checkpoints, read_checkpoint
 from utils import read_json
 
 pytestmark = [

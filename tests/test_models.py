@@ -6,12 +6,11 @@ import torch.nn.functional as F
 import torchvision
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from captioning.features import encode_images
-from captioning.fold_batch_norms import fold_batch_norms
-from captioning.fused_decoder import caption_logits, require_same_as_plain
-from captioning.fused_recurrence import pack_captions
-from captioning.plain_decoder import caption_logits as plain_caption_logits
-from captioning.pretrained import build_encoder, load_embeddings
+from captioning.data.features import encode_images
+from captioning.decoding.fused_decoder import caption_logits, require_same_as_plain
+from captioning.decoding.fused_recurrence import pack_captions
+from captioning.decoding.plain_decoder import caption_logits as plain_caption_logits
+from captioning.weights.pretrained import build_encoder, fold_batch_norms, load_embeddings
 from models import DecoderWithAttention, Encoder, normalize_images, pool_grid
 from tests.reference import TextbookDecoder
 from utils import UserError
@@ -304,7 +303,7 @@ def test_load_embeddings(tmp_path):
 
 
 def test_tutorial_size_model_trains_and_captions_on_the_cpu():
-    from captioning.beam_search import beam_search
+    from captioning.decoding.beam_search import beam_search
 
     encoder = build_encoder("resnet101", "none")
     decoder = DecoderWithAttention(512, 512, 512, 9490, dropout=0.0)

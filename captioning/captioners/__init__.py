@@ -1,0 +1,1 @@
+"""What every captioner gives; attention models; BLIP and its kin."""

@@ -1,0 +1,1 @@
+"""Annotations, images and prepared data: what is read and written on disk."""

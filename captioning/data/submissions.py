@@ -1,0 +1,177 @@
+"""Files of captions, written and read.
+
+Three formats, by the file's extension: a CSV `image_id,caption` as Kaggle takes it; COCO results JSON,
+`[{"image_id": 391895, "caption": "..."}, ...]`, as the official evaluation server takes it; and JSON lines,
+`{"image_id": "photo", "caption": "..."}`. Where asked for, each caption has its rank among those of its image
+and its log-probabilities, in columns or keys `MORE_COLUMNS`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import compress
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+from utils import UserError, atomic_write, read_json, write_json
+
+FORMATS = (".csv", ".json", ".jsonl")
+MORE_COLUMNS = ("rank", "log_prob", "log_prob_per_word")
+
+
+class ScoredCaption(NamedTuple):
+    """A caption and how sure the model is of it; None where that is not known.
+
+    log_prob: natural logarithm of the caption's probability under the model, that of its end included.
+    log_prob_per_word: the same by the number of words plus one, for the end.
+    """
+
+    text: str
+    log_prob: float | None = None
+    log_prob_per_word: float | None = None
+
+    @classmethod
+    def of(cls, text: str, log_prob: float, words: int) -> ScoredCaption:
+        return cls(text, log_prob, log_prob / (words + 1))
+
+
+def caption_rows(
+    captions: Iterable[tuple[str, Sequence[ScoredCaption]]], with_ranks: bool, with_scores: bool
+) -> tuple[list[tuple], tuple[str, ...]]:
+    """Rows and further columns, as `write_submission` takes them, of each image's captions.
+
+    Args:
+        captions: (id, captions) of each image.
+        with_ranks: number the captions of an image from 1. with_scores: give their log-probabilities.
+    """
+    wanted = [with_ranks, with_scores, with_scores]
+    rows = []
+    for image_id, own in captions:
+        for rank, (text, *scores) in enumerate(own, start=1):
+            values = [rank, *(None if score is None else round(score, 4) for score in scores)]
+            rows.append((image_id, text, *compress(values, wanted)))
+    return rows, tuple(compress(MORE_COLUMNS, wanted))
+
+
+def write_submission(
+    path: str | Path, rows: Sequence[tuple], more_columns: Sequence[str] = (), escape_formulas: bool = False
+) -> None:
+    """Write (id, caption, ...) rows: as COCO results or JSON lines where the file's name ends in .json or
+    .jsonl, else as a CSV.
+
+    more_columns: names of the values behind the caption. escape_formulas: in a CSV, as `escape_formula` does.
+    """
+    columns = ("image_id", "caption", *more_columns)
+    if Path(path).suffix.lower() == ".json":
+        write_json(path, [dict(zip(columns, (coco_id(image_id), *rest))) for image_id, *rest in rows])
+        return
+    with atomic_write(path) as tmp_path, tmp_path.open("w", encoding="utf-8", newline="") as stream:
+        if Path(path).suffix.lower() == ".jsonl":
+            for row in rows:
+                stream.write(json.dumps(dict(zip(columns, row)), ensure_ascii=False) + "\n")
+            return
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(map(escape_formula, row) if escape_formulas else row for row in rows)
+
+
+FORMULAS = ("=", "+", "-", "@")  # how a cell begins that spreadsheets take for a formula
+
+
+def escape_formula(value: object) -> object:
+    """Text that begins as a formula with an apostrophe in front, which makes it text to a spreadsheet too."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULAS) else value
+
+
+def _unescape_formula(text: str) -> str:
+    return text[1:] if text[:1] == "'" and text[1:].startswith(FORMULAS) else text
+
+
+def coco_id(image_id: str) -> int | str:
+    """COCO's number of an image: its file names are like COCO_val2014_000000391895.jpg. Other ids stay."""
+    number = re.fullmatch(r"(?:COCO_\w+?_)?0*(\d+)(?:\.jpg)?", image_id)
+    return int(number[1]) if number else image_id
+
+
+def read_submission(path: str | Path) -> list[tuple[str, str]]:
+    """The (id, caption) rows of a file in any of the formats, in file order, doubled ones too.
+
+    Raises:
+        UserError: the file is missing, damaged or of another layout, or holds no row.
+    """
+    path = Path(path)
+    readers = {".json": _read_results, ".jsonl": _read_lines}
+    rows = readers.get(path.suffix.lower(), _read_rows)(path)
+    if not rows:
+        raise UserError(f"{path}: no captions in it")
+    return rows
+
+
+def _read_results(path: Path) -> list[tuple[str, str]]:
+    rows = _rows_of(read_json(path))
+    if rows is None:
+        raise UserError(f'{path}: not COCO results; expected [{{"image_id": 1, "caption": "a dog"}}, ...]')
+    return rows
+
+
+def _read_lines(path: Path) -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    with _open_text(path) as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                found = _rows_of([json.loads(line)]) if line.strip() else []
+            except (json.JSONDecodeError, RecursionError):
+                found = None
+            if found is None:
+                raise UserError(
+                    f'{path}, line {number}: not like {{"image_id": "photo", "caption": "a dog"}}'
+                )
+            rows += found
+    return rows
+
+
+def _rows_of(entries: object) -> list[tuple[str, str]] | None:
+    """The rows of [{"image_id": ..., "caption": ...}, ...]; None where it is something else."""
+    try:
+        rows = [(str(entry["image_id"]), entry["caption"]) for entry in entries]
+    except (KeyError, TypeError):
+        return None
+    return rows if all(isinstance(caption, str) for _, caption in rows) else None
+
+
+def _read_rows(path: Path) -> list[tuple[str, str]]:
+    with _open_text(path) as stream:
+        reader = csv.DictReader(stream, restkey="rest", restval="")
+        try:
+            columns = [(name or "").strip() for name in reader.fieldnames or []]
+            if columns[:2] not in (["image_id", "caption"], ["image", "caption"]):
+                raise UserError(f"{path}: its first line is not image_id,caption")
+            reader.fieldnames = columns
+            rows = []
+            for row in reader:
+                if len(row.get("rest", [])) or not {*columns[2:]} <= {*MORE_COLUMNS}:
+                    raise UserError(
+                        f"{path}, line {reader.line_num}: other columns than image_id, caption and "
+                        f"{', '.join(MORE_COLUMNS)}; quote captions with commas"
+                    )
+                rows.append(tuple(map(_unescape_formula, (row[columns[0]].strip(), row["caption"]))))
+            return rows
+        except csv.Error as error:
+            raise UserError(f"{path}, line {reader.line_num}: not a CSV file ({error})") from None
+
+
+@contextmanager
+def _open_text(path: Path) -> Iterator[TextIO]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            yield stream
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file of captions") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from None

@@ -1,0 +1,1 @@
+"""Captioning a folder of images: plan, run, journal."""

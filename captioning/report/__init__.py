@@ -1,0 +1,1 @@
+"""Scores, comparisons, figures and the gallery."""

@@ -1,0 +1,181 @@
+"""How the captions of two models differ: paired bootstrap intervals, wins and losses, agreement.
+
+The images are drawn again with replacement, the same ones for both models, and the difference of their scores
+is taken each time (Koehn, 2004, "Statistical significance tests for machine translation evaluation"). CIDEr's
+document frequencies stay those of the whole set.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from captioning.report.scoring import COLUMNS
+from metrics import Scores, rouge_l, tokenize
+from metrics.ngrams import bleu_counts, named_bleu
+from utils import UserError
+
+RESAMPLES = 2000
+TIE = 1e-9  # CIDEr scores that differ by less are equal
+
+OF_CORPUS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4")  # of summed counts
+OF_IMAGES = ("METEOR", "ROUGE_L", "CIDEr")  # mean over the images
+
+
+class Interval(NamedTuple):
+    """The second model's score less the first's, with its 95 % interval."""
+
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def more_than_chance(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+def bootstrap_difference(
+    first: np.ndarray,
+    second: np.ndarray,
+    score: Callable[[np.ndarray], np.ndarray] | None = None,
+    seed: int = 0,
+) -> Interval:
+    """The paired bootstrap of a score that depends on sums over the images.
+
+    Args:
+        first, second: for each image what is summed, (images, k), in the same order.
+        score: sums (n, k) -> scores (n,). None: k is 1 and the score is the mean over the images.
+
+    Raises:
+        UserError: fewer than two images.
+    """
+    images = len(first)
+    if images < 2:
+        raise UserError("a comparison needs at least two images; with one there is no telling chance apart")
+    score = score or (lambda sums: sums[:, 0] / images)
+    rng = np.random.default_rng(seed)
+    differences = []
+    for _ in range(0, RESAMPLES, 100):  # a hundred at a time, so that memory stays small
+        counts = rng.multinomial(images, np.full(images, 1 / images), size=100).astype(np.float64)
+        differences.append(score(counts @ second) - score(counts @ first))
+    low, high = np.percentile(np.concatenate(differences), (2.5, 97.5))
+    whole = score(second.sum(axis=0, keepdims=True)) - score(first.sum(axis=0, keepdims=True))
+    return Interval(float(whole[0]), float(low), float(high))
+
+
+def compare_columns(
+    first: Mapping[str, Sequence[float]], second: Mapping[str, Sequence[float]]
+) -> dict[str, Interval]:
+    """The interval of each score that both have, as a mean over the images, from the images' own scores."""
+    columns = {
+        name: [np.asarray(scores[name], dtype=np.float64)[:, None] for scores in (first, second)]
+        for name in (*OF_CORPUS, *OF_IMAGES)
+        if name in first and name in second
+    }
+    return {name: bootstrap_difference(*pair) for name, pair in columns.items()}
+
+
+def compare_models(
+    references: Mapping[str, Sequence[str]],
+    captions: Sequence[Mapping[str, str]],
+    scores: Sequence[Scores],
+) -> dict:
+    """Two models on the same images.
+
+    Args:
+        references: the captions of each image. captions: of both models, by image.
+        scores: what `score_captions` gives for each.
+
+    Returns:
+        "intervals": {score: Interval}, BLEU of the whole set, the others as means over the images; "wins",
+        "losses", "ties" of the second by the images' CIDEr; "identical", the share of images with the same
+        caption; "overlap", the mean ROUGE-L of the second's captions against the first's.
+    """
+    ids = list(references)
+    wanted = {key: [tokenize(text) for text in references[key]] for key in ids}
+    words = [{key: tokenize(own[key]) for key in ids} for own in captions]
+    counts = [
+        np.array([bleu_counts(wanted[key], own[key]) for key in ids], dtype=np.float64) for own in words
+    ]
+    intervals = {}
+    for name in OF_CORPUS:
+        intervals[name] = bootstrap_difference(
+            *counts, lambda sums, name=name: np.array([named_bleu(row)[name] for row in sums])
+        )
+    columns = [
+        {name: [own.per_image[key][name] for key in ids] for name in OF_IMAGES if name in own.overall}
+        for own in scores
+    ]
+    intervals |= compare_columns(*columns)
+    gains = np.subtract(columns[1]["CIDEr"], columns[0]["CIDEr"])
+    overlap = [rouge_l([words[0][key]], words[1][key]) for key in ids]
+    return {
+        "intervals": intervals,
+        "wins": int((gains > TIE).sum()),
+        "losses": int((gains < -TIE).sum()),
+        "ties": int((abs(gains) <= TIE).sum()),
+        "identical": float(np.mean([words[0][key] == words[1][key] for key in ids])),
+        "overlap": float(np.mean(overlap)),
+    }
+
+
+def verdict(interval: Interval, score: str, first: str, second: str) -> str:
+    """In words whether the difference is more than chance."""
+    numbers = f"{interval.difference:+.4f}, 95 % interval {interval.low:+.4f} to {interval.high:+.4f}"
+    if interval.more_than_chance:
+        better, worse = (second, first) if interval.difference > 0 else (first, second)
+        return f"{better} is better than {worse} by {score}, and by more than chance ({numbers})"
+    return f"by {score} the difference of {second} and {first} may be chance ({numbers})"
+
+
+# --- files of --per_image_csv ----------------------------------------------------------------------------
+
+
+def print_intervals(intervals: Mapping[str, Interval]) -> None:
+    """A line for each score."""
+    for name, interval in intervals.items():
+        chance = "" if interval.more_than_chance else "  may be chance"
+        numbers = f"{interval.difference:+8.4f}  [{interval.low:+.4f}, {interval.high:+.4f}]"
+        print(f"  {COLUMNS[name]:8} {numbers}{chance}")
+
+
+def compare_files(first: str, second: str) -> None:
+    """Print the paired bootstrap of two files of --per_image_csv; BLEU as the mean of the images' own."""
+    tables = [read_per_image(file) for file in (first, second)]
+    ids = [image_id for image_id in tables[0] if image_id in tables[1]]
+    apart = len(tables[0]) + len(tables[1]) - 2 * len(ids)
+    if len(ids) < 2:
+        raise UserError(f"{second}: has {len(ids)} images of {first}; a comparison needs two or more")
+    columns = [
+        {name: [table[image_id][name] for image_id in ids] for name in COLUMNS if name in table[ids[0]]}
+        for table in tables
+    ]
+    intervals = compare_columns(*columns)
+    if "CIDEr" not in intervals:
+        raise UserError(f"{second}: no CIDEr in both files; write them with eval.py --per_image_csv")
+    print(f"{second} less {first}, means over {len(ids)} images, 95 % interval of a paired bootstrap:")
+    print_intervals(intervals)
+    if apart:
+        print(f"{apart} images that only one of the files has are left out")
+    print(verdict(intervals["CIDEr"], "CIDEr", first, second))
+
+
+def read_per_image(file: str) -> dict[str, dict[str, float]]:
+    """{image id: scores} of a file of --per_image_csv with one row for each image."""
+    table: dict[str, dict[str, float]] = {}
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as stream:
+            for row in csv.DictReader(stream):
+                if row["image_id"] in table:
+                    raise UserError(
+                        f"{file}: has {row['image_id']} more than once; write it with one of --beam_sizes"
+                    )
+                table[row["image_id"]] = {name: float(row[name]) for name in COLUMNS if row.get(name)}
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; eval.py --per_image_csv {file} writes one") from None
+    except (KeyError, ValueError, TypeError, csv.Error) as error:
+        raise UserError(f"{file}: not a file of --per_image_csv ({error}); write it anew") from None
+    return table

@@ -1,0 +1,174 @@
+"""Figures for papers and slides: where a model looked, and the images that it captioned worst."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+import textwrap
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from captioning.captioners.base import BaseCaptioner
+from captioning.data.images import read_image
+from captioning.data.submissions import ScoredCaption
+from captioning.decoding.options import DecodingOptions
+from captioning.files import write_encoded
+from utils import UserError, printable
+
+PANEL = 2.4  # inches, the longer side of an image
+
+
+def check_figure(file: str | Path) -> str:
+    """The format that a figure's name asks for. Raises UserError where there is no such format."""
+    import matplotlib.backends.backend_agg as agg
+
+    extension = Path(file).suffix.lstrip(".").lower()
+    if extension not in agg.FigureCanvasAgg.get_supported_filetypes():
+        raise UserError(f"{file}: no format for figures; give a name that ends in .png or .pdf")
+    return extension
+
+
+def save_figure(figure, file: str | Path) -> None:
+    """Write a matplotlib figure; the file's extension is the format."""
+    extension = check_figure(file)
+    write_encoded(file, partial(figure.savefig, format=extension, dpi=110))
+
+
+def enlarge(attention: np.ndarray, width: int = 224, height: int = 224) -> np.ndarray:
+    """A map (h, w) as a smooth one (height, width) without negative values."""
+    image = Image.fromarray(np.asarray(attention, dtype=np.float32))
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).clip(min=0)
+
+
+def draw_attention(
+    file: str | Path, image_path: str | Path, words: Sequence[str], attention: np.ndarray, title: str = ""
+) -> None:
+    """A figure of an image and, for each word, the image under its attention map (words, h, w).
+
+    Each map is shown on a scale of its own, from 0 to its maximum: where the word looked most is brightest.
+
+    Raises:
+        UserError: the image cannot be read, or the file's extension is no format for figures.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
+
+    check_figure(file)
+    image = read_image(image_path).transpose(1, 2, 0)
+    height, width = image.shape[:2]
+    columns = min(len(words) + 1, 6)
+    rows = math.ceil((len(words) + 1) / columns)
+    across, down = PANEL * min(width / height, 1), PANEL * min(height / width, 1)
+    bar = 0.8 * bool(len(words))  # inches, for the colour bar
+    size = (max(columns * across, 3) + bar, rows * (down + 0.35))
+    title = "\n".join(textwrap.fill(line, round(10 * size[0])) for line in title.splitlines())
+    lines = title.count("\n") + 1 if title else 0
+    figure = Figure(figsize=(size[0], size[1] + 0.25 * lines), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, word in zip(axes.flat, ["", *words]):
+        axis.imshow(image, extent=(0, width, height, 0))
+        axis.set_title(word, fontsize=12, parse_math=False)
+    for axis, weights in zip(axes.flat[1:], attention):
+        smooth = enlarge(weights)
+        axis.imshow(smooth, extent=(0, width, height, 0), cmap="gray", alpha=0.75, vmin=0, vmax=smooth.max())
+    if len(words):
+        scale = ScalarMappable(cmap="gray")
+        scale.set_clim(0, 1)
+        figure.colorbar(scale, ax=axes, label="attention / the word's maximum", aspect=12 * rows)
+    figure.suptitle(title, fontsize=12, parse_math=False)
+    save_figure(figure, file)
+
+
+def caption_files(
+    captioner: BaseCaptioner,
+    images: Sequence[str],
+    options: DecodingOptions,
+    figure: str | None = None,
+    with_scores: bool = False,
+    **search,
+) -> list[str]:
+    """Print the captions of each image file and draw where the model looked for its first one; returns the
+    figures' names.
+
+    Args:
+        figure: the figure of a single image; otherwise they are attention_NAME.png.
+        with_scores: print log-probabilities too.
+        search: further arguments of `describe_prepared`.
+    """
+    figures = [figure] if figure else figure_names(images)
+    for image, file in zip(images, figures):
+        prepared = captioner.prepare(image).unsqueeze(0)
+        (found,) = captioner.describe_prepared(prepared, options, [Path(image).stem], **search)
+        for one in found.n_best[: options.num_captions]:
+            scored = ScoredCaption.of(one.text, one.log_prob, len(one.words))
+            print(printable(caption_line(scored, with_scores, "" if len(images) == 1 else image)))
+        title = f"{found.text}\nlog-probability {found.log_prob:.2f}"
+        draw_attention(file, image, found.words, found.attention.cpu().numpy(), title)
+        print(f"figure: {file}", file=sys.stderr)
+    return figures
+
+
+def caption_line(caption: ScoredCaption, with_scores: bool, image: str = "") -> str:
+    """`photo.jpg: a dog  (log-probability -3.10, -1.03 per word)`"""
+    line = f"{image}: {caption.text}" if image else caption.text
+    if with_scores:
+        line += f"  (log-probability {caption.log_prob:.2f}, {caption.log_prob_per_word:.2f} per word)"
+    return line
+
+
+def figure_names(images: Sequence[str | Path]) -> list[str]:
+    """attention_NAME.png for each image; of several with one name, the later ones have a number."""
+    names: list[str] = []
+    for image in images:
+        numbers = itertools.chain([""], (f"_{number}" for number in itertools.count(2)))
+        candidates = (f"attention_{Path(image).stem}{number}.png" for number in numbers)
+        names.append(next(name for name in candidates if name not in names))
+    return names
+
+
+def draw_maps(file: str | Path, maps: dict[str, np.ndarray]) -> None:
+    """A figure of mean attention maps (h, w), each under its name, all on one scale."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(PANEL * len(maps) + 0.8, PANEL + 0.4), layout="constrained")
+    axes = figure.subplots(1, len(maps), squeeze=False)[0]
+    largest = max(float(np.max(values)) for values in maps.values())
+    for axis, (name, values) in zip(axes, maps.items()):
+        shown = axis.imshow(values, cmap="magma", vmin=0, vmax=largest)
+        axis.set_title(name, fontsize=12)
+        axis.axis("off")
+    figure.colorbar(shown, ax=list(axes), label="mean attention")
+    save_figure(figure, file)
+
+
+def draw_captions(file: str | Path, rows: Sequence[tuple[str, str, str, Sequence[str]]]) -> None:
+    """A figure of images with their captions and references, two abreast.
+
+    Args:
+        rows: (image's path, heading, caption, references) of each.
+    """
+    from matplotlib.figure import Figure
+
+    check_figure(file)
+    down = math.ceil(len(rows) / 2)
+    figure = Figure(figsize=(13, 2.9 * down), layout="constrained")
+    axes = figure.subplots(down, 4, squeeze=False, width_ratios=[1, 1.5] * 2)
+    for axis in axes.flat:
+        axis.axis("off")
+    for i, (path, heading, caption, references) in enumerate(rows):
+        image_axis, beside = axes[i // 2, 2 * (i % 2) : 2 * (i % 2) + 2]
+        image_axis.imshow(read_image(path).transpose(1, 2, 0))
+        lines = textwrap.wrap(caption, 34) or ["(no caption)"]
+        written = {"va": "top", "transform": beside.transAxes, "parse_math": False}
+        beside.text(0, 1.0, heading, fontsize=9, color="dimgray", **written)
+        beside.text(0, 0.9, "\n".join(lines), fontsize=12, weight="bold", **written)
+        texts = [line for text in references[:5] for line in textwrap.wrap(text, 46)[:2]]
+        beside.text(0, 0.84 - 0.1 * len(lines), "\n".join(texts), fontsize=9, **written)
+    save_figure(figure, file)

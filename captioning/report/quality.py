@@ -1,0 +1,233 @@
+"""What a model's captions are like, apart from being right: length, vocabulary, diversity, bad endings.
+
+Everything here works on captions as lists of words, as `metrics.tokenize` makes them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
+from statistics import fmean
+
+import numpy as np
+
+from captioning.decoding.options import UNFINISHED
+from metrics import tokenize
+from metrics.ngrams import bleu_counts, named_bleu
+
+PARTS = ("beginning", "middle", "end")  # thirds of a caption
+SHOWN_WORDS = 12  # most over-used and under-used words
+
+
+def distinct_ngrams(captions: Sequence[Sequence[str]], n: int) -> float:
+    """Div-n: different n-grams by all n-grams of the captions, in [0, 1]; 0 where there are none."""
+    ngrams = [tuple(words[i : i + n]) for words in captions for i in range(len(words) - n + 1)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
+def has_repetition(words: Sequence[str]) -> bool:
+    """Whether two words in a row occur again, as in "a man in a man in", or a word follows itself."""
+    pairs = list(pairwise(words))
+    return len(set(pairs)) < len(pairs) or any(first == second for first, second in pairs)
+
+
+def has_bad_ending(words: Sequence[str]) -> bool:
+    """Whether the last word cannot end a caption (an article, a preposition, a conjunction)."""
+    return bool(words) and words[-1] in UNFINISHED
+
+
+def usage(
+    captions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
+) -> list[dict[str, object]]:
+    """Words that are used more or less often than in the references, by the difference of their rates.
+
+    references: for each image its captions.
+
+    Returns:
+        "word", "rate" and "reference_rate" (occurrences per hundred words), the most over-used first, the
+        most under-used last.
+    """
+    own = Counter(word for words in captions for word in words)
+    wanted = Counter(word for several in references for words in several for word in words)
+    own_total, wanted_total = max(own.total(), 1), max(wanted.total(), 1)
+    rates = [
+        {
+            "word": word,
+            "rate": 100 * own[word] / own_total,
+            "reference_rate": 100 * wanted[word] / wanted_total,
+        }
+        for word in own | wanted
+    ]
+    rates.sort(key=lambda row: (row["reference_rate"] - row["rate"], row["word"]))
+    if len(rates) > 2 * SHOWN_WORDS:
+        return rates[:SHOWN_WORDS] + rates[-SHOWN_WORDS:]
+    return rates
+
+
+def entropy(attention: np.ndarray) -> np.ndarray:
+    """Entropy in bits of maps (words, height, width): 0 for a single cell, log2(cells) for an even look."""
+    cells = attention.reshape(len(attention), -1).astype(np.float64)
+    return -(cells * np.log2(np.where(cells > 0, cells, 1))).sum(axis=1)
+
+
+def attention_summary(words: Sequence[Sequence[str]], maps: Sequence[np.ndarray]) -> dict:
+    """Where a model looks on the whole.
+
+    Args:
+        words: of each caption. maps: its attention (words, height, width), of one size for all.
+
+    Returns:
+        "entropy": the mean in bits; "largest_entropy": that of an even look; "words": "word", "entropy" and
+        "count" of each word, the sharpest first; "mean_maps": mean attention "all words", then that of the
+        beginning, middle and end of the captions, each a nested list (height, width).
+    """
+    by_word: dict[str, list[float]] = {}
+    everything, parts = [], {part: [] for part in PARTS}
+    for own, attention in zip(words, maps):
+        for i, (word, value) in enumerate(zip(own, entropy(attention))):
+            by_word.setdefault(word, []).append(float(value))
+            everything.append(attention[i])
+            parts[PARTS[3 * i // len(own)]].append(attention[i])
+    if not everything:
+        return {}
+    rows = [
+        {"word": word, "entropy": float(np.mean(values)), "count": len(values)}
+        for word, values in by_word.items()
+    ]
+    rows.sort(key=lambda row: (row["entropy"], row["word"]))
+    named = {"all words": everything} | {part: own for part, own in parts.items() if own}
+    return {
+        "entropy": float(np.mean([value for values in by_word.values() for value in values])),
+        "largest_entropy": float(np.log2(everything[0].size)),
+        "words": rows,
+        "mean_maps": {name: np.mean(own, axis=0).tolist() for name, own in named.items()},
+    }
+
+
+def caption_quality(
+    captions: Mapping[str, Sequence[str]],
+    references: Mapping[str, Sequence[Sequence[str]]] | None = None,
+    vocabulary: Collection[str] | None = None,
+    training_captions: Collection[tuple[str, ...]] | None = None,
+) -> dict:
+    """The quality of a model's captions, as quality.json has it.
+
+    Args:
+        captions: the words of each image's caption.
+        references: the words of each image's reference captions.
+        vocabulary: words that the model could use.
+        training_captions: the words of the captions that it was trained on.
+
+    Returns:
+        "captions", "mean_length", "lengths" {words: captions}; "words_used", "words_known"; shares in [0, 1]
+        "distinct", "in_training", "div1", "div2", "repetitions", "bad_endings", "empty"; "usage". What needs
+        an argument that was not given is None.
+    """
+    texts = list(captions.values())
+    used = {word for words in texts for word in words}
+
+    def share(wanted: Sequence[bool]) -> float:
+        return sum(wanted) / max(len(texts), 1)
+
+    lengths = Counter(map(len, texts))
+    return {
+        "captions": len(texts),
+        "mean_length": sum(map(len, texts)) / max(len(texts), 1),
+        "lengths": {length: lengths[length] for length in sorted(lengths)},
+        "words_used": len(used),
+        "words_known": None if vocabulary is None else len(vocabulary),
+        "distinct": len({tuple(words) for words in texts}) / max(len(texts), 1),
+        "in_training": (
+            None
+            if training_captions is None
+            else share([tuple(words) in training_captions for words in texts])
+        ),
+        "div1": distinct_ngrams(texts, 1),
+        "div2": distinct_ngrams(texts, 2),
+        "repetitions": share([has_repetition(words) for words in texts]),
+        "bad_endings": share([has_bad_ending(words) for words in texts]),
+        "empty": share([not words for words in texts]),
+        "usage": usage(texts, list(references.values())) if references else None,
+    }
+
+
+COLUMNS = {  # of the table, and how it calls them
+    "distinct": "distinct",
+    "novel": "novel",
+    "words_used": "words used",
+    "bad_endings": "bad endings",
+    "repetitions": "repetitions",
+}
+
+
+def caption_diversity(
+    captions: Mapping[str, str],
+    training_captions: Collection[tuple[str, ...]] | None = None,
+    samples: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, float | None]:
+    """The diversity of a model's captions and of its samples.
+
+    Args:
+        captions: of each image the best one.
+        training_captions: the words of the captions that the model was trained on.
+        samples: of each image two or more, as many for one as for another.
+
+    Returns:
+        Of the captions: "distinct", "bad_endings", "repetitions" (shares, as in `caption_quality`), "novel"
+        (share that is not among the training captions; None where these are not known), "words_used". Of the
+        samples, where there are any: what `sample_diversity` returns.
+    """
+    words = {image_id: tokenize(text) for image_id, text in captions.items()}
+    quality = caption_quality(words, training_captions=training_captions)
+    quality["novel"] = None if training_captions is None else 1 - quality["in_training"]
+    found = {name: quality[name] for name in COLUMNS}
+    if samples:
+        found |= sample_diversity([[tokenize(text) for text in own] for own in samples.values()])
+    return found
+
+
+def sample_diversity(samples: Sequence[Sequence[Sequence[str]]]) -> dict[str, float]:
+    """How the samples of an image differ from each other.
+
+    Args:
+        samples: of each image two or more, each a list of words; as many for one image as for another.
+
+    Returns:
+        "samples": how many an image has; "div1", "div2": different words (pairs of words) by all of an
+        image's samples, mean over the images; "mbleu": BLEU-4 of each image's k-th sample against its others,
+        computed as of a corpus of all images, mean over k (Shetty et al., 2017). High Div and low mBLEU are
+        diverse.
+    """
+    count = len(samples[0])
+
+    def bleu_against_others(k: int) -> float:
+        counts = [bleu_counts([*own[:k], *own[k + 1 :]], own[k]) for own in samples]
+        return named_bleu([sum(column) for column in zip(*counts)])["Bleu_4"]
+
+    return {
+        "samples": count,
+        "div1": fmean(distinct_ngrams(own, 1) for own in samples),
+        "div2": fmean(distinct_ngrams(own, 2) for own in samples),
+        "mbleu": fmean(bleu_against_others(k) for k in range(count)),
+    }
+
+
+def print_diversity(first: str, names: Sequence[str], rows: Sequence[dict[str, float | None]]) -> None:
+    """A line for each model or beam size, and the diversity of the samples where there are any.
+
+    Args:
+        first: what the names are of.
+        rows: what `caption_diversity` returns, for each name.
+    """
+    width = max(map(len, [first, *names]))
+    print(f"\n{first:{width}} {' '.join(f'{title:>11}' for title in COLUMNS.values())}")
+    for name, row in zip(names, rows):
+        values = [row[key] for key in COLUMNS]
+        cells = ["-" if v is None else f"{v:.4f}" if isinstance(v, float) else str(v) for v in values]
+        print(f"{name:{width}} {' '.join(f'{cell:>11}' for cell in cells)}")
+    if "samples" in rows[0]:
+        print(
+            f"{rows[0]['samples']} samples per image: Div-1 {rows[0]['div1']:.4f}, Div-2 "
+            f"{rows[0]['div2']:.4f}, mBLEU-4 {rows[0]['mbleu']:.4f}"
+        )

@@ -1,0 +1,279 @@
+"""Captions and the references that they belong to: of a prepared split, of a file of captions."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from captioning.data.annotations import Record, read_annotations
+from captioning.data.hdf5 import Rows
+from captioning.data.images import IMAGE_EXTENSIONS
+from captioning.data.prepared import Prepared
+from captioning.data.submissions import ScoredCaption, coco_id, read_submission
+from captioning.decoding.options import DecodingOptions
+from metrics import score_captions, tokenize
+from utils import UserError, parallel_map, processes, progress_bar
+
+if TYPE_CHECKING:
+    import torch
+
+    from captioning.captioners.attention import Captioner
+    from captioning.captioners.base import BaseCaptioner
+
+
+COLUMNS = {  # scores, and how tables call them
+    "Bleu_1": "BLEU-1",
+    "Bleu_2": "BLEU-2",
+    "Bleu_3": "BLEU-3",
+    "Bleu_4": "BLEU-4",
+    "METEOR": "METEOR",
+    "ROUGE_L": "ROUGE-L",
+    "CIDEr": "CIDEr",
+}
+
+
+def prepared_records(data_folder: str | Path, split: str) -> list[Record]:
+    """The images of a prepared split with all their captions, in the order of the HDF5 file.
+
+    Raises:
+        UserError: no such split, or images that share an id.
+    """
+    folder, records = Path(data_folder), Prepared(data_folder).records(split)
+    if len({record.image_id for record in records}) < len(records):
+        raise UserError(
+            f"{folder}: images of the {split} split share an id; give each its own and prepare it anew"
+        )
+    return records
+
+
+def training_texts(data_folder: str | Path) -> tuple[set[str] | None, set[tuple[str, ...]] | None]:
+    """The vocabulary and the training captions of prepared data; None where there are none."""
+    folder = Path(data_folder)
+    if not (folder / "prepared.json").is_file():
+        return None, None
+    records = prepared_records(folder, "train")
+    texts = {tuple(tokenize(text)) for record in records for text in record.captions}
+    return {word for words in texts for word in words}, texts
+
+
+def reference_records(
+    references: str | Path, split: str = "test", image_folder: str | Path | None = None
+) -> list[Record]:
+    """The captioned images of annotations in any layout; of the `split` where they name splits.
+
+    Raises:
+        UserError: damaged annotations, or no caption in them.
+    """
+    records = [record for record in read_annotations(references, image_folder) if record.captions]
+    if any(record.split for record in records):
+        records = [record for record in records if record.split == split]
+    if not records:
+        raise UserError(f"{references}: no captions of the {split} split in it to score against")
+    return records
+
+
+def match_submission(
+    submission: str | Path, ids: Collection[str], whose: str | Path, partial: bool = False
+) -> tuple[dict[str, str], list[str], list[str]]:
+    """The captions of a CSV or COCO results JSON for the images `ids`.
+
+    Ids are compared as they are, else without an image's extension, else by COCO's number.
+
+    Args:
+        whose: what has the `ids`, for messages.
+        partial: take what is there.
+
+    Returns:
+        {image id: caption}; ids that the submission lacks; its ids that are not among `ids`.
+
+    Raises:
+        UserError: a damaged file, or ids that are doubled or, unless `partial`, missing or unknown.
+    """
+    aliases = {alias: known for known in reversed([*ids]) for alias in (str(coco_id(known)), stem(known))}
+    aliases.update(zip(ids, ids))
+    rows = read_submission(submission)
+    found = [
+        aliases.get(image_id) or aliases.get(stem(image_id)) or aliases.get(str(coco_id(image_id)))
+        for image_id, _ in rows
+    ]
+    doubled = [image_id for image_id, count in Counter(filter(None, found)).items() if count > 1]
+    refuse(submission, doubled, "given more than once", "leave one row of each")
+    captions = {known: caption for known, (_, caption) in zip(found, rows) if known}
+    missing = [image_id for image_id in ids if image_id not in captions]
+    unknown = [image_id for known, (image_id, _) in zip(found, rows) if not known]
+    if not captions:
+        raise UserError(
+            f"{submission}: none of its {len(rows)} ids ({', '.join(unknown[:3])}, ...) is among those of "
+            f"{whose} ({', '.join(missing[:3])}, ...); give files of the same images"
+        )
+    if not partial:
+        refuse(submission, missing, "missing", f"add what {whose} has, or give --partial")
+        refuse(submission, unknown, f"unknown to {whose}", "remove them, or give --partial")
+    return captions, missing, unknown
+
+
+def score_submission(
+    submission: str | Path, references: str | Path, split: str = "test", partial: bool = False
+) -> dict:
+    """Score a CSV or COCO results JSON against annotations in any layout.
+
+    Args:
+        split: of the references, where they name splits (Karpathy's JSON).
+        partial: score what both files have.
+
+    Returns:
+        "beam_size" (None), "images", "missing", "unknown" (numbers), "captions" {id: caption}, "scores".
+
+    Raises:
+        UserError: as `match_submission` and `reference_records`.
+    """
+    return score_records(submission, reference_records(references, split), references, partial)
+
+
+def score_records(
+    submission: str | Path, records: Sequence[Record], references: str | Path, partial: bool = False
+) -> dict:
+    """`score_submission` with references that are read already."""
+    wanted = {record.image_id: record.captions for record in records}
+    captions, missing, unknown = match_submission(submission, wanted, references, partial)
+    if missing or unknown:
+        print(
+            f"PARTIAL: {len(captions)} of {len(wanted)} images scored, {len(missing)} missing, "
+            f"{len(unknown)} unknown rows left out"
+        )
+    empty = sum(not caption.strip() for caption in captions.values())
+    if empty:
+        print(f"{empty} of {len(captions)} captions are empty; they count as wrong")
+    return {
+        "beam_size": None,
+        "images": len(captions),
+        "missing": len(missing),
+        "unknown": len(unknown),
+        "captions": captions,
+        "scores": score_captions({image_id: wanted[image_id] for image_id in captions}, captions),
+    }
+
+
+def stem(image_id: str) -> str:
+    """An image's id without an image file's extension."""
+    path = Path(image_id)
+    return str(path.with_suffix("")) if path.suffix.lower() in IMAGE_EXTENSIONS else image_id
+
+
+def refuse(file: str | Path, ids: Sequence[str], what: str, remedy: str) -> None:
+    """Raise UserError where there are `ids`."""
+    if ids:
+        some = ", ".join(ids[:10]) + (", ..." if len(ids) > 10 else "")
+        raise UserError(f"{file}: {len(ids)} ids {what} ({some}); {remedy}")
+
+
+def find_image_folder(references: str | Path | None, given: str | None) -> str | None:
+    """Where a submission's images are: as given, else test/test/ here or beside the references, else unknown.
+
+    Raises:
+        UserError: the folder given does not exist.
+    """
+    if given is not None:
+        if not Path(given).is_dir():
+            raise UserError(f"{given}: no such folder of images; give the one that holds the image files")
+        return given
+    beside = [] if references is None else [Path(references).parent / "test" / "test"]
+    return next((str(folder) for folder in [*beside, Path("test/test")] if folder.is_dir()), None)
+
+
+# --- captions of a split ------------------------------------------------------------------------------------
+
+Decoded = dict[Any, list[list[ScoredCaption]]]  # by the options' name: the captions of each image
+
+
+def decode_split(
+    captioner: Captioner,
+    ids: Sequence[str],
+    indices: Sequence[int],
+    stored: Sequence[Rows],
+    options: Mapping[Any, DecodingOptions],
+    batch_size: int,
+) -> tuple[Decoded, dict[Any, float]]:
+    """The captions of some images of a split, and the seconds of "encoding" and of each search.
+
+    Each image is encoded once for all options.
+
+    Args:
+        ids: of all images of the split.
+        indices: of the images to caption.
+        stored: the split's images, or its features for each of the captioner's encoders.
+    """
+    import torch  # here, as it takes longer than all that a file of captions needs
+
+    decoded: Decoded = {name: [] for name in options}
+    seconds = dict.fromkeys(("encoding", *options), 0.0)
+    device = captioner.decoders[0].fc.weight.device
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    with progress_bar(
+        total=len(indices), desc="evaluation", unit="image", disable=not processes().is_main_process
+    ) as progress:
+        for now, values in read_batches(indices, stored, batch_size):
+            began = clock()
+            is_images = values[0].dtype == torch.uint8
+            grids = captioner.encode(values[0]) if is_images else [features.to(device) for features in values]
+            ended = clock()
+            seconds["encoding"] += ended - began
+            for name, own in options.items():
+                began = ended
+                found = captioner.decode(grids, own, [ids[index] for index in now])
+                decoded[name] += captioner.scored(found)
+                ended = clock()
+                seconds[name] += ended - began
+            progress.update(len(now))
+    return decoded, seconds
+
+
+def read_batches(
+    indices: Sequence[int], stored: Sequence[Rows], batch_size: int
+) -> Iterator[tuple[Sequence[int], list[torch.Tensor]]]:
+    """Batches of indices with their rows of each of `stored`, which are closed at the end; a thread reads
+    ahead."""
+    import torch
+
+    batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+
+    def read(batch: Sequence[int]) -> tuple[Sequence[int], list[torch.Tensor]]:
+        return batch, [torch.from_numpy(rows.read(batch)) for rows in stored]
+
+    try:
+        yield from parallel_map(read, batches, workers=1)
+    finally:
+        for rows in stored:
+            rows.file.close()
+
+
+def decode_files(
+    captioner: BaseCaptioner,
+    records: Sequence[Record],
+    options: Mapping[Any, DecodingOptions],
+    batch_size: int,
+    with_scores: bool = False,
+) -> tuple[Decoded, dict[Any, float]]:
+    """The same from image files, for a captioner that prepares them itself; each is encoded anew for each of
+    the options."""
+    import torch  # here, as it takes longer than all that a file of captions needs
+
+    decoded: Decoded = {name: [] for name in options}
+    seconds = dict.fromkeys(("encoding", *options), 0.0)
+    batches = [records[start : start + batch_size] for start in range(0, len(records), batch_size)]
+    for name, own in options.items():
+        began = time.perf_counter()
+        for batch in progress_bar(batches, desc=f"evaluation, {name}", unit="batch"):
+            images = torch.stack([captioner.prepare(record.path) for record in batch])
+            ids = [record.image_id for record in batch]
+            decoded[name] += captioner.decode_prepared(images, own, ids, with_scores)
+        seconds[name] = time.perf_counter() - began
+    return decoded, seconds

@@ -1,0 +1,1 @@
+"""The loop of both trainings, losses, self-critical training, resuming, reports."""

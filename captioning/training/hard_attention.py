@@ -1,0 +1,100 @@
+"""Training with hard attention: for each word the decoder looks at one location, a sample of alpha.
+
+After Xu et al. (2015), section 4.1. The samples have no derivative, so the attention learns by REINFORCE
+(Williams, 1992). With y a caption, s its sampled locations and b the moving average of log p(y | s), the
+gradient of a caption is
+
+    d log p(y | s)  +  lambda_r (log p(y | s) - b) d log p(s)  +  lambda_e d H(alpha)
+
+where H is the entropy, summed over the words. As in the paper, half of the captions look at the expected
+value of the locations instead, as soft attention does; they have no second term, and the gradient of the
+first reaches their alphas.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import reduce
+from torch import Tensor
+
+from captioning.decoding.fused_decoder import TokenLogits
+from captioning.training.loop import Run
+from models import ENCODED_SIZE, draw_locations
+
+EXPECTED_SHARE = 0.5  # of the captions: those that look at the expected value
+BASELINE_DECAY = 0.9
+BASELINE = "train_baseline"  # b after an epoch, as a column of the history
+
+
+class HardAttention:
+    """The terms of the loss that train the attention, for `losses.CrossEntropy`.
+
+    Args:
+        settings: of the training: `lambda_r`, `lambda_e`.
+        history: of the training so far, from which b goes on.
+        totals: of an epoch that was interrupted; its "baseline", if it has one, is b, and is kept up to date.
+
+    Attributes:
+        baseline: b, a scalar on the device, in nats per caption; nan before the first step.
+    """
+
+    def __init__(
+        self,
+        settings,
+        run: Run,
+        history: Sequence[dict] = (),
+        totals: dict[str, float | Tensor] | None = None,
+    ):
+        self.settings, self.run, self.totals = settings, run, {} if totals is None else totals
+        earlier = [line[BASELINE] for line in history if BASELINE in line]
+        start = self.totals.get("baseline", earlier[-1] if earlier else math.nan)
+        self.baseline = torch.full((), start, device=run.device)
+        self.step_sums = torch.zeros(2, device=run.device)  # log p(y | s) and count of the sampled captions
+
+    def draw_noise(self, captions: Tensor) -> Tensor:
+        """Noise for `models.draw_locations` of a batch of captions (N, L): (N, L - 1, 196), infinite for the
+        captions that look at the expected value."""
+        count, length = captions.shape
+        noise = torch.empty(count, length - 1, ENCODED_SIZE**2, device=self.run.device).exponential_()
+        expected = torch.rand(count, 1, 1, device=self.run.device) < EXPECTED_SHARE
+        return noise.masked_fill_(expected, torch.inf)
+
+    def gradient_of_locations(self, found: TokenLogits, noise: Tensor) -> Tensor:
+        """A scalar, 0, whose gradient is minus the second and third terms of the formula above, summed over
+        the captions.
+
+        Args:
+            found: of the captions, with this noise.
+        """
+        with torch.no_grad():
+            locations = draw_locations(found.alphas, noise[found.captions, found.steps])  # (W, P)
+            is_sampled = noise[:, 0, 0].isfinite()  # (N,)
+            log_probs = -F.cross_entropy(found.logits.float(), found.targets, reduction="none")  # (W,)
+            log_probs = log_probs.new_zeros(len(noise)).index_add(0, found.captions, log_probs)  # (N,)
+            self.step_sums += torch.stack([(log_probs * is_sampled).sum(), is_sampled.sum()])
+            has_term = is_sampled & self.baseline.isfinite()  # the first step has nothing to compare with
+            advantages = torch.where(has_term, log_probs - self.baseline, 0.0)
+        log_alphas = found.alphas.clamp(min=torch.finfo(found.alphas.dtype).tiny).log()  # finite where 0
+        reinforce = (advantages[found.captions] * (locations * log_alphas).sum(dim=1)).sum()
+        entropy = -(found.alphas * log_alphas).sum()
+        terms = self.settings.lambda_r * reinforce + self.settings.lambda_e * entropy
+        return terms.detach() - terms
+
+    def update_baseline(self) -> None:
+        """b <- 0.9 b + 0.1 mean of log p(y | s) over the step's sampled captions, those of all processes."""
+        sums = self.step_sums
+        if self.run.state.num_processes > 1:
+            sums = reduce(sums, "sum")
+        mean = sums[0] / sums[1]  # nan where no caption was sampled
+        moved = self.baseline.lerp(mean, 1 - BASELINE_DECAY)
+        moved = torch.where(self.baseline.isnan(), mean, moved)
+        self.totals["baseline"] = self.baseline = torch.where(mean.isnan(), self.baseline, moved)
+        self.step_sums = torch.zeros_like(self.step_sums)
+
+    def report(self) -> dict[str, float]:
+        baseline = float(self.baseline)
+        return {BASELINE: baseline} if math.isfinite(baseline) else {}

@@ -1,0 +1,180 @@
+"""What the attention model minimizes on the ground-truth captions, and what makes it memorize them less.
+
+    objective = CrossEntropy(encoder, decoder, settings, run, word_map)
+    objective.start_step(lengths)                           # of all the step's captions
+    loss = objective(indices, images, captions, lengths)    # this batch's part of the step's loss
+
+`self_critical.SelfCritical` is used in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from captioning.data.annotations import UNK
+from captioning.data.features import encode_images
+from captioning.decoding import fused_decoder, plain_decoder
+from captioning.decoding.fused_decoder import TokenLogits
+from captioning.training.hard_attention import HardAttention
+from captioning.training.loop import Run
+from models import DecoderWithAttention, Encoder, normalize_images
+
+SAMPLING_STEPS = 5  # in which the probability of scheduled sampling rises to its value
+
+
+def encode(encoder: Encoder, images: Tensor, device: torch.device) -> Tensor:
+    """Images of a batch, uint8 (N, 3, S, S), or their features (N, h, w, D), as the decoder's grid
+    (N, h, w, D)."""
+    images = images.to(device, non_blocking=True)
+    if images.dtype != torch.uint8:
+        return images.float()
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in encoder.parameters()):
+        return encoder.grid(normalize_images(images))
+    return encode_images(encoder, images).clone()  # an inference tensor itself may not take part in training
+
+
+def caption_logits(fused: bool) -> Callable[..., TokenLogits]:
+    """The function that computes a batch's logits, in the fast form or as models.py reads."""
+    return fused_decoder.caption_logits if fused else plain_decoder.caption_logits
+
+
+def coverage_penalty(coverage: Tensor) -> Tensor:
+    """The doubly stochastic penalty (Xu et al., equation 14), summed over the captions.
+
+    It is averaged over the 196 pixels where the paper sums, so alpha_c = 196 lambda.
+
+    Args:
+        coverage: (captions, P), the alphas summed over each caption's tokens.
+    """
+    return ((1 - coverage) ** 2).mean(dim=1).sum()
+
+
+class CrossEntropy:
+    """Cross-entropy of the ground-truth tokens with the doubly stochastic penalty, as training minimizes it.
+
+    Args:
+        settings: of the training: `alpha_c`, `fused`, and the probabilities `label_smoothing` (Szegedy et
+            al., 2016, section 7), `feature_dropout`, `word_dropout` (Bowman et al., 2016, section 3).
+        scheduled_sampling: probability with which a fed token is one that the model predicted.
+        history: of the training so far. totals: of the epoch so far, kept up to date.
+    """
+
+    remedy = "lower --decoder_lr or --encoder_lr"  # where the loss is no longer a number
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        decoder: DecoderWithAttention,
+        settings,
+        run: Run,
+        word_map: dict[str, int],
+        scheduled_sampling: float = 0.0,
+        history: Sequence[dict] = (),
+        totals: dict[str, float | Tensor] | None = None,
+    ):
+        self.encoder, self.decoder, self.settings, self.run = encoder, decoder, settings, run
+        self.unk, self.scheduled_sampling = word_map[UNK], scheduled_sampling
+        self.logits = caption_logits(settings.fused)
+        self.hard = HardAttention(settings, run, history, totals) if settings.attention == "hard" else None
+
+    def start_step(self, lengths: np.ndarray) -> None:
+        """lengths: of all the step's captions, over all micro-batches and processes, so that every token has
+        the same weight."""
+        self.tokens, self.captions = int((lengths - 1).sum()), lengths.size
+
+    def __call__(self, indices: Sequence[int], images: Tensor, captions: Tensor, lengths: Tensor) -> Tensor:
+        """This batch's part of the step's loss.
+
+        Args:
+            indices: of the images. images: see `encode`.
+            captions: (N, G, L). lengths: (N, G), `<start>` and `<end>` counted.
+        """
+        settings = self.settings
+        grid = drop_channels(encode(self.encoder, images, self.run.device), settings.feature_dropout)
+        captions, lengths = captions.flatten(0, 1), lengths.flatten()
+        fed = self._fed(grid, captions, lengths)
+        noise = self.hard.draw_noise(captions) if self.hard else None
+        found = self.logits(self.decoder, grid, captions, lengths, fed, noise)
+        cross_entropy = F.cross_entropy(
+            found.logits, found.targets, reduction="sum", label_smoothing=settings.label_smoothing
+        )
+        penalty = coverage_penalty(found.coverage)
+        if self.hard:
+            cross_entropy = cross_entropy + self.hard.gradient_of_locations(found, noise)
+        return cross_entropy / self.tokens + settings.alpha_c * penalty / self.captions
+
+    def finish_step(self) -> float:
+        """What the step's gradients are still to be divided by."""
+        if self.hard:
+            self.hard.update_baseline()
+        return 1.0
+
+    def report(self) -> dict[str, float]:
+        """What the progress bar and the history show of the epoch so far, beside the loss."""
+        return self.hard.report() if self.hard else {}
+
+    def _fed(self, grid: Tensor, captions: Tensor, lengths: Tensor) -> Tensor | None:
+        """The words to feed (N * G, L), where they are not the ground-truth tokens."""
+        fed = None
+        if self.scheduled_sampling:
+            fed = sample_inputs(self.logits, self.decoder, grid, captions, lengths, self.scheduled_sampling)
+        if self.settings.word_dropout:
+            fed = captions if fed is None else fed
+            dropped = torch.rand(fed.shape) < self.settings.word_dropout
+            dropped[:, 0] = False  # <start>
+            fed = fed.masked_fill(dropped, self.unk)
+        return fed
+
+
+@torch.no_grad()
+def sample_inputs(
+    logits_of: Callable[..., TokenLogits],
+    decoder: DecoderWithAttention,
+    grid: Tensor,
+    captions: Tensor,
+    lengths: Tensor,
+    probability: float,
+) -> Tensor:
+    """Scheduled sampling (Bengio et al., 2015): captions (N * G, L) in which every word but the first is
+    replaced, with `probability`, by one that the decoder predicts in its place.
+
+    The predictions are drawn from the decoder's distribution when the ground-truth tokens are fed, for all
+    steps at once, so that training stays fast (Mihaylova and Martins, 2019). The paper's sequential form
+    draws them after the words that were replaced before.
+    """
+    found = logits_of(decoder, grid, captions, lengths)
+    drawn = torch.multinomial(found.logits.float().softmax(dim=1), 1).flatten().cpu()
+    fed = captions.cpu().clone()
+    replaced = torch.rand(len(drawn)) < probability
+    places = found.captions.cpu()[replaced], found.steps.cpu()[replaced] + 1
+    fed[places] = drawn[replaced]
+    return fed
+
+
+def sampling_probability(largest: float, epoch: int, epochs: int) -> float:
+    """The probability of scheduled sampling in an epoch, counted from 1: it rises from 0 to `largest` in five
+    equal steps over the first half of the epochs."""
+    return largest * min(SAMPLING_STEPS, 2 * SAMPLING_STEPS * (epoch - 1) // epochs) / SAMPLING_STEPS
+
+
+def drop_channels(grid: Tensor, probability: float) -> Tensor:
+    """Dropout of whole channels of each image's grid (N, h, w, D) (Tompson et al., 2015, section 3.2)."""
+    if not probability:
+        return grid
+    return grid * F.dropout(torch.ones_like(grid[:, :1, :1]), probability)
+
+
+def drop_embeddings(decoder: DecoderWithAttention, probability: float) -> None:
+    """From now on drop values of the word vectors while the decoder is trained. In the fused form a word has
+    one mask for all its occurrences in a batch (Gal and Ghahramani, 2016, section 4.2)."""
+
+    def dropped(module: nn.Module, _, vectors: Tensor) -> Tensor:
+        return F.dropout(vectors, probability, module.training)
+
+    if probability:
+        decoder.embedding.register_forward_hook(dropped)

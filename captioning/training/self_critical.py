@@ -1,0 +1,237 @@
+"""Self-critical training: captions that the model samples are rewarded by their CIDEr-D.
+
+After Rennie et al. (2017), in the form of Luo (2020, "A Better Variant of Self-Critical Sequence Training"):
+of each image several captions are sampled, and the baseline of each one's reward is the mean reward of the
+others. There is no greedy pass. With S samples of an image, reward r_s and words w_st,
+
+    loss = - sum over s, t of  log p(w_st) (r_s - mean of the other r)  /  number of words
+
+`<end>` is a word of the samples and of the references, so that captions which break off lose reward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from captioning.data.annotations import END, START
+from captioning.data.prepared import Prepared
+from captioning.decoding.fused_decoder import FusedSearchState
+from captioning.decoding.fused_recurrence import copy_to_device
+from captioning.decoding.plain_decoder import PlainSearchState
+from captioning.decoding.sampling import draw_words
+from captioning.training.averaging import WeightAverage
+from captioning.training.curves import REWARD
+from captioning.training.loop import LearningRate, Run
+from captioning.training.losses import caption_logits, drop_channels, encode
+from captioning.weights.checkpoints import load_checkpoint
+from metrics import CiderD, tokenize
+from metrics.ngrams import bleu_counts, named_bleu
+from models import DecoderWithAttention, Encoder
+
+STEPS_BETWEEN_CHECKS = 4  # of which samples have ended
+
+
+class Reward:
+    """The reward of captions, given as lists of words that include `<end>` if the caption is finished.
+
+    CIDEr-D with the document frequencies of these references, plus `bleu4_weight` times BLEU-4 in [0, 1].
+
+    Args:
+        references: for each training image its reference captions, each a list of words without `<end>`.
+    """
+
+    def __init__(self, references: Sequence[Sequence[Sequence[str]]], bleu4_weight: float = 0.0):
+        self.references = [[(*words, END) for words in captions] for captions in references]
+        self.cider, self.bleu4_weight = CiderD.from_references(self.references), bleu4_weight
+
+    def __call__(self, index: int, captions: Sequence[Sequence[str]]) -> list[float]:
+        """The rewards of captions of the image with this index; a finished one ends with `<end>`."""
+        references = self.references[index]
+        rewards = self.cider.score([references] * len(captions), captions)
+        if self.bleu4_weight:
+            bleu4 = [named_bleu(bleu_counts(references, words))["Bleu_4"] for words in captions]
+            rewards = [reward + self.bleu4_weight * bleu for reward, bleu in zip(rewards, bleu4)]
+        return rewards
+
+
+class SelfCritical:
+    """The loss above, in the place of `losses.CrossEntropy`.
+
+    Args:
+        settings: of the training: `self_critical_samples`, at least 2; `feature_dropout`, `fused`, `seed`.
+        reward: of the training images.
+        longest: words of a sample at most, `<end>` included.
+        epoch: the random numbers of an image's samples depend on the seed, the epoch and the image alone, not
+            on batches or processes.
+        totals: of this process's samples in the epoch so far, kept up to date: "rewards" summed, "samples"
+            counted.
+    """
+
+    remedy = "lower --self_critical_lr"  # where the loss is no longer a number
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        decoder: DecoderWithAttention,
+        settings,
+        run: Run,
+        word_map: dict[str, int],
+        reward: Reward,
+        longest: int,
+        epoch: int,
+        totals: dict[str, float] | None = None,
+    ):
+        self.encoder, self.decoder, self.settings, self.run = encoder, decoder, settings, run
+        self.word_map, self.reward, self.longest, self.epoch = word_map, reward, longest, epoch
+        self.words = {index: word for word, index in word_map.items()}
+        self.totals = {} if totals is None else totals
+        self.totals |= {"rewards": 0.0, "samples": 0} | self.totals
+
+    def start_step(self, lengths: np.ndarray) -> None:
+        """lengths: of the ground-truth captions of all the step's images."""
+        self.step_words, self.captions = 0, len(lengths) * self.settings.self_critical_samples
+
+    def __call__(self, indices: Sequence[int], images: Tensor, *_: Tensor) -> Tensor:
+        """This batch's part of the step's loss, not yet divided by the number of words."""
+        settings = self.settings
+        grid = drop_channels(encode(self.encoder, images, self.run.device), settings.feature_dropout)
+        uniforms = self._uniforms(indices)
+        start, end = self.word_map[START], self.word_map[END]
+        captions, lengths = draw_samples(self.decoder, grid.detach(), uniforms, start, end, settings.fused)
+        rewards = torch.tensor(self._rewards(indices, captions, lengths))  # (N, S)
+        self.totals["rewards"] += float(rewards.sum())
+        self.totals["samples"] += rewards.numel()
+        self.step_words += int((lengths - 1).sum())
+        advantages = leave_one_out(rewards).flatten().to(grid.device)
+        found = caption_logits(settings.fused)(self.decoder, grid, captions, lengths)
+        log_probs = found.logits.float().log_softmax(dim=1).gather(1, found.targets.unsqueeze(1)).squeeze(1)
+        return -(log_probs * advantages[found.captions]).sum()
+
+    def finish_step(self) -> float:
+        """The number of words of the step's samples, over all processes."""
+        words = self.run.gather({self.run.state.process_index: self.step_words})
+        return float(sum(words.values()))
+
+    def report(self) -> dict[str, float]:
+        """The mean reward of all processes' samples in the epoch so far."""
+        parts = self.run.gather({self.run.state.process_index: self.totals}).values()
+        return {REWARD: sum(part["rewards"] for part in parts) / sum(part["samples"] for part in parts)}
+
+    def _uniforms(self, indices: Sequence[int]) -> Tensor:
+        """Random numbers in [0, 1) (N, S, longest), each image's its own."""
+        shape = self.settings.self_critical_samples, self.longest
+        seeds = [[self.settings.seed, self.epoch, int(index)] for index in indices]
+        return torch.from_numpy(
+            np.stack([np.random.default_rng(seed).random(shape, np.float32) for seed in seeds])
+        )
+
+    def _rewards(self, indices: Sequence[int], captions: Tensor, lengths: Tensor) -> list[list[float]]:
+        samples = [
+            [self.words[index] for index in caption[1:length]]
+            for caption, length in zip(captions.tolist(), lengths.tolist())
+        ]
+        count = self.settings.self_critical_samples
+        return [
+            self.reward(int(index), samples[place * count : (place + 1) * count])
+            for place, index in enumerate(indices)
+        ]
+
+
+def leave_one_out(rewards: Tensor) -> Tensor:
+    """Advantages (N, S): each reward less the mean of the image's others."""
+    count = rewards.shape[1]
+    return (rewards - rewards.mean(dim=1, keepdim=True)) * count / (count - 1)
+
+
+@torch.no_grad()
+def draw_samples(
+    decoder: DecoderWithAttention, grid: Tensor, uniforms: Tensor, start: int, end: int, fused: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Draw S captions of each of N images from the decoder's distribution, without dropout, all at the same
+    time.
+
+    Args:
+        grid: (N, h, w, D).
+        uniforms: (N, S, T) in [0, 1), on the CPU: word t is where the cumulative distribution passes the t-th
+            number. T is the largest number of words, `<end>` included.
+
+    Returns:
+        captions (N * S, L) with `<start>` and `<end>`, padded with 0; lengths (N * S,), both counted. Both on
+        the CPU.
+    """
+    images, samples, steps = uniforms.shape
+    device, training = grid.device, decoder.training
+    decoder.eval()
+    state = (FusedSearchState if fused else PlainSearchState)(decoder, grid)
+    uniforms = uniforms.to(device)
+    captions = torch.zeros(images * samples, steps, dtype=torch.long, device=device)
+    rows = torch.arange(images * samples, device=device).view(images, samples)  # of those that go on
+    ended = torch.zeros_like(rows, dtype=torch.bool)
+    words = torch.full((images, 1), start, device=device)
+    for step in range(steps):
+        logits, _ = state.step(words)  # (n, 1 or k, V)
+        words = draw_words(logits.float().expand(-1, uniforms.shape[1], -1), uniforms[:, :, step])
+        captions[rows.flatten(), step] = words.masked_fill(ended, 0).flatten()
+        if step == 0:
+            state.reorder(torch.zeros_like(words))
+        ended |= words == end
+        if step % STEPS_BETWEEN_CHECKS == STEPS_BETWEEN_CHECKS - 1:  # each waits for the device
+            left = (~ended).sum(dim=1).cpu()
+            if not left.any():
+                break
+            (index,) = copy_to_device([left.nonzero().flatten()], device)
+            first = ended[index].int().argsort(dim=1, stable=True)[:, : int(left.max())]  # those that go on
+            state.keep(index)
+            state.reorder(first)
+            uniforms = uniforms[index.unsqueeze(1), first]
+            rows, ended, words = (values[index.unsqueeze(1), first] for values in (rows, ended, words))
+    decoder.train(training)
+    captions = captions.cpu()
+    ends = (captions == end).int()
+    lengths = torch.where(ends.any(dim=1), ends.argmax(dim=1) + 1, steps) + 1
+    captions = torch.cat([torch.full((len(captions), 1), start), captions], dim=1)
+    return captions[:, : int(lengths.max())], lengths
+
+
+def start_self_critical(
+    settings,
+    average: WeightAverage,
+    optimizer: torch.optim.Optimizer,
+    rates: LearningRate,
+    history: list[dict],
+    is_given: bool,
+    run: Run,
+    has_begun: bool = False,
+) -> Reward:
+    """Prepare the self-critical stage: a new Adam and, unless `is_given`, the best epoch's weights.
+
+    Args:
+        settings: of the training: `data_folder`, `output_folder`, `self_critical_lr`, `reward_bleu4`.
+        history: of the epochs so far; where the last one was self-critical, the stage goes on.
+        is_given: begin with the weights as they are, those of a checkpoint that the user chose.
+        has_begun: the run goes on in the middle of an epoch of the stage.
+    """
+    records = Prepared(settings.data_folder).records("train")
+    reward = Reward([[tokenize(text) for text in r.captions] for r in records], settings.reward_bleu4)
+    rates.hold(settings.self_critical_lr)
+    run.log(
+        f"from epoch {len(history) + 1} on training is self-critical, with a rate of {rates.constant:.2g}"
+    )
+    if has_begun or (history and REWARD in history[-1]):
+        return reward
+    optimizer.state.clear()
+    run.state.wait_for_everyone()  # until the best is written
+    best = Path(settings.output_folder) / "best_checkpoint.pth"
+    start = average.states()
+    if best.is_file() and not is_given:
+        start = load_checkpoint(best, "encoder", "decoder")
+        run.log(f"    it starts from the weights of epoch {len(start['history'])}, the best one")
+    average.restart(
+        {name: start[name] for name in ("encoder", "decoder")}, average.steps
+    )  # from the averages
+    return reward

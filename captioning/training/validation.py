@@ -1,0 +1,62 @@
+"""How good the attention model is on the validation images, after every epoch of its training."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+from captioning.captioners.attention import Captioner
+from captioning.training.loop import Run, caption_scores
+from captioning.training.losses import caption_logits, coverage_penalty, encode
+from models import DecoderWithAttention, Encoder
+from utils import progress_bar
+
+
+@torch.no_grad()
+def validate(
+    encoder: Encoder,
+    decoder: DecoderWithAttention,
+    loader: DataLoader,
+    references: list[list[list[str]]],
+    word_map: dict[str, int],
+    settings,
+    run: Run,
+) -> tuple[dict[str, float], dict[int, str]]:
+    """Loss and top-5 accuracy with teacher forcing, BLEU-4 and CIDEr of greedy captions.
+
+    Args:
+        loader: of this process's share of the images; its sampler yields requests with their indices.
+        references: of all images, tokenized.
+        settings: of the training: `alpha_c`, `fused`.
+
+    Returns:
+        {"val_loss", "val_top5", "val_bleu4", "val_cider"} of all processes' images; the captions by index.
+    """
+    decoder.eval()
+    captioner = Captioner([(encoder, decoder)], word_map)
+    sums, texts = torch.zeros(5, dtype=torch.float64), []
+    for images, captions, lengths in progress_bar(
+        loader, desc="validation", unit="batch", leave=False, disable=not run.is_main
+    ):
+        with run.autocast():
+            grid = encode(encoder, images, run.device)
+            logits, targets, coverage, *_ = caption_logits(settings.fused)(
+                decoder, grid, captions.flatten(0, 1), lengths.flatten()
+            )
+            cross_entropy = F.cross_entropy(logits, targets, reduction="sum")
+            penalty = coverage_penalty(coverage)
+            found = captioner.search([grid], beam_size=1)
+        correct = (logits.topk(min(5, logits.shape[1])).indices == targets.unsqueeze(1)).sum()
+        counts = (cross_entropy, penalty, correct, len(targets), lengths.numel())
+        sums += torch.tensor([float(count) for count in counts], dtype=torch.float64)
+        texts += [captioner.text(hypothesis) for hypothesis in found]
+    indices = [index for request in loader.sampler for index in request.indices.tolist()]
+    sums = sum(run.gather({run.state.process_index: sums}).values())
+    cross_entropy, penalty, correct, tokens, captions = sums.tolist()
+    by_index = run.gather(dict(zip(indices, texts, strict=True)))
+    return {
+        "val_loss": cross_entropy / tokens + settings.alpha_c * penalty / captions,
+        "val_top5": correct / tokens,
+        **caption_scores(references, by_index),
+    }, by_index

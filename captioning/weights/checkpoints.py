@@ -1,0 +1,332 @@
+"""Checkpoint files: writing them, reading them without running what they say, models out of them.
+
+A checkpoint is a dictionary of tensors and plain values: `settings` of the training, `word_map`, `data` (the
+record of the prepared data), `history` (a line an epoch), and the state_dicts `encoder`, `decoder`,
+`optimizers`. `encoder.pth` and `decoder.pth` have one of the models each.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from captioning.command_line import LARGEST
+from captioning.data.annotations import find_word_map_problem
+from captioning.data.hdf5 import require_disk_space
+from captioning.data.prepared import read_prepared
+from captioning.files import Number, OutputFile, find_mismatch
+from captioning.weights.pretrained import build_encoder
+from captioning.weights.tutorial_checkpoint import read_tutorial_checkpoint
+from models import DecoderWithAttention, Encoder
+from utils import UserError, atomic_write, pick_device, read_json
+
+
+def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
+    """Write a dictionary of tensors and plain values such that `torch.load(path, weights_only=True)` reads
+    it."""
+    with atomic_write(path) as tmp_path, OutputFile(tmp_path, path) as stream:
+        torch.save(checkpoint, stream)
+
+
+def checkpoint_content(
+    states: dict[str, dict], history: list[dict], word_map: dict[str, int], settings
+) -> dict:
+    """What a checkpoint of the attention model holds: the `states` of the training, and what they are of."""
+    record = read_prepared(settings.data_folder)
+    about = {
+        "settings": asdict(settings),
+        "word_map": word_map,
+        "data": {key: record[key] for key in ("settings", "inputs")},
+        "history": list(history),
+    }
+    return about | states
+
+
+def read_checkpoint(path: str | Path) -> object:
+    """What `torch.save` wrote, on the CPU, without running anything that the file says.
+
+    Raises:
+        UserError: no such file, or it is damaged. ValueError: no file of torch's, or one that names more than
+            tensors and plain values.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such checkpoint; train.py writes them to output_models/")
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch does not look at the checksums
+            if damaged:
+                raise UserError(f"{path}: damaged ({damaged} has another checksum); copy it or train again")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # pickle, zipfile and torch each fail in their own ways
+        raise ValueError(f"{path}: not a checkpoint") from error
+
+
+def load_checkpoint(path: str | Path, *needed: str, word_map_path: str | Path | None = None) -> dict:
+    """Read a checkpoint of the attention model.
+
+    Args:
+        path: a file of train.py, or the published checkpoint of the 2018 PyTorch tutorial.
+        needed: keys that it must have, such as "encoder", "decoder".
+        word_map_path: the word map's JSON file; the tutorial's checkpoint has none of its own. One that is
+            not the checkpoint's is refused.
+
+    Raises:
+        UserError: no such file, no checkpoint, or one without the `needed` parts; another word map.
+    """
+    word_map = None if word_map_path is None else read_json(word_map_path)
+    try:
+        checkpoint = read_checkpoint(path)
+    except ValueError:
+        checkpoint = read_tutorial_checkpoint(path, word_map)
+    check_content(path, checkpoint, CHECKPOINT | {name: WEIGHTS for name in needed})
+    problem = find_word_map_problem(checkpoint["word_map"])
+    if problem:
+        raise UserError(f"{path}: a damaged checkpoint ({problem}); train it anew")
+    if word_map not in (None, checkpoint["word_map"]):
+        raise UserError(
+            f"{word_map_path}: not the word map that {path} was trained with "
+            f"({len(checkpoint['word_map'])} words); give the --word_map or data that belong to it"
+        )
+    return checkpoint
+
+
+def check_room(
+    folder: Path, optimizer: torch.optim.Optimizer, epochs: int, keep: int, log: Callable[[str], None]
+) -> None:
+    """Look, before the first epoch, whether the folder's disk has room for what a training writes.
+
+    Args:
+        optimizer: with all the models' parameters; Adam keeps two averages of those that are trained.
+        epochs: that will be trained. keep: how many epochs' checkpoints stay; 0: all.
+        log: told where there is not enough for all of them.
+
+    Raises:
+        UserError: there is not enough for the first one.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    weights = sum(parameter.nbytes for parameter in parameters)
+    checkpoint = weights + 2 * sum(parameter.nbytes for parameter in parameters if parameter.requires_grad)
+    needed = 2 * checkpoint + weights  # of an epoch, of the best one, and the best one's models
+    require_disk_space(folder, needed, "free some disk space, or give another --output_folder")
+    room = (shutil.disk_usage(folder).free - needed) // checkpoint + 1
+    wanted = min(epochs, keep or epochs)
+    if room < wanted:
+        log(
+            f"{folder}: room for the checkpoints of {room} epochs, and {wanted} are to be kept, "
+            f"{checkpoint / 1e9:.2f} GB each: give --keep_checkpoints {max(1, room - 1)}"
+        )
+
+
+class Weights:
+    """A state_dict of finite numbers; a schema."""
+
+    def describe(self) -> str:
+        return "tensors of finite numbers"
+
+    def accepts(self, value: object) -> bool:
+        return isinstance(value, dict) and all(
+            isinstance(name, str) and isinstance(tensor, torch.Tensor) and bool(torch.isfinite(tensor).all())
+            for name, tensor in value.items()
+        )
+
+
+WEIGHTS = Weights()
+SIZES = ("emb_dim", "attention_dim", "decoder_dim")
+HISTORY = [{"epoch": Number(0, 10**9), str: float}]
+CHECKPOINT = {
+    "settings": {
+        "encoder_name": str,
+        "dropout": Number(0, 1, whole=False),
+        **{name: Number(1, LARGEST[name]) for name in SIZES},
+    },
+    "word_map": dict,
+    "data": {"settings": {"image_size": Number(1, LARGEST["image_size"])}},
+    "history": HISTORY,
+    "encoder?": WEIGHTS,
+    "decoder?": WEIGHTS,
+}
+STATES = {  # what a training that goes on takes from a checkpoint, if it is there
+    "unaveraged?": {"encoder?": WEIGHTS, "decoder": WEIGHTS},
+    "history": HISTORY,
+    "optimizer?": {"state": dict, "param_groups": [{"params": [int], "lr": Number(0, whole=False)}]},
+    "optimizers?": {str: {"state": dict, "param_groups": [{"params": [int], "lr": Number(0, whole=False)}]}},
+    "rates?": {"steps": Number(0), "decays": [int]},
+    "schedule?": {"last_epoch?": Number(0)},
+    "scaler?": dict,
+}
+
+
+class RandomState:
+    """The state of a generator of torch; a schema."""
+
+    def describe(self) -> str:
+        return "the state of a random generator"
+
+    def accepts(self, value: object) -> bool:
+        return isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.dim() == 1
+
+
+class CpuRandomState(RandomState):
+    def accepts(self, value: object) -> bool:
+        try:
+            return super().accepts(value) and bool(torch.Generator().set_state(value))
+        except RuntimeError:
+            return False
+
+
+# the state within an epoch, beside the epochs' checkpoints; see captioning/training/interruption.py
+LAST = "last.pth"
+PROGRESS = {
+    "epoch": Number(1),
+    "steps": Number(1),
+    "total_steps": Number(1),
+    "captions": Number(0),
+    "seconds": Number(0, whole=False),
+    "line": {str: Number(whole=False)},
+    "processes": [
+        {
+            "loss": Number(whole=False),
+            "totals": {str: Number(whole=False)},
+            "random": {"cpu": CpuRandomState(), str: RandomState()},
+        }
+    ],
+}
+
+
+def check_content(path: str | Path, checkpoint: object, schema: dict) -> None:
+    """Raise UserError unless the checkpoint read from `path` is as the schema says."""
+    mismatch = find_mismatch(checkpoint, schema)
+    if mismatch:
+        raise UserError(
+            f"{path}: not a whole checkpoint ({mismatch}); give one as best_checkpoint.pth is, or train anew"
+        )
+
+
+BEST_FILES = ("encoder.pth", "decoder.pth", "best_checkpoint.pth")
+
+
+def peek(path: str | Path) -> dict:
+    """What is in a checkpoint, its tensors unread; {} where it cannot be read."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # as in `read_checkpoint`
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def write_best(source: Path, checkpoint: dict, folder: Path | None = None) -> None:
+    """Make the checkpoint in the file `source` the best of the folder, which is the file's own unless given:
+    write encoder.pth, decoder.pth and best_checkpoint.pth."""
+    folder = folder or source.parent
+    about = {name: checkpoint[name] for name in ("settings", "word_map", "data", "history")}
+    for name in ("encoder", "decoder"):
+        save_checkpoint(folder / f"{name}.pth", about | {name: checkpoint[name]})
+    with atomic_write(folder / "best_checkpoint.pth") as tmp_path:
+        shutil.copyfile(source, tmp_path)
+
+
+def epoch_checkpoints(folder: str | Path, after: int = 0) -> list[Path]:
+    """The files checkpoint_epoch_N.pth of a folder with N above `after`, by N."""
+    numbered = []
+    for file in Path(folder).glob("checkpoint_epoch_*.pth"):
+        match = re.fullmatch(r"checkpoint_epoch_(\d+)", file.stem)
+        if match and int(match[1]) > after:
+            numbered.append((int(match[1]), file))
+    return [file for _, file in sorted(numbered)]
+
+
+def archive_previous_run(folder: Path, *patterns: str) -> None:
+    """Move the files of an earlier run in the folder to its subfolder earlier_N, so that runs do not mix."""
+    files = {file for pattern in patterns for file in folder.glob(pattern)}
+    if any(file.suffix in (".pth", ".safetensors") for file in files):
+        print(f"the earlier run in {folder}/ is now in {archive(folder, files)}/")
+
+
+def archive(folder: Path, files: Iterable[Path]) -> Path:
+    """Move files of the folder to its new subfolder earlier_N; return that."""
+    numbers = [int(name) for path in folder.glob("earlier_*") if (name := path.name[8:]).isdecimal()]
+    earlier = folder / f"earlier_{max(numbers, default=0) + 1}"
+    earlier.mkdir()
+    for file in files:
+        file.rename(earlier / file.name)
+    return earlier
+
+
+def load_models(
+    encoder_path: str | Path, decoder_path: str | Path, word_map_path: str | Path | None = None
+) -> tuple[Encoder, DecoderWithAttention, dict[str, int]]:
+    """Encoder, decoder and word map of one checkpoint, or of two files, on the best device, in eval mode.
+
+    Raises:
+        UserError: a file is missing or damaged, or the files do not belong together.
+    """
+    decoder_file = load_checkpoint(decoder_path, "decoder", word_map_path=word_map_path)
+    encoder_file = decoder_file
+    if encoder_path != decoder_path:
+        encoder_file = load_checkpoint(encoder_path, "encoder", word_map_path=word_map_path)
+    if "encoder" not in encoder_file:
+        raise UserError(
+            f"{encoder_path}: has no encoder; give a checkpoint, or --encoder_path and --decoder_path"
+        )
+    encoder, decoder = encoder_from(encoder_file, encoder_path), decoder_from(decoder_file, decoder_path)
+    if any(encoder_file[name] != decoder_file[name] for name in ("settings", "word_map", "data", "history")):
+        raise UserError(
+            f"{encoder_path} and {decoder_path} are of different epochs or trainings; give two of one, or "
+            f"--model best_checkpoint.pth"
+        )
+    encoder_dim = decoder.f_beta.out_features
+    if encoder.dim != encoder_dim:
+        raise UserError(
+            f"{encoder_path} gives {encoder.dim} channels, {decoder_path} takes {encoder_dim}: "
+            f"give files of one run"
+        )
+    device = pick_device()
+    return encoder.to(device), decoder.to(device), decoder_file["word_map"]
+
+
+def encoder_from(checkpoint: dict, source: str | Path) -> Encoder:
+    """The encoder of a checkpoint read from the file `source`, in eval mode."""
+    try:
+        encoder = build_encoder(checkpoint["settings"]["encoder_name"], "none")
+        encoder.image_size = checkpoint["data"]["settings"]["image_size"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{source}: a damaged checkpoint: {error} is missing or misused") from None
+    _load_state(encoder, checkpoint["encoder"], source)
+    return encoder
+
+
+def decoder_from(checkpoint: dict, source: str | Path) -> DecoderWithAttention:
+    """The decoder of a checkpoint read from the file `source`, in eval mode."""
+    settings, weights = checkpoint["settings"], checkpoint["decoder"]
+    try:
+        sizes = [settings[name] for name in ("attention_dim", "emb_dim", "decoder_dim")]
+        sizes += [len(checkpoint["word_map"]), weights["f_beta.weight"].shape[0], settings["dropout"]]
+        with torch.device("meta"):  # shapes without memory: damaged sizes would ask for much of it
+            expected = DecoderWithAttention(*sizes).state_dict()
+        if any(expected[name].shape != weights[name].shape for name in expected):
+            raise UserError(f"{source}: its weights do not fit its settings; train it anew")
+        decoder = DecoderWithAttention(*sizes)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{source}: a damaged checkpoint: {error} is missing or misused") from None
+    decoder.fused = settings.get("fused", True)  # the form to run it in; see train.py
+    decoder.takes_maximum = settings.get("hard_decoding") == "maximum"  # of hard attention; see there too
+    _load_state(decoder, weights, source)
+    return decoder.eval()
+
+
+def _load_state(module: nn.Module, state: dict, source: str | Path) -> None:
+    try:
+        module.load_state_dict(state)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{source}: its weights do not fit its settings ({reason}); train it anew") from None

