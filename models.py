@@ -2,23 +2,25 @@
 
 Written to be read beside the paper, with three differences: beta is a vector, with one gate per channel of
 the encoding; the output layer is linear in h, without equation 7's terms for the word and the context; h0 and
-c0 come from one linear layer each. This file needs torch and torchvision alone. By default
-`captioning/decoding/fused_decoder.py` runs, which computes the same numbers faster from the same modules;
-tests compare the two. After a change of Attention or DecoderWithAttention here, run with --fused False.
+c0 come from one linear layer each. This file needs torch and torchvision alone. It is what runs, in training
+and in search: change a formula here, and it holds everywhere (docs/change_the_model.md).
 
-Sizes: batch_size captions, each with its own copy of its image's encoding; num_pixels locations for attention
-to look at, 14 x 14 = 196; encoder_dim channels, 2048 for ResNet-101.
+Sizes: batch_size images with num_captions each, decoded side by side (ground truth in training, hypotheses
+in a beam search, samples); num_pixels locations to look at, 14 x 14 = 196; encoder_dim channels, 2048 for
+ResNet-101.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 ENCODED_SIZE = 14  # height and width of the encoding, as in the paper (section 4.3)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -61,44 +63,24 @@ def resnet(name: str, dim: int = 2048) -> EncoderSpec:
     return EncoderSpec(partial(torchvision_network, name), "fc.", body, dim, lambda body: list(body)[5:])
 
 
-def efficientnet_v2(name: str) -> EncoderSpec:
-    build = partial(torchvision_network, name)
-    return EncoderSpec(build, "classifier.", lambda net: net.features, 1280, lambda body: list(body)[3:])
-
-
-def convnext(name: str, dim: int) -> EncoderSpec:
-    def body(network: nn.Module) -> nn.Module:  # with the layer norm in front of the classifier
-        return nn.Sequential(network.features, network.classifier[0])
-
-    build = partial(torchvision_network, name)
-    return EncoderSpec(build, "classifier.2.", body, dim, lambda body: [*list(body[0])[2:], body[1]])
-
-
 RESNETS = ("resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d",
            "wide_resnet50_2", "wide_resnet101_2")  # fmt: skip
-CONVNEXTS = {"convnext_tiny": 768, "convnext_small": 768, "convnext_base": 1024, "convnext_large": 1536}
-# Add an encoder here; captioning/weights/pretrained.py adds those whose weights come with pip.
+# Add an encoder here; captioning/weights/pretrained.py adds further families.
 ENCODERS: dict[str, EncoderSpec] = {
     **{name: resnet(name, 512) for name in ("resnet18", "resnet34")},
     **{name: resnet(name) for name in RESNETS},
-    **{f"efficientnet_v2_{size}": efficientnet_v2(f"efficientnet_v2_{size}") for size in "sml"},
-    **{name: convnext(name, dim) for name, dim in CONVNEXTS.items()},
 }
 
 
 class Encoder(nn.Module):
     """A convolutional network without its classifier.
 
-    Args:
-        encoder_name: one of `ENCODERS`.
-        weights: state_dict of the classification network; None leaves the weights random.
+    encoder_name: one of `ENCODERS`. weights: state_dict of the classification network; None: random ones.
 
-    Attributes:
-        name, dim: encoder_name and encoder_dim.
-        image_size: side of its training images in pixels; 256 unless loaded from a checkpoint.
+    Attributes: name, dim (encoder_name and encoder_dim); image_size, the side of its training images in
+    pixels, 256 unless loaded from a checkpoint.
 
-    Raises:
-        KeyError: unknown name. ValueError: a weight is missing or of another shape; the message names it.
+    Raises KeyError for an unknown name, ValueError for a missing weight or one of another shape.
     """
 
     def __init__(self, encoder_name: str = "resnet101", weights: dict[str, Tensor] | None = None):
@@ -139,16 +121,8 @@ class Encoder(nn.Module):
         return super().train(False)
 
 
-def draw_locations(alpha: Tensor, noise: Tensor) -> Tensor:
-    """Hard attention (section 4.1): the weights of the locations (..., num_pixels), 1 for one and 0 for all
-    others. With noise from an exponential distribution that one is a sample of alpha; with noise 1 it is the
-    maximum of alpha. Infinite noise gives alpha itself, the sample's expected value."""
-    drawn = F.one_hot((alpha / noise).argmax(dim=-1), alpha.shape[-1])
-    return torch.where(noise.isinf(), alpha, drawn.to(alpha.dtype))
-
-
 class Attention(nn.Module):
-    """Soft attention (section 4.2), or hard attention (section 4.1) where noise is given."""
+    """Soft attention (section 4.2): a word sees the expected value over all locations."""
 
     def __init__(self, encoder_dim: int, decoder_dim: int, attention_dim: int):
         super().__init__()
@@ -156,35 +130,69 @@ class Attention(nn.Module):
         self.decoder_att = nn.Linear(decoder_dim, attention_dim)
         self.full_att = nn.Linear(attention_dim, 1)
 
-    def forward(
-        self, encoder_out: Tensor, decoder_hidden: Tensor, noise: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the context (batch_size, encoder_dim), and alpha (batch_size, num_pixels) of sum 1.
+    def forward(self, encoder_out: Tensor, att1: Tensor, decoder_hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """From encoder_out (batch_size, num_pixels, encoder_dim), att1 = encoder_att(encoder_out) and the
+        LSTM's last hidden state (batch_size, num_captions, decoder_dim): the context (batch_size,
+        num_captions, encoder_dim), and alpha (batch_size, num_captions, num_pixels) of sum 1."""
+        att2 = self.decoder_att(decoder_hidden)  # (batch_size, num_captions, attention_dim)
+        alpha = self.energies(att1, att2).softmax(dim=2)  # equation 5
+        return self.look(alpha) @ encoder_out, alpha  # z, equation 13
 
-        Args:
-            encoder_out: (batch_size, num_pixels, encoder_dim).
-            decoder_hidden: (batch_size, decoder_dim), the LSTM's last hidden state.
-            noise: (batch_size, num_pixels) of `draw_locations`; None: soft attention.
-        """
-        att1 = self.encoder_att(encoder_out)  # (batch_size, num_pixels, attention_dim)
-        att2 = self.decoder_att(decoder_hidden).unsqueeze(1)  # (batch_size, 1, attention_dim)
-        energy = self.full_att(F.relu(att1 + att2)).squeeze(2)  # e, equation 4
-        alpha = energy.softmax(dim=1)  # equation 5
-        weights = alpha if noise is None else draw_locations(alpha, noise)  # soft or hard
-        context = (weights.unsqueeze(2) * encoder_out).sum(dim=1)  # z, equation 13
-        return context, alpha
+    def energies(self, att1: Tensor, att2: Tensor) -> Tensor:
+        """e (batch_size, num_captions, num_pixels), equation 4."""
+        return self.full_att(F.relu(att1.unsqueeze(1) + att2.unsqueeze(2))).squeeze(3)
+
+    def look(self, alpha: Tensor) -> Tensor:
+        """How much each location counts in the context, of alpha's shape."""
+        return alpha
+
+
+class HardAttention(Attention):
+    """Hard attention (section 4.1): in training a word sees one location, a sample of alpha. In a search it
+    sees the likeliest one if `takes_maximum`, else the expected value."""
+
+    def __init__(self, *sizes: int, takes_maximum: bool = False):
+        super().__init__(*sizes)
+        self.takes_maximum, self.is_soft, self.samples = takes_maximum, None, []
+
+    @contextmanager
+    def sampling(self, is_soft: Tensor) -> Iterator[list[Tensor]]:
+        """Draw samples, in this context; yield the list that will have each step's, one-hot like alpha.
+        is_soft: (batch_size, num_captions, 1), captions that see the expected value instead."""
+        self.is_soft, self.samples = is_soft, []
+        yield self.samples
+        self.is_soft = None
+
+    def look(self, alpha: Tensor) -> Tensor:
+        if self.is_soft is None:
+            return F.one_hot(alpha.argmax(dim=2), alpha.shape[2]).to(alpha) if self.takes_maximum else alpha
+        noise = torch.empty_like(alpha).exponential_()  # argmax of alpha / noise is a sample of alpha
+        self.samples.append(F.one_hot((alpha / noise).argmax(dim=2), alpha.shape[2]).to(alpha))
+        return torch.where(self.is_soft[: alpha.shape[0], : alpha.shape[1]], alpha, self.samples[-1])
+
+
+class LSTMCell(nn.LSTMCell):
+    """Equations 1 to 3, for inputs and states of any leading dimensions."""
+
+    def forward(self, inputs: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        h, c = (s.to(self.weight_hh.dtype) for s in state)  # also under autocast
+        gates = F.linear(inputs, self.weight_ih, self.bias_ih) + F.linear(h, self.weight_hh, self.bias_hh)
+        i, f, g, o = gates.to(c.dtype).chunk(4, dim=-1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c
 
 
 class DecoderWithAttention(nn.Module):
     """An LSTM that looks at the image before each word (sections 3.1.2 and 4.2.1)."""
 
     def __init__(self, attention_dim: int, embed_dim: int, decoder_dim: int, vocab_size: int,
-                 encoder_dim: int = 2048, dropout: float = 0.5):  # fmt: skip
+                 encoder_dim: int = 2048, dropout: float = 0.5,
+                 attention: Callable[..., Attention] = Attention):  # fmt: skip
         super().__init__()
-        self.attention = Attention(encoder_dim, decoder_dim, attention_dim)
+        self.attention = attention(encoder_dim, decoder_dim, attention_dim)
         self.embedding = nn.Embedding(vocab_size, embed_dim)
         self.dropout = nn.Dropout(dropout)
-        self.decode_step = nn.LSTMCell(embed_dim + encoder_dim, decoder_dim)
+        self.decode_step = LSTMCell(embed_dim + encoder_dim, decoder_dim)
         self.init_h = nn.Linear(encoder_dim, decoder_dim)
         self.init_c = nn.Linear(encoder_dim, decoder_dim)
         self.f_beta = nn.Linear(decoder_dim, encoder_dim)
@@ -194,38 +202,57 @@ class DecoderWithAttention(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def init_hidden_state(self, encoder_out: Tensor) -> tuple[Tensor, ...]:
-        """h and c (batch_size, decoder_dim) from encoder_out (batch_size, num_pixels, encoder_dim)."""
-        mean = encoder_out.mean(dim=1)
+        """h and c (batch_size, 1, decoder_dim) from encoder_out (batch_size, num_pixels, encoder_dim)."""
+        mean = encoder_out.mean(dim=1, keepdim=True)
         return self.init_h(mean), self.init_c(mean)
 
-    def step(
-        self, words: Tensor, encoder_out: Tensor, state: tuple[Tensor, ...], noise: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Feed one word of each caption; return the logits of the next word (batch_size, vocab_size), alpha
-        (batch_size, num_pixels), and the new state.
+    def step(self, embeddings: Tensor, encoder_out: Tensor, att1: Tensor,
+             state: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:  # fmt: skip
+        """Feed a word to each caption: embeddings (batch_size, num_captions, embed_dim); encoder_out and att1
+        as in `Attention`; state as returned by `init_hidden_state` or by the last step.
 
-        Args:
-            words: (batch_size,) word indices.
-            encoder_out: (batch_size, num_pixels, encoder_dim).
-            state: what `init_hidden_state` or the last step returned; tensors (batch_size, ...).
-            noise: of `Attention`.
-        """
+        Return what `logits` takes (batch_size, num_captions, decoder_dim), alpha (batch_size, num_captions,
+        num_pixels), and the new state, tensors (batch_size, num_captions, ...)."""
         h, c = state
-        context, alpha = self.attention(encoder_out, h, noise)
+        context, alpha = self.attention(encoder_out, att1, h)
         gate = torch.sigmoid(self.f_beta(h))  # beta, section 4.2.1; here one gate per channel
-        lstm_input = torch.cat([self.embedding(words), gate * context], dim=1)
-        h, c = self.decode_step(lstm_input, (h, c))  # equations 1 to 3
-        return self.fc(self.dropout(h)), alpha, (h, c)
+        h, c = self.decode_step(torch.cat([embeddings, gate * context], dim=2), (h, c))
+        return h, alpha, (h, c)
 
-    def forward(self, encoder_out: Tensor, encoded_captions: Tensor, caption_lengths: Tensor,
-                noise: Tensor | None = None) -> tuple[Tensor, Tensor, list[int], Tensor, Tensor]:  # fmt: skip
-        """Teacher forcing: every ground-truth token is fed, and the model predicts the next one.
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The next word's logits (..., vocab_size), from what `step` returns first."""
+        return self.fc(self.dropout(hidden))
+
+    def teacher_forcing(self, encoder_out: Tensor, encoded_captions: Tensor,
+                        decode_lengths: Tensor) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+        """Feed the ground-truth tokens. Images are sorted by their longest caption, the captions of an image
+        by length, both descending: each step runs on the first n images and their first g captions.
 
         Args:
-            encoder_out: (batch_size, 14, 14, encoder_dim), each caption's copy of its image's encoding.
-            encoded_captions: (batch_size, max_caption_length) word indices.
-            caption_lengths: (batch_size, 1), `<start>` and `<end>` counted.
-            noise: (batch_size, max_caption_length - 1, num_pixels), each step's; None: soft attention.
+            encoder_out: (batch_size, num_pixels, encoder_dim).
+            encoded_captions: word indices (batch_size, num_captions, max_caption_length).
+            decode_lengths: tokens to feed (batch_size, num_captions); on the CPU, or each step waits for it.
+
+        Returns what each step gives to `logits` (n, g, decoder_dim), and its alpha (n, g, num_pixels)."""
+        words = self.embedding(encoded_captions[:, :, : int(decode_lengths.max())]).unbind(dim=2)
+        att1 = self.attention.encoder_att(encoder_out)  # once for all steps and captions
+        state = tuple(s.expand(-1, len(decode_lengths[0]), -1) for s in self.init_hidden_state(encoder_out))
+        hidden, alphas = [], []
+        for t in range(len(words)):
+            goes_on = decode_lengths > t
+            n, g = int(goes_on.any(dim=1).sum()), int(goes_on.any(dim=0).sum())
+            if n < len(encoder_out):  # even a slice of everything costs time in the backward pass
+                encoder_out, att1 = encoder_out[:n], att1[:n]
+            state = tuple(s[:n, :g] for s in state)
+            h, alpha, state = self.step(words[t][:n, :g], encoder_out, att1, state)
+            hidden.append(h)
+            alphas.append(alpha)
+        return hidden, alphas
+
+    def forward(self, encoder_out: Tensor, encoded_captions: Tensor, caption_lengths: Tensor
+                ) -> tuple[Tensor, Tensor, list[int], Tensor, Tensor]:  # fmt: skip
+        """Teacher forcing with one caption per image: encoder_out (batch_size, 14, 14, encoder_dim), word
+        indices (batch_size, max_caption_length), lengths (batch_size, 1) that count `<start>` and `<end>`.
 
         Returns:
             predictions (batch_size, max(decode_lengths), vocab_size): logits, 0 past a caption's end
@@ -236,13 +263,8 @@ class DecoderWithAttention(nn.Module):
         """
         caption_lengths, sort_ind = caption_lengths.flatten().sort(descending=True, stable=True)
         encoder_out, encoded_captions = encoder_out.flatten(1, 2)[sort_ind], encoded_captions[sort_ind]
-        decode_lengths = (caption_lengths - 1).tolist()
-        state = self.init_hidden_state(encoder_out)
-        predictions = encoder_out.new_zeros(len(encoder_out), max(decode_lengths), self.fc.out_features)
-        alphas = encoder_out.new_zeros(*predictions.shape[:2], encoder_out.shape[1])
-        for t in range(max(decode_lengths)):
-            n = sum(length > t for length in decode_lengths)  # captions that go on: the first, being sorted
-            state = tuple(tensor[:n] for tensor in state)
-            words, noise_t = encoded_captions[:n, t], None if noise is None else noise[sort_ind[:n], t]
-            predictions[:n, t], alphas[:n, t], state = self.step(words, encoder_out[:n], state, noise_t)
-        return predictions, encoded_captions, decode_lengths, alphas, sort_ind
+        lengths = caption_lengths.cpu().unsqueeze(1) - 1
+        hidden, alphas = self.teacher_forcing(encoder_out, encoded_captions.unsqueeze(1), lengths)
+        predictions = pad_sequence([self.logits(h)[:, 0] for h in hidden])
+        alphas = pad_sequence([alpha[:, 0] for alpha in alphas])
+        return predictions, encoded_captions, lengths.flatten().tolist(), alphas, sort_ind

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from captioning.command_line import check_above_zero, check_at_least, check_share, run_script
 from captioning.data.features import cache_features
 from captioning.data.prepared import Prepared
-from captioning.decoding import fused_decoder
+from captioning.decoding.fast_energies import use_fast_energies
 from captioning.files import lock_folder
 from captioning.training.averaging import WeightAverage
 from captioning.training.curves import REWARD
@@ -61,7 +61,7 @@ from captioning.weights.checkpoints import (
 from captioning.weights.pretrained import build_encoder, load_embeddings
 from datasets import BatchSampler, CaptionDataset, make_loader
 from metrics import tokenize
-from models import DecoderWithAttention, Encoder
+from models import Attention, DecoderWithAttention, Encoder, HardAttention
 from utils import Device, UserError, check_output, read_json
 
 
@@ -75,7 +75,6 @@ class Settings:
     attention_dim: int = 512  # width of the attention's hidden layer
     decoder_dim: int = 512  # width of the LSTM
     dropout: float = 0.5  # share of the hidden units dropped before the logits
-    fused: bool = True  # run the optimized decoder; False after a change of the decoder in models.py
     epochs: int = 3  # in all, those before a resumed checkpoint counted; give 20 or more for real use
     batch_size: int = 16  # images that go through the models at once; each brings all its captions
     grad_accumulation: int = 1  # batches per step: big steps on a small GPU
@@ -310,14 +309,16 @@ def build_models(
             settings = replace(settings, emb_dim=embeddings.shape[1])
         encoder = build_encoder(settings.encoder_name, settings.encoder_weights)
         sizes = (settings.attention_dim, settings.emb_dim, settings.decoder_dim, len(word_map), encoder.dim)
-        decoder = DecoderWithAttention(*sizes, settings.dropout)
+        attention = Attention
+        if settings.attention == "hard":
+            attention = partial(HardAttention, takes_maximum=settings.hard_decoding == "maximum")
+        decoder = DecoderWithAttention(*sizes, settings.dropout, attention)
         if embeddings is not None:
             decoder.embedding.weight.data.copy_(embeddings)
     decoder.embedding.requires_grad_(settings.fine_tune_embeddings)
     drop_embeddings(decoder, settings.embedding_dropout)
-    decoder.fused, decoder.takes_maximum = settings.fused, settings.hard_decoding == "maximum"
-    if settings.fused:
-        fused_decoder.require_same_as_plain(decoder)
+    if not use_fast_energies(decoder):
+        log("the attention's energies are not the paper's: they are computed as models.py has them")
     return settings, encoder, decoder
 
 

@@ -15,7 +15,7 @@ import signal
 import sys
 import typing
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -287,3 +287,16 @@ def pick_device(name: Device | None = None) -> torch.device:
             f"--device cuda: process {index + 1} finds {gpus} GPUs: start as many processes as there are GPUs"
         )
     return torch.device("cuda", index)
+
+
+def copy_to_device(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Tensors of one dtype on the CPU -> on the device, in one copy that the host does not wait for."""
+    import torch
+
+    if device.type == "cpu":
+        return list(tensors)
+    joined = torch.cat([tensor.flatten() for tensor in tensors])
+    if device.type == "cuda":
+        joined = joined.pin_memory()  # from other memory the driver may wait for the device
+    parts = joined.to(device, non_blocking=True).split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors)]

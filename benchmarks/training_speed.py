@@ -41,6 +41,7 @@ import train
 from captioning.command_line import check_at_least, run_script
 from captioning.data.annotations import UNK
 from captioning.data.features import encode_images
+from captioning.decoding.fast_energies import use_fast_energies
 from captioning.training.loop import Run
 from captioning.training.losses import CrossEntropy
 from captioning.training.self_critical import Reward, SelfCritical
@@ -184,6 +185,7 @@ def make_pair(encoder: Encoder, settings: Settings, device: torch.device) -> tup
     torch.manual_seed(settings.seed)
     sizes = (settings.width, settings.width, settings.width, settings.vocabulary, encoder.dim)
     decoder, textbook_decoder = DecoderWithAttention(*sizes, dropout=0), TextbookDecoder(*sizes)
+    use_fast_energies(decoder)
     textbook_decoder.load_state_dict(decoder.state_dict())
     textbook_encoder = TextbookEncoder(encoder.name)
     textbook_encoder.load_state_dict(encoder.state_dict())

@@ -26,6 +26,7 @@ from captioning.data.features import encode_images, weights_digest
 from captioning.data.images import read_image, to_array
 from captioning.data.submissions import ScoredCaption
 from captioning.decoding.beam_search import Hypothesis, beam_search_n_best
+from captioning.decoding.fast_energies import use_fast_energies
 from captioning.decoding.options import UNFINISHED, DecodingOptions
 from captioning.decoding.sampling import image_seed, sample_captions
 from captioning.decoding.word_rules import WordRules
@@ -50,11 +51,11 @@ class Captioner(BaseCaptioner):
         members: Sequence[tuple[Encoder, DecoderWithAttention]],
         word_map: dict[str, int],
     ):
-        # False where a decoder was trained with --fused False
-        self.fused = all(getattr(decoder, "fused", True) for _, decoder in members)
         self.word_map = word_map
         self.words = {index: word for word, index in word_map.items()}
         self.decoders = [decoder for _, decoder in members]
+        for decoder in self.decoders:
+            use_fast_energies(decoder)
         self.encoders: list[Encoder] = []
         self.encoder_of: list[int] = []
         known: dict[str, int] = {}
@@ -146,7 +147,7 @@ class Captioner(BaseCaptioner):
         """
         grids = [grids[encoder].float() for encoder in self.encoder_of]
         ends = self.word_map[START], self.word_map[END]
-        common = {"rules": self._rules(options), "keep_alphas": keep_alphas, "fused": self.fused}
+        common = {"rules": self._rules(options), "keep_alphas": keep_alphas}
         if options.samples:
             seeds = [image_seed(options.seed, image_id) for image_id in ids]
             drawn = {"temperature": options.temperature or 1.0, "top_p": options.top_p or 1.0} | common

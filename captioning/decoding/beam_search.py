@@ -16,12 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from captioning.decoding.fused_decoder import FusedSearchState
-from captioning.decoding.fused_recurrence import copy_to_device
-from captioning.decoding.plain_decoder import PlainSearchState
 from captioning.decoding.word_rules import NO_RULES, WordMasks, WordRules
-from models import ENCODED_SIZE, DecoderWithAttention
-from utils import UserError
+from models import ENCODED_SIZE, DecoderWithAttention, pool_grid
+from utils import UserError, copy_to_device
 
 
 class Hypothesis(NamedTuple):
@@ -56,7 +53,6 @@ def beam_search_n_best(
     length_penalty: float = 0.0,
     keep_alphas: bool = False,
     n_best: int = 1,
-    fused: bool = True,
 ) -> list[list[Hypothesis]]:
     """The best captions of each of N images: up to `n_best`, no two alike, by descending score.
 
@@ -76,7 +72,6 @@ def beam_search_n_best(
             the plain sum.
         keep_alphas: return attention too (of several decoders, the mean).
         n_best: captions for each image; there are never more than `beam_size`.
-        fused: search on the fused form of the decoders; False: on their own `step`.
 
     Raises:
         UserError: the logits are not numbers.
@@ -95,7 +90,7 @@ def beam_search_n_best(
         best[image] += [found for found in unfinished if found.words not in ended_ones]
         del best[image][n_best:]
 
-    beams = _Beams(search_states(decoders, grids, fused), images, start, beam_size, keep_alphas, device)
+    beams = _Beams(search_states(decoders, grids), images, start, beam_size, keep_alphas, device)
     masks = WordMasks(rules, end, device)
     for step in range(1, max_steps + 1):
         log_probs, alphas = next_words(beams.states, beams.device_words[:, :, -1])  # (n, K, V), (n, K, P)
@@ -136,15 +131,40 @@ def beam_search_n_best(
     return best
 
 
-def search_states(
-    decoders: Sequence[DecoderWithAttention], grids: Sequence[Tensor], fused: bool
-) -> list[FusedSearchState | PlainSearchState]:
+class SearchState:
+    """A decoder with the hypotheses of a search: N images, K hypotheses each; one at first.
+
+    grid: (N, h, w, encoder_dim), the images as the decoder's encoder sees them.
+    """
+
+    def __init__(self, decoder: DecoderWithAttention, grid: Tensor):
+        self.decoder = decoder
+        self.encoder_out = pool_grid(grid).flatten(1, 2)  # (N, P, encoder_dim)
+        self.att1 = decoder.attention.encoder_att(self.encoder_out)
+        self.state = decoder.init_hidden_state(self.encoder_out)  # (N, 1, ...) each
+
+    def step(self, words: Tensor) -> tuple[Tensor, Tensor]:
+        """Feed a word to each hypothesis (N, K): logits (N, K, V), alpha (N, K, P)."""
+        embeddings = self.decoder.embedding(words)
+        hidden, alpha, self.state = self.decoder.step(embeddings, self.encoder_out, self.att1, self.state)
+        return self.decoder.logits(hidden), alpha
+
+    def reorder(self, parents: Tensor) -> None:
+        """Go on from these hypotheses of each image: indices (N, K')."""
+        self.state = tuple(_pick(values, parents) for values in self.state)
+
+    def keep(self, index: Tensor) -> None:
+        """Go on with these images only."""
+        self.state = tuple(values[index] for values in self.state)
+        self.encoder_out, self.att1 = self.encoder_out[index], self.att1[index]
+
+
+def search_states(decoders: Sequence[DecoderWithAttention], grids: Sequence[Tensor]) -> list[SearchState]:
     """The state of each decoder before its first word, one hypothesis for each image."""
-    state_class = FusedSearchState if fused else PlainSearchState
-    return [state_class(decoder, grid) for decoder, grid in zip(decoders, grids)]
+    return [SearchState(decoder, grid) for decoder, grid in zip(decoders, grids)]
 
 
-def next_words(states: Sequence[FusedSearchState | PlainSearchState], words: Tensor) -> tuple[Tensor, Tensor]:
+def next_words(states: Sequence[SearchState], words: Tensor) -> tuple[Tensor, Tensor]:
     """Feed a word to each hypothesis (N, K): log-probabilities of the next ones (N, K, V), alphas (N, K, P);
     of several decoders, of the mean of their distributions, and the mean alphas."""
     log_probs, alphas = [], []
@@ -173,7 +193,7 @@ class _Beams:
 
     def __init__(
         self,
-        states: Sequence[FusedSearchState | PlainSearchState],
+        states: Sequence[SearchState],
         images: int,
         start: int,
         beam_size: int,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from captioning.decoding.fused_recurrence import copy_to_device
+from utils import copy_to_device
 
 
 class WordRules(NamedTuple):
@@ -46,6 +46,14 @@ class WordMasks:
         self.rules, self.end = rules, end
         indices = [torch.tensor([*words], dtype=torch.long) for words in (rules.forbidden, rules.unfinished)]
         self.forbidden, self.unfinished = copy_to_device(indices, device)
+
+    def applied(self, log_probs: Tensor, history: Tensor) -> Tensor:
+        """What `apply` makes of a copy."""
+        if self.rules == NO_RULES:
+            return log_probs
+        log_probs = log_probs.clone()
+        self.apply(log_probs, history)
+        return log_probs
 
     def apply(self, log_probs: Tensor, history: Tensor) -> None:
         """Set what may not come next to -inf, in place.

@@ -14,24 +14,25 @@ first reaches their alphas.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import reduce
 from torch import Tensor
 
-from captioning.decoding.fused_decoder import TokenLogits
+from captioning.decoding.teacher_forcing import PackedCaptions, TokenLogits
 from captioning.training.loop import Run
-from models import ENCODED_SIZE, draw_locations
+from models import DecoderWithAttention
 
 EXPECTED_SHARE = 0.5  # of the captions: those that look at the expected value
 BASELINE_DECAY = 0.9
 BASELINE = "train_baseline"  # b after an epoch, as a column of the history
 
 
-class HardAttention:
-    """The terms of the loss that train the attention, for `losses.CrossEntropy`.
+class LocationLoss:
+    """The terms of the loss that train hard attention, for `losses.CrossEntropy`.
 
     Args:
         settings: of the training: `lambda_r`, `lambda_e`.
@@ -55,32 +56,36 @@ class HardAttention:
         self.baseline = torch.full((), start, device=run.device)
         self.step_sums = torch.zeros(2, device=run.device)  # log p(y | s) and count of the sampled captions
 
-    def draw_noise(self, captions: Tensor) -> Tensor:
-        """Noise for `models.draw_locations` of a batch of captions (N, L): (N, L - 1, 196), infinite for the
-        captions that look at the expected value."""
-        count, length = captions.shape
-        noise = torch.empty(count, length - 1, ENCODED_SIZE**2, device=self.run.device).exponential_()
-        expected = torch.rand(count, 1, 1, device=self.run.device) < EXPECTED_SHARE
-        return noise.masked_fill_(expected, torch.inf)
+    @contextmanager
+    def draw_locations(self, decoder: DecoderWithAttention, packing: PackedCaptions) -> Iterator[None]:
+        """In this context the decoder looks at sampled locations, or, for some captions, at the expected
+        value; `gradient_of_locations` then knows them."""
+        is_soft = torch.rand(*packing.decode_lengths.shape, 1, device=self.run.device) < EXPECTED_SHARE
+        with decoder.attention.sampling(is_soft) as samples:
+            yield
+        self.locations = packing.pack(samples)  # (W, P)
+        order = packing.caption_order.flatten().to(is_soft.device)
+        self.is_sampled = (
+            torch.empty_like(is_soft).flatten().index_copy(0, order, ~is_soft.flatten())
+        )  # (N * G,)
 
-    def gradient_of_locations(self, found: TokenLogits, noise: Tensor) -> Tensor:
+    def gradient_of_locations(self, tokens: TokenLogits) -> Tensor:
         """A scalar, 0, whose gradient is minus the second and third terms of the formula above, summed over
         the captions.
 
-        Args:
-            found: of the captions, with this noise.
+        tokens: of the captions for which the last locations were drawn.
         """
         with torch.no_grad():
-            locations = draw_locations(found.alphas, noise[found.captions, found.steps])  # (W, P)
-            is_sampled = noise[:, 0, 0].isfinite()  # (N,)
-            log_probs = -F.cross_entropy(found.logits.float(), found.targets, reduction="none")  # (W,)
-            log_probs = log_probs.new_zeros(len(noise)).index_add(0, found.captions, log_probs)  # (N,)
-            self.step_sums += torch.stack([(log_probs * is_sampled).sum(), is_sampled.sum()])
-            has_term = is_sampled & self.baseline.isfinite()  # the first step has nothing to compare with
-            advantages = torch.where(has_term, log_probs - self.baseline, 0.0)
-        log_alphas = found.alphas.clamp(min=torch.finfo(found.alphas.dtype).tiny).log()  # finite where 0
-        reinforce = (advantages[found.captions] * (locations * log_alphas).sum(dim=1)).sum()
-        entropy = -(found.alphas * log_alphas).sum()
+            log_probs = -F.cross_entropy(tokens.logits.float(), tokens.targets, reduction="none")  # (W,)
+            log_probs = log_probs.new_zeros(len(self.is_sampled)).index_add(0, tokens.captions, log_probs)
+            self.step_sums += torch.stack([(log_probs * self.is_sampled).sum(), self.is_sampled.sum()])
+            has_term = (
+                self.is_sampled & self.baseline.isfinite()
+            )  # the first step has nothing to compare with
+            advantages = torch.where(has_term, log_probs - self.baseline, 0.0)  # (N * G,)
+        log_alphas = tokens.alphas.clamp(min=torch.finfo(tokens.alphas.dtype).tiny).log()  # finite where 0
+        reinforce = (advantages[tokens.captions] * (self.locations * log_alphas).sum(dim=1)).sum()
+        entropy = -(tokens.alphas * log_alphas).sum()
         terms = self.settings.lambda_r * reinforce + self.settings.lambda_e * entropy
         return terms.detach() - terms
 

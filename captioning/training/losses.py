@@ -9,7 +9,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,9 +19,8 @@ from torch import Tensor, nn
 
 from captioning.data.annotations import UNK
 from captioning.data.features import encode_images
-from captioning.decoding import fused_decoder, plain_decoder
-from captioning.decoding.fused_decoder import TokenLogits
-from captioning.training.hard_attention import HardAttention
+from captioning.decoding.teacher_forcing import token_logits
+from captioning.training.hard_attention import LocationLoss
 from captioning.training.loop import Run
 from models import DecoderWithAttention, Encoder, normalize_images
 
@@ -38,11 +38,6 @@ def encode(encoder: Encoder, images: Tensor, device: torch.device) -> Tensor:
     return encode_images(encoder, images).clone()  # an inference tensor itself may not take part in training
 
 
-def caption_logits(fused: bool) -> Callable[..., TokenLogits]:
-    """The function that computes a batch's logits, in the fast form or as models.py reads."""
-    return fused_decoder.caption_logits if fused else plain_decoder.caption_logits
-
-
 def coverage_penalty(coverage: Tensor) -> Tensor:
     """The doubly stochastic penalty (Xu et al., equation 14), summed over the captions.
 
@@ -58,7 +53,7 @@ class CrossEntropy:
     """Cross-entropy of the ground-truth tokens with the doubly stochastic penalty, as training minimizes it.
 
     Args:
-        settings: of the training: `alpha_c`, `fused`, and the probabilities `label_smoothing` (Szegedy et
+        settings: of the training: `alpha_c`, and the probabilities `label_smoothing` (Szegedy et
             al., 2016, section 7), `feature_dropout`, `word_dropout` (Bowman et al., 2016, section 3).
         scheduled_sampling: probability with which a fed token is one that the model predicted.
         history: of the training so far. totals: of the epoch so far, kept up to date.
@@ -79,8 +74,7 @@ class CrossEntropy:
     ):
         self.encoder, self.decoder, self.settings, self.run = encoder, decoder, settings, run
         self.unk, self.scheduled_sampling = word_map[UNK], scheduled_sampling
-        self.logits = caption_logits(settings.fused)
-        self.hard = HardAttention(settings, run, history, totals) if settings.attention == "hard" else None
+        self.hard = LocationLoss(settings, run, history, totals) if settings.attention == "hard" else None
 
     def start_step(self, lengths: np.ndarray) -> None:
         """lengths: of all the step's captions, over all micro-batches and processes, so that every token has
@@ -96,16 +90,15 @@ class CrossEntropy:
         """
         settings = self.settings
         grid = drop_channels(encode(self.encoder, images, self.run.device), settings.feature_dropout)
-        captions, lengths = captions.flatten(0, 1), lengths.flatten()
         fed = self._fed(grid, captions, lengths)
-        noise = self.hard.draw_noise(captions) if self.hard else None
-        found = self.logits(self.decoder, grid, captions, lengths, fed, noise)
+        draw_locations = partial(self.hard.draw_locations, self.decoder) if self.hard else None
+        tokens = token_logits(self.decoder, grid, captions, lengths, fed, draw_locations)
         cross_entropy = F.cross_entropy(
-            found.logits, found.targets, reduction="sum", label_smoothing=settings.label_smoothing
+            tokens.logits, tokens.targets, reduction="sum", label_smoothing=settings.label_smoothing
         )
-        penalty = coverage_penalty(found.coverage)
+        penalty = coverage_penalty(tokens.coverage())
         if self.hard:
-            cross_entropy = cross_entropy + self.hard.gradient_of_locations(found, noise)
+            cross_entropy = cross_entropy + self.hard.gradient_of_locations(tokens)
         return cross_entropy / self.tokens + settings.alpha_c * penalty / self.captions
 
     def finish_step(self) -> float:
@@ -119,41 +112,40 @@ class CrossEntropy:
         return self.hard.report() if self.hard else {}
 
     def _fed(self, grid: Tensor, captions: Tensor, lengths: Tensor) -> Tensor | None:
-        """The words to feed (N * G, L), where they are not the ground-truth tokens."""
+        """The words to feed (N, G, L), where they are not the ground-truth tokens."""
         fed = None
         if self.scheduled_sampling:
-            fed = sample_inputs(self.logits, self.decoder, grid, captions, lengths, self.scheduled_sampling)
+            fed = sample_inputs(self.decoder, grid, captions, lengths, self.scheduled_sampling)
         if self.settings.word_dropout:
             fed = captions if fed is None else fed
             dropped = torch.rand(fed.shape) < self.settings.word_dropout
-            dropped[:, 0] = False  # <start>
+            dropped[:, :, 0] = False  # <start>
             fed = fed.masked_fill(dropped, self.unk)
         return fed
 
 
 @torch.no_grad()
 def sample_inputs(
-    logits_of: Callable[..., TokenLogits],
     decoder: DecoderWithAttention,
     grid: Tensor,
     captions: Tensor,
     lengths: Tensor,
     probability: float,
 ) -> Tensor:
-    """Scheduled sampling (Bengio et al., 2015): captions (N * G, L) in which every word but the first is
+    """Scheduled sampling (Bengio et al., 2015): captions (N, G, L) in which every word but the first is
     replaced, with `probability`, by one that the decoder predicts in its place.
 
     The predictions are drawn from the decoder's distribution when the ground-truth tokens are fed, for all
     steps at once, so that training stays fast (Mihaylova and Martins, 2019). The paper's sequential form
     draws them after the words that were replaced before.
     """
-    found = logits_of(decoder, grid, captions, lengths)
-    drawn = torch.multinomial(found.logits.float().softmax(dim=1), 1).flatten().cpu()
-    fed = captions.cpu().clone()
+    tokens = token_logits(decoder, grid, captions, lengths)
+    drawn = torch.multinomial(tokens.logits.float().softmax(dim=1), 1).flatten().cpu()
+    fed = captions.flatten(0, 1).clone()
     replaced = torch.rand(len(drawn)) < probability
-    places = found.captions.cpu()[replaced], found.steps.cpu()[replaced] + 1
-    fed[places] = drawn[replaced]
-    return fed
+    packing = tokens.packing
+    fed[packing.captions[replaced], packing.steps[replaced] + 1] = drawn[replaced]
+    return fed.view(captions.shape)
 
 
 def sampling_probability(largest: float, epoch: int, epochs: int) -> float:
@@ -170,8 +162,7 @@ def drop_channels(grid: Tensor, probability: float) -> Tensor:
 
 
 def drop_embeddings(decoder: DecoderWithAttention, probability: float) -> None:
-    """From now on drop values of the word vectors while the decoder is trained. In the fused form a word has
-    one mask for all its occurrences in a batch (Gal and Ghahramani, 2016, section 4.2)."""
+    """From now on drop values of the word vectors while the decoder is trained."""
 
     def dropped(module: nn.Module, _, vectors: Tensor) -> Tensor:
         return F.dropout(vectors, probability, module.training)

@@ -16,24 +16,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from captioning.data.annotations import END, START
 from captioning.data.prepared import Prepared
-from captioning.decoding.fused_decoder import FusedSearchState
-from captioning.decoding.fused_recurrence import copy_to_device
-from captioning.decoding.plain_decoder import PlainSearchState
-from captioning.decoding.sampling import draw_words
+from captioning.decoding.sampling import draw_captions
+from captioning.decoding.teacher_forcing import token_logits
 from captioning.training.averaging import WeightAverage
 from captioning.training.curves import REWARD
 from captioning.training.loop import LearningRate, Run
-from captioning.training.losses import caption_logits, drop_channels, encode
+from captioning.training.losses import drop_channels, encode
 from captioning.weights.checkpoints import load_checkpoint
 from metrics import CiderD, tokenize
 from metrics.ngrams import bleu_counts, named_bleu
 from models import DecoderWithAttention, Encoder
-
-STEPS_BETWEEN_CHECKS = 4  # of which samples have ended
 
 
 class Reward:
@@ -63,7 +60,7 @@ class SelfCritical:
     """The loss above, in the place of `losses.CrossEntropy`.
 
     Args:
-        settings: of the training: `self_critical_samples`, at least 2; `feature_dropout`, `fused`, `seed`.
+        settings: of the training: `self_critical_samples`, at least 2; `feature_dropout`, `seed`.
         reward: of the training images.
         longest: words of a sample at most, `<end>` included.
         epoch: the random numbers of an image's samples depend on the seed, the epoch and the image alone, not
@@ -102,15 +99,15 @@ class SelfCritical:
         grid = drop_channels(encode(self.encoder, images, self.run.device), settings.feature_dropout)
         uniforms = self._uniforms(indices)
         start, end = self.word_map[START], self.word_map[END]
-        captions, lengths = draw_samples(self.decoder, grid.detach(), uniforms, start, end, settings.fused)
+        captions, lengths = draw_samples(self.decoder, grid.detach(), uniforms, start, end)
         rewards = torch.tensor(self._rewards(indices, captions, lengths))  # (N, S)
         self.totals["rewards"] += float(rewards.sum())
         self.totals["samples"] += rewards.numel()
         self.step_words += int((lengths - 1).sum())
         advantages = leave_one_out(rewards).flatten().to(grid.device)
-        found = caption_logits(settings.fused)(self.decoder, grid, captions, lengths)
-        log_probs = found.logits.float().log_softmax(dim=1).gather(1, found.targets.unsqueeze(1)).squeeze(1)
-        return -(log_probs * advantages[found.captions]).sum()
+        tokens = token_logits(self.decoder, grid, captions, lengths)
+        log_probs = tokens.logits.float().log_softmax(dim=1).gather(1, tokens.targets.unsqueeze(1)).squeeze(1)
+        return -(log_probs * advantages[tokens.captions]).sum()
 
     def finish_step(self) -> float:
         """The number of words of the step's samples, over all processes."""
@@ -131,14 +128,12 @@ class SelfCritical:
         )
 
     def _rewards(self, indices: Sequence[int], captions: Tensor, lengths: Tensor) -> list[list[float]]:
-        samples = [
-            [self.words[index] for index in caption[1:length]]
-            for caption, length in zip(captions.tolist(), lengths.tolist())
-        ]
-        count = self.settings.self_critical_samples
+        def words(caption: list[int], length: int) -> list[str]:
+            return [self.words[index] for index in caption[1:length]]
+
         return [
-            self.reward(int(index), samples[place * count : (place + 1) * count])
-            for place, index in enumerate(indices)
+            self.reward(int(index), [words(*sample) for sample in zip(*samples)])
+            for index, *samples in zip(indices, captions.tolist(), lengths.tolist())
         ]
 
 
@@ -148,54 +143,28 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     return (rewards - rewards.mean(dim=1, keepdim=True)) * count / (count - 1)
 
 
-@torch.no_grad()
 def draw_samples(
-    decoder: DecoderWithAttention, grid: Tensor, uniforms: Tensor, start: int, end: int, fused: bool = True
+    decoder: DecoderWithAttention, grid: Tensor, uniforms: Tensor, start: int, end: int
 ) -> tuple[Tensor, Tensor]:
-    """Draw S captions of each of N images from the decoder's distribution, without dropout, all at the same
-    time.
+    """Draw S captions of each of N images from the decoder's distribution, without dropout.
 
     Args:
         grid: (N, h, w, D).
-        uniforms: (N, S, T) in [0, 1), on the CPU: word t is where the cumulative distribution passes the t-th
-            number. T is the largest number of words, `<end>` included.
+        uniforms: (N, S, T) in [0, 1), as in `draw_captions`. T is the largest number of words, `<end>`
+            included.
 
     Returns:
-        captions (N * S, L) with `<start>` and `<end>`, padded with 0; lengths (N * S,), both counted. Both on
+        captions (N, S, L) with `<start>` and `<end>`, padded with 0; lengths (N, S), both counted. Both on
         the CPU.
     """
-    images, samples, steps = uniforms.shape
-    device, training = grid.device, decoder.training
-    decoder.eval()
-    state = (FusedSearchState if fused else PlainSearchState)(decoder, grid)
-    uniforms = uniforms.to(device)
-    captions = torch.zeros(images * samples, steps, dtype=torch.long, device=device)
-    rows = torch.arange(images * samples, device=device).view(images, samples)  # of those that go on
-    ended = torch.zeros_like(rows, dtype=torch.bool)
-    words = torch.full((images, 1), start, device=device)
-    for step in range(steps):
-        logits, _ = state.step(words)  # (n, 1 or k, V)
-        words = draw_words(logits.float().expand(-1, uniforms.shape[1], -1), uniforms[:, :, step])
-        captions[rows.flatten(), step] = words.masked_fill(ended, 0).flatten()
-        if step == 0:
-            state.reorder(torch.zeros_like(words))
-        ended |= words == end
-        if step % STEPS_BETWEEN_CHECKS == STEPS_BETWEEN_CHECKS - 1:  # each waits for the device
-            left = (~ended).sum(dim=1).cpu()
-            if not left.any():
-                break
-            (index,) = copy_to_device([left.nonzero().flatten()], device)
-            first = ended[index].int().argsort(dim=1, stable=True)[:, : int(left.max())]  # those that go on
-            state.keep(index)
-            state.reorder(first)
-            uniforms = uniforms[index.unsqueeze(1), first]
-            rows, ended, words = (values[index.unsqueeze(1), first] for values in (rows, ended, words))
+    training = decoder.training
+    words = draw_captions([decoder.eval()], [grid], start, end, uniforms).words.cpu()  # (N, S, T)
     decoder.train(training)
-    captions = captions.cpu()
-    ends = (captions == end).int()
-    lengths = torch.where(ends.any(dim=1), ends.argmax(dim=1) + 1, steps) + 1
-    captions = torch.cat([torch.full((len(captions), 1), start), captions], dim=1)
-    return captions[:, : int(lengths.max())], lengths
+    ended = (words == end).cumsum(dim=2)
+    lengths = (ended == 0).sum(dim=2) + 1 + (ended[:, :, -1] > 0)
+    captions = F.pad(words, (1, 0), value=start)
+    captions = captions * (torch.arange(captions.shape[2]) < lengths.unsqueeze(2))
+    return captions[:, :, : int(lengths.max())], lengths
 
 
 def start_self_critical(

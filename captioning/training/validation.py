@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from captioning.captioners.attention import Captioner
+from captioning.decoding.teacher_forcing import token_logits
 from captioning.training.loop import Run, caption_scores
-from captioning.training.losses import caption_logits, coverage_penalty, encode
+from captioning.training.losses import coverage_penalty, encode
 from models import DecoderWithAttention, Encoder
 from utils import progress_bar
 
@@ -28,7 +29,7 @@ def validate(
     Args:
         loader: of this process's share of the images; its sampler yields requests with their indices.
         references: of all images, tokenized.
-        settings: of the training: `alpha_c`, `fused`.
+        settings: of the training: `alpha_c`.
 
     Returns:
         {"val_loss", "val_top5", "val_bleu4", "val_cider"} of all processes' images; the captions by index.
@@ -41,11 +42,10 @@ def validate(
     ):
         with run.autocast():
             grid = encode(encoder, images, run.device)
-            logits, targets, coverage, *_ = caption_logits(settings.fused)(
-                decoder, grid, captions.flatten(0, 1), lengths.flatten()
-            )
+            tokens = token_logits(decoder, grid, captions, lengths)
+            logits, targets = tokens.logits, tokens.targets
             cross_entropy = F.cross_entropy(logits, targets, reduction="sum")
-            penalty = coverage_penalty(coverage)
+            penalty = coverage_penalty(tokens.coverage())
             found = captioner.search([grid], beam_size=1)
         correct = (logits.topk(min(5, logits.shape[1])).indices == targets.unsqueeze(1)).sum()
         counts = (cross_entropy, penalty, correct, len(targets), lengths.numel())

@@ -12,6 +12,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from captioning.data.prepared import read_prepared
 from captioning.files import Number, OutputFile, find_mismatch
 from captioning.weights.pretrained import build_encoder
 from captioning.weights.tutorial_checkpoint import read_tutorial_checkpoint
-from models import DecoderWithAttention, Encoder
+from models import Attention, DecoderWithAttention, Encoder, HardAttention
 from utils import UserError, atomic_write, pick_device, read_json
 
 
@@ -308,18 +309,19 @@ def encoder_from(checkpoint: dict, source: str | Path) -> Encoder:
 def decoder_from(checkpoint: dict, source: str | Path) -> DecoderWithAttention:
     """The decoder of a checkpoint read from the file `source`, in eval mode."""
     settings, weights = checkpoint["settings"], checkpoint["decoder"]
+    attention = Attention
+    if settings.get("attention") == "hard":
+        attention = partial(HardAttention, takes_maximum=settings.get("hard_decoding") == "maximum")
     try:
         sizes = [settings[name] for name in ("attention_dim", "emb_dim", "decoder_dim")]
         sizes += [len(checkpoint["word_map"]), weights["f_beta.weight"].shape[0], settings["dropout"]]
         with torch.device("meta"):  # shapes without memory: damaged sizes would ask for much of it
-            expected = DecoderWithAttention(*sizes).state_dict()
+            expected = DecoderWithAttention(*sizes, attention).state_dict()
         if any(expected[name].shape != weights[name].shape for name in expected):
             raise UserError(f"{source}: its weights do not fit its settings; train it anew")
-        decoder = DecoderWithAttention(*sizes)
+        decoder = DecoderWithAttention(*sizes, attention)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{source}: a damaged checkpoint: {error} is missing or misused") from None
-    decoder.fused = settings.get("fused", True)  # the form to run it in; see train.py
-    decoder.takes_maximum = settings.get("hard_decoding") == "maximum"  # of hard attention; see there too
     _load_state(decoder, weights, source)
     return decoder.eval()
 

