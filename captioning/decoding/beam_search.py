@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from captioning.decoding.pooled_grid import encoder_out_of
 from captioning.decoding.word_rules import NO_RULES, WordMasks, WordRules
-from models import ENCODED_SIZE, DecoderWithAttention, pool_grid
+from models import ENCODED_SIZE, DecoderWithAttention
 from utils import UserError, copy_to_device
 
 
@@ -139,7 +140,7 @@ class SearchState:
 
     def __init__(self, decoder: DecoderWithAttention, grid: Tensor):
         self.decoder = decoder
-        self.encoder_out = pool_grid(grid).flatten(1, 2)  # (N, P, encoder_dim)
+        self.encoder_out = encoder_out_of(grid)  # (N, P, encoder_dim)
         self.att1 = decoder.attention.encoder_att(self.encoder_out)
         self.state = decoder.init_hidden_state(self.encoder_out)  # (N, 1, ...) each
 

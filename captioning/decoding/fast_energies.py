@@ -5,8 +5,7 @@ attention_dim) numbers. Here they are made for one image at a time, so that they
 made again in the backward pass. A formula that was changed in models.py runs as it stands there.
 """
 
-import itertools
-from collections.abc import Iterator
+from __future__ import annotations
 
 import torch
 from torch import Tensor
@@ -20,8 +19,11 @@ class Energies(Function):
     @staticmethod
     def forward(ctx, att1: Tensor, att2: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(att1, att2, weight)
-        energies, hidden = att1.new_empty(*att2.shape[:2], att1.shape[1]), buffer(att1, att2)
-        for pixels, captions, out in blocks(att1.unsqueeze(1), att2.unsqueeze(2), energies):
+        ctx.block = 1 if att1.device.type == "cpu" else len(att1)  # images at a time
+        hidden = att1.new_empty(ctx.block, att2.shape[1], *att1.shape[1:])
+        energies = att1.new_empty(*att2.shape[:2], att1.shape[1])
+        tensors = att1.unsqueeze(1), att2.unsqueeze(2), energies
+        for pixels, captions, out in zip(*(tensor.split(ctx.block) for tensor in tensors)):
             torch.add(pixels, captions, out=hidden)
             torch.matmul(hidden.relu_(), weight, out=out)
         return energies.add_(bias)
@@ -30,33 +32,23 @@ class Energies(Function):
     @once_differentiable
     def backward(ctx, d_energies: Tensor) -> tuple[Tensor, ...]:
         att1, att2, weight = ctx.saved_tensors
-        positive = buffer(att1, att2)  # 1 where att1 + att2 > 0, else 0
+        positive = att1.new_empty(
+            ctx.block, att2.shape[1], *att1.shape[1:]
+        )  # 1 where att1 + att2 > 0, else 0
         # d_energies * positive * weight is the gradient of att1 + att2; without the weight, for now,
         d_att1, d_att2 = torch.empty_like(att1), torch.empty_like(att2)  # summed over captions; over pixels
         d_weight = torch.zeros_like(positive[:, 0])
         tensors = att1, -att2.unsqueeze(2), d_energies.unsqueeze(3), d_att1, d_att2.unsqueeze(2)
-        for pixels, captions, d_block, d_pixels, d_captions in blocks(*tensors):
+        for pixels, captions, d_block, d_pixels, d_captions in zip(*(t.split(ctx.block) for t in tensors)):
             torch.gt(pixels.unsqueeze(1), captions, out=positive)
             torch.matmul(d_block.mT, positive, out=d_captions)
             torch.mul(positive[:, 0], d_block[:, 0], out=d_pixels)
-            for positive_of_caption, d_caption in zip(positive.unbind(1)[1:], d_block.unbind(1)[1:]):
-                d_pixels.addcmul_(positive_of_caption, d_caption)
+            for caption in range(1, att2.shape[1]):
+                d_pixels.addcmul_(positive[:, caption], d_block[:, caption])
             d_weight.addcmul_(d_pixels, pixels)  # relu(x) is x where x > 0
             d_pixels.mul_(weight)
         d_weight = d_weight.sum(dim=(0, 1)) + (d_att2 * att2).sum(dim=(0, 1))
         return d_att1, d_att2.mul_(weight), d_weight, d_energies.sum().view(1)
-
-
-def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The images of tensors (batch_size, ...): one at a time on a CPU, all together elsewhere."""
-    size = 1 if tensors[0].device.type == "cpu" else len(tensors[0])
-    return zip(*(tensor.split(size) for tensor in tensors))
-
-
-def buffer(att1: Tensor, att2: Tensor) -> Tensor:
-    """Empty, for the hidden layer of a block: (images, num_captions, num_pixels, attention_dim)."""
-    ((block, captions),) = itertools.islice(blocks(att1, att2), 1)
-    return att1.new_empty(len(block), captions.shape[1], *att1.shape[1:])
 
 
 class FastEnergies(Attention):

@@ -18,7 +18,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from models import DecoderWithAttention, pool_grid
+from captioning.decoding.pooled_grid import encoder_out_of
+from models import DecoderWithAttention
 from utils import copy_to_device
 
 
@@ -102,7 +103,7 @@ def token_logits(
     image_order, caption_of, fed, targets = copy_to_device(
         [packing.image_order, packing.captions, fed, targets], grid.device
     )
-    encoder_out = pool_grid(grid[image_order]).flatten(1, 2)
+    encoder_out = encoder_out_of(grid[image_order])
     with CollectedWeightGradients(), draw_locations(packing) if draw_locations else nullcontext():
         hidden, alphas = decoder.teacher_forcing(encoder_out, fed, packing.decode_lengths)
         logits = decoder.logits(packing.pack(hidden))
@@ -160,11 +161,15 @@ class CollectedWeightGradients(TorchFunctionMode):
         self.collected: dict[Tensor, tuple[Tensor, Tensor, list]] = {}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.linear and torch.is_grad_enabled() and len(args) == 3 and not kwargs:
-            inputs, weight, bias = args
-            if weight.is_leaf and weight.requires_grad and bias is not None and inputs.device.type == "cpu":
-                if weight not in self.collected:
-                    uses: list = []
-                    self.collected[weight] = (*_Collect.apply(weight, bias, uses), uses)
-                return _Linear.apply(inputs, *self.collected[weight])
+        if function is F.linear and len(args) == 3 and not kwargs and self.applies(*args):
+            weight = args[1]
+            if weight not in self.collected:
+                uses: list = []
+                self.collected[weight] = (*_Collect.apply(weight, args[2], uses), uses)
+            return _Linear.apply(args[0], *self.collected[weight])
         return function(*args, **(kwargs or {}))
+
+    def applies(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+        if type(inputs) is not Tensor or inputs.device.type != "cpu" or bias is None:
+            return False
+        return torch.is_grad_enabled() and weight.is_leaf and weight.requires_grad
