@@ -16,14 +16,14 @@ import captioning.interrupts  # noqa: F401  before what takes seconds
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
 from captioning import HUB_MODEL
 from captioning.command_line import check_at_least, run_script
 from captioning.data.images import read_image
-from captioning.decoding.options import DecodingOptions
+from captioning.decoding.options import CommonDecodingOptions, DecodingOptions
 from captioning.folders.plan import FolderOptions
 from captioning.folders.run import caption_folder
 from captioning.report.figures import caption_files, caption_line
@@ -36,34 +36,26 @@ DEFAULT_OUTPUT = "blip_submission.csv"
 
 
 @dataclass
-class Settings:
+class Settings(FolderOptions, CommonDecodingOptions):
+    """These and those of FolderOptions (captioning/folders/plan.py) and CommonDecodingOptions
+    (captioning/decoding/options.py), which `--help` lists too. To change one of those for this script,
+    repeat its line here."""
+
+    # what to caption
     images: tuple[str, ...] = field(default=(), metadata={"positional": True})  # image files; none: a folder
-    model_path: str = HUB_MODEL  # a folder that train_model.py wrote, or a model of the hub
     test_folder: str = "test/test"  # images to caption
-    test_csv: str | None = None  # ids and their order; None: test.csv in or up to two folders above, if any
-    recursive: bool = False  # caption the images in its subfolders too
     output_csv: str | None = None  # .csv, .json or .jsonl; None: blip_submission.csv, none with sidecars
-    escape_formulas: bool = False  # in a CSV: ' before what spreadsheets would take for a formula
-    sidecars: bool = False  # write each caption beside its image: photo.txt for photo.jpg
-    sidecar_extension: str = ".txt"  # file extension of the sidecars
-    existing: Literal["skip", "overwrite", "append", "prepend"] = "skip"  # where a sidecar exists already
-    prefix: str = ""  # words before each caption in a sidecar; {name}, {folder}: the image's
-    suffix: str = ""  # words after each caption in a sidecar
+    # the model
+    model_path: str = HUB_MODEL  # a folder that train_model.py wrote, or a model of the hub
+    mixed_precision: bool = False  # bfloat16 on CUDA
+    device: Device = "auto"  # auto: a GPU where there is one
     batch_size: int = 16  # images captioned at a time
+    # captions
     num_beams: int = 3  # hypotheses searched at a time; 1 is greedy
+    num_captions: int = 1  # of each image: the best of the beam, no two alike, or so many samples
     max_new_tokens: int = 30  # longest caption, in tokens
     prompt: str = ""  # words that every caption begins with (BLIP); they are cut from the result
     conditional: bool = False  # leave the prompt in the captions
-    no_repeat_ngram: int = 0  # no sequence of so many tokens occurs twice in a caption; 0: any may
-    min_length: int = 0  # tokens of a caption, at least
-    num_captions: int = 1  # of each image: the best of the beam, or so many samples
-    temperature: float | None = None  # draw samples, from the probabilities to the power of 1 / this
-    top_p: float | None = None  # draw samples, from the likeliest words, of which this share is made up
-    seed: int = 123  # of the samples
-    with_scores: bool = False  # log-probabilities too, in columns log_prob and log_prob_per_word
-    mixed_precision: bool = False  # bfloat16 on CUDA
-    device: Device = "auto"  # auto: a GPU where there is one
-    workers: int = 4  # threads that read and prepare images
 
     def __post_init__(self):
         check_at_least(self, 1, "num_beams", "max_new_tokens")
@@ -147,7 +139,14 @@ def caption_images(
     decoding = DecodingOptions.taken_from(options, beam_size=num_beams)
     search = {"max_new_tokens": max_new_tokens, "prompt": prompt, "keep_prompt": conditional}
     return caption_folder(
-        FolderOptions(test_folder, test_csv, output_csv, batch_size=batch_size, workers=workers, **options),
+        FolderOptions(
+            test_folder,
+            test_csv=test_csv,
+            output_csv=output_csv,
+            batch_size=batch_size,
+            workers=workers,
+            **options,
+        ),
         lambda: _load(model_path, half, mixed_precision, prompt),
         _model_files(model_path),
         decoding,

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 from captioning.command_line import LARGEST, check_at_least, run_script
 from captioning.data.annotations import Record
 from captioning.data.submissions import ScoredCaption, caption_rows, escape_formula, write_submission
-from captioning.decoding.options import DecodingOptions
+from captioning.decoding.options import AttentionDecodingOptions, DecodingOptions
 from captioning.report.comparison import compare_files, compare_models, print_intervals, verdict
 from captioning.report.quality import caption_diversity, print_diversity
 from captioning.report.scoring import (
@@ -51,38 +51,37 @@ __all__ = ["Settings", "evaluate", "print_table", "score_submission"]
 
 
 @dataclass
-class Settings:
+class Settings(AttentionDecodingOptions):
+    """These and those of AttentionDecodingOptions (captioning/decoding/options.py), which `--help` lists too.
+    To change one of those for this script, repeat its line here."""
+
+    # a model on a prepared split
     checkpoint: tuple[str, ...] = ("output_models/best_checkpoint.pth",)  # a model; several are an ensemble
     model_path: str | None = None  # BLIP instead: a folder of train_model.py, or a model of the hub
     word_map: str | None = None  # word_map.json, for a checkpoint that has none
     data_folder: str = "data_output"  # what create_input_files.py wrote
     split: str = "test"  # train, val or test; also of references that name splits
     beam_sizes: tuple[int, ...] = (1, 3, 5)  # a row of the table each
-    length_penalty: float = 0.0  # compare captions by log-probability / length ** this
-    no_repeat_ngram: int = 0  # no sequence of so many words occurs twice in a caption; 0: any may
-    min_length: int = 0  # words of a caption, at least
-    remove_bad_endings: bool = False  # no caption ends in "a", "of", "and" or the like
-    allow_unk: bool = False  # captions may have <unk>, as the 2018 tutorial's
-    device: Device = "auto"  # auto: a GPU where there is one
     batch_size: int = 32  # images searched at a time
+    device: Device = "auto"  # auto: a GPU where there is one
     cache_features: bool = True  # take the encoder's output from train.py's cache, where there is one
+    # or files of captions
     submission: tuple[str, ...] = ()  # score files of captions (CSV or COCO results JSON) instead of a model
     references: str | None = None  # annotations, any layout, to score submissions against
     image_folder: str | None = None  # the references' images, for --worst; None: test/test, if it is there
     partial: bool = False  # score a submission that lacks images or has unknown ones, on what it has
+    compare: tuple[str, ...] = ()  # two files of --per_image_csv: is the second better by more than chance?
+    # more about the captions
+    diversity: int = field(default=0, metadata={"alone": 5})  # how captions and this many samples vary
+    boxes: str | None = None  # boxes.json or COCO instances JSON: score where a model looks
+    worst: int = 0  # draw this many images with the lowest CIDEr
+    figure: str = "worst.png"  # file that --worst draws
+    # files to write
     output_json: str | None = None  # write the scores here too
     output_captions: str | None = None  # write the captions here: .csv, or .json for COCO results
     per_image_csv: str | None = None  # write each image's file, caption, references and scores here
     with_scores: bool = False  # in these files log-probabilities too: log_prob and log_prob_per_word
-    diversity: int = field(default=0, metadata={"alone": 5})  # how captions and this many samples vary
-    temperature: float | None = None  # of the samples: from the probabilities to the power of 1 / this
-    top_p: float | None = None  # of the samples: from the likeliest words, of which this share is made up
-    seed: int = 123  # of the samples
     escape_formulas: bool = False  # put ' before ids and captions of CSVs that spreadsheets take for formulas
-    worst: int = 0  # draw this many images with the lowest CIDEr
-    figure: str = "worst.png"  # file that --worst draws
-    boxes: str | None = None  # boxes.json or COCO instances JSON: score where a model looks
-    compare: tuple[str, ...] = ()  # two files of --per_image_csv: is the second better by more than chance?
 
     def __post_init__(self):
         check_at_least(self, 1, "batch_size")

@@ -16,6 +16,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from utils import (
     Terminated,
@@ -143,11 +144,11 @@ BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no":
 def parse_settings(settings_class: type, argv: list[str] | None = None, description: str | None = None):
     """An instance of the dataclass `settings_class` with the values of `argv` (default: the command line).
 
-    Every field is an option `--name value`; its type comes from the annotation (str, int, float, bool,
-    Literal, each also `| None`; a tuple takes several values, numbers also with commas), its help text from
-    the comment at the end of the field's line. A bool may stand alone (`--flag`) or with a value (`--flag
-    False`); so may a field whose metadata has `alone`, its value where it stands alone. A tuple whose
-    metadata has `positional` takes the plain arguments.
+    Every field, also an inherited one, is an option `--name value`; its type comes from the annotation (str,
+    int, float, bool, Literal, each also `| None`; a tuple takes several values, numbers also with commas),
+    its help text and heading from the comments (`read_field_comments`). A bool may stand alone (`--flag`) or
+    with a value (`--flag False`); so may a field whose metadata has `alone`, its value where it stands alone.
+    A tuple whose metadata has `positional` takes the plain arguments.
 
     A class may have `pipeline_steps`, a list of `Step`: then their settings are options too, and those that
     were given are in the instance's `step_values`, by their options' names.
@@ -159,10 +160,8 @@ def parse_settings(settings_class: type, argv: list[str] | None = None, descript
     parser.allow_abbrev = False
     flags = _add_options(parser, settings_class)
     for step in getattr(settings_class, "pipeline_steps", ()):
-        group = parser.add_argument_group(step.title)
-        _add_options(
-            group, step.settings_class, step.prefix, {*settings_class.__dataclass_fields__, *step.decided}
-        )
+        decided = {*settings_class.__dataclass_fields__, *step.decided}
+        _add_options(parser, step.settings_class, step.prefix, decided, step.title)
     argv = list(sys.argv[1:] if argv is None else argv)
     if any(field.metadata.get("positional") for field in settings_class.__dataclass_fields__.values()):
         argv = _separate_flags(argv, flags)
@@ -187,12 +186,22 @@ class Step(typing.NamedTuple):
 
 
 def _add_options(
-    parser, settings_class: type, prefix: str = "", left_out: set[str] = frozenset()
+    parser: argparse.ArgumentParser,
+    settings_class: type,
+    prefix: str = "",
+    left_out: set[str] = frozenset(),
+    title: str = "",
 ) -> list[str]:
     """Add an option for each field; those that several steps share are added once. Returns the flags of
-    bools."""
-    hints, comments, flags = typing.get_type_hints(settings_class), _field_comments(settings_class), []
-    for name, field in settings_class.__dataclass_fields__.items():
+    bools.
+
+    title: of a group with all of them; otherwise each heading has its group.
+    """
+    hints, comments = typing.get_type_hints(settings_class), read_field_comments(settings_class)
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    flags = []
+    for name in sorted(settings_class.__dataclass_fields__, key=[*comments].index):
+        field = settings_class.__dataclass_fields__[name]
         option, (kind, optional, choices) = f"--{prefix}{name}", _resolve_type(hints[name])
         if name in left_out or option in parser._option_string_actions:
             continue
@@ -200,7 +209,7 @@ def _add_options(
             "default": argparse.SUPPRESS,  # so that only what is given comes back
             "type": _converter(kind, optional),
             "metavar": kind.__name__.upper(),
-            "help": comments.get(name, "").replace("%", "%%"),
+            "help": comments[name].text.replace("%", "%%"),
         }
         if choices:
             options |= {"choices": choices, "metavar": "|".join(choices)}
@@ -215,14 +224,17 @@ def _add_options(
             parser.add_argument(name, **options | {"nargs": "*", "metavar": name})
             continue
         options["help"] += f" (default: {field.default})"
-        parser.add_argument(option, **options)
+        heading = title or comments[name].heading
+        if heading and heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
+        groups.get(heading, parser).add_argument(option, **options)
     return flags
 
 
 def make_settings(settings_class: type, given: dict[str, object]):
     """Settings with the `given` values and defaults for the rest; `given_names` knows which are which."""
     settings = settings_class(**given)
-    settings.__dict__["_given"] = frozenset(given)
+    settings._given = frozenset(given)
     return settings
 
 
@@ -231,7 +243,7 @@ def given_names(settings) -> frozenset[str]:
     the defaults."""
     defaults = {name: field.default for name, field in settings.__dataclass_fields__.items()}
     differ = (name for name, default in defaults.items() if getattr(settings, name) != default)
-    return settings.__dict__.get("_given", frozenset(differ))
+    return getattr(settings, "_given", frozenset(differ))
 
 
 def describe_settings(values: dict[str, object]) -> str:
@@ -262,11 +274,11 @@ class _Parser(argparse.ArgumentParser):
 
 def _resolve_type(hint) -> tuple[type, bool, tuple]:
     """(type, may it be None, allowed values) of an annotation such as `int`, `str | None`, `Literal["a",
-    "b"]`."""
+    "b"]`; `str | Path` is a str."""
     optional = False
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        optional = True
-        (hint,) = [argument for argument in typing.get_args(hint) if argument is not type(None)]
+        optional = type(None) in typing.get_args(hint)
+        (hint,) = [argument for argument in typing.get_args(hint) if argument not in (type(None), Path)]
     if typing.get_origin(hint) is typing.Literal:
         return str, optional, typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
@@ -297,13 +309,42 @@ def _list_converter(kind: type) -> Callable[[str], list]:
     return convert
 
 
-def _field_comments(settings_class: type) -> dict[str, str]:
-    """The comment at the end of each field's line in the source of the dataclass."""
+class FieldComment(typing.NamedTuple):
+    """What the source says of a setting."""
+
+    heading: str  # the comment line above it and its neighbours; "": none
+    text: str  # the comment at the end of its line
+
+
+def read_field_comments(settings_class: type) -> dict[str, FieldComment]:
+    """The comments of each field, those of the class itself first, then those that it inherits.
+
+    What a class inherits stands under a heading of its own, the first line of the base class's docstring. A
+    field that the class repeats, for another default, belongs to the class.
+    """
+    found: dict[str, FieldComment] = {}
+    for owner in settings_class.__mro__:
+        if "__dataclass_fields__" not in vars(owner):
+            continue
+        inherited = owner is not settings_class
+        heading = inspect.getdoc(owner).partition("\n")[0].rstrip(".") if inherited else ""
+        for line in _class_lines(owner):
+            if comment := re.match(r" {4}# (.+)$", line):
+                heading = comment[1]
+            elif field := re.match(r" {4}(\w+)\s*:[^#]*#\s*(.+)$", line):
+                found.setdefault(field[1], FieldComment(heading, field[2]))
+    return found | {
+        name: FieldComment("", "") for name in settings_class.__dataclass_fields__ if name not in found
+    }
+
+
+def _class_lines(settings_class: type) -> list[str]:
+    """The lines of a dataclass's source up to its first method."""
     try:
         source = inspect.getsource(settings_class)
     except (OSError, TypeError):  # typed into an interpreter
-        return {}
-    return dict(re.findall(r"^\s+(\w+)\s*:[^#\n]*#\s*(.+)$", source, flags=re.MULTILINE))
+        return []
+    return re.split(r"^    (?:@|def )", source, maxsplit=1, flags=re.MULTILINE)[0].splitlines()
 
 
 # --- what settings may be -----------------------------------------------------------------------------------

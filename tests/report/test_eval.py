@@ -173,7 +173,7 @@ def test_checkpoints_are_chosen(prepared, demo, models, other, tmp_path, run_scr
     assert result.stdout.splitlines()[0].count(".pth") == 3, "the best one is one of the three"
     assert_one_line(run_script(*command, "--checkpoint", "a.pth"), "a.pth", "no such checkpoint")
     with pytest.raises(UserError, match="--ensemble_mode"):
-        caption_from_checkpoint.Settings(("a.pth", "b.pth"))
+        caption_from_checkpoint.Settings(checkpoint=("a.pth", "b.pth"))
     for file in folder.glob("checkpoint_*"):
         file.unlink()
     with pytest.raises(UserError, match="1 checkpoints"):
