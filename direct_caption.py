@@ -157,12 +157,8 @@ def caption_images(
 
 def _load(model_path: str | Path, half: bool, mixed_precision: bool, prompt: str) -> BlipCaptioner:
     """The captioner on its device and in its precision."""
-    import transformers
-
     from captioning.captioners.blip import load_captioner, require_blip
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     captioner = load_captioner(model_path)
     if prompt:
         require_blip(captioner, model_path, "--prompt")

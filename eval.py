@@ -233,10 +233,6 @@ def load_model(settings: Settings):
 
     if not settings.model_path:
         return Captioner.load(settings.checkpoint, settings.word_map)
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     return Captioner.load(settings.model_path)
 
 

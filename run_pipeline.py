@@ -33,6 +33,7 @@ from captioning.data.annotations import read_annotations
 from captioning.data.images import list_images
 from captioning.data.prepared import Prepared, read_prepared
 from captioning.files import lock_folder
+from captioning.folders.plan import test_csv_places
 from captioning.report.scoring import score_submission
 from captioning.training.loop import best_epoch, repair_outputs
 from captioning.training.resume import find_same_run, is_complete
@@ -307,9 +308,7 @@ def record_file(wanted, models: list[Path]) -> Path:
 def fingerprint(wanted, models: list[Path]) -> dict:
     """What the captions depend on, and the captions themselves: settings, size and time of each file."""
     images = list_images(wanted.test_folder)
-    folder = images[0].parent.resolve()
-    lists = [place / "test.csv" for place in (folder, folder.parent, folder.parent.parent)]
-    files = [Path(wanted.output_csv), *models, *images, *lists]
+    files = [Path(wanted.output_csv), *models, *images, *test_csv_places(wanted.test_folder)]
     stats = {str(file): file.stat() for file in files if file.is_file()}
     sizes = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
     settings = {name: value for name, value in asdict(wanted).items() if name not in SET_BY_PIPELINE}

@@ -185,11 +185,6 @@ def load_captioners(settings: Settings):
         checkpoints = ("output_models/best_checkpoint.pth",)
     for file in checkpoints:
         yield file, Captioner.load(file, settings.word_map)
-    if settings.model_path:
-        from transformers.utils import logging
-
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
     for name in settings.model_path:
         yield name, Captioner.load(name)
 

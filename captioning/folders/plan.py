@@ -227,12 +227,17 @@ def _find_rows(
     return rows, left_out, unreadable
 
 
+def test_csv_places(folder: str | Path) -> list[Path]:
+    """Where a test.csv counts for the images of a folder: in it, or in one of the two folders above it."""
+    resolved = Path(folder).resolve()
+    return [place / "test.csv" for place in (resolved, resolved.parent, resolved.parent.parent)]
+
+
 def _rows_of_found_csv(folder: Path) -> list[Row]:
-    resolved = folder.resolve()
-    for parent in (resolved, resolved.parent, resolved.parent.parent):
-        if (parent / "test.csv").is_file():
+    for file in test_csv_places(folder):
+        if file.is_file():
             finder = ImageFinder(folder)
-            ids = [image.image_id for image in read_annotations(parent / "test.csv")]
+            ids = [image.image_id for image in read_annotations(file)]
             if any(finder(image_id) for image_id in ids):  # otherwise it is about other images
                 return [Row(image_id, finder(image_id)) for image_id in ids]
     return []
