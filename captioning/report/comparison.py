@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
 
-from captioning.report.scoring import COLUMNS
+from captioning.report.scoring import COLUMNS, matched_bleu, report_scores
 from metrics import Scores, rouge_l, tokenize
-from metrics.ngrams import bleu_counts, named_bleu
 from utils import UserError
 
 RESAMPLES = 2000
+DIGITS = 4  # to which scores are printed: a difference that is 0 there is 0
 TIE = 1e-9  # CIDEr scores that differ by less are equal
 
 OF_CORPUS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4")  # of summed counts
@@ -34,7 +35,13 @@ class Interval(NamedTuple):
 
     @property
     def more_than_chance(self) -> bool:
-        return self.low > 0 or self.high < 0
+        """Whether the interval, as it is printed, leaves out 0."""
+        return round(self.low, DIGITS) > 0 or round(self.high, DIGITS) < 0
+
+
+def signed(value: float) -> str:
+    """`+0.0123`, and `+0.0000` for what rounds to 0 from below too."""
+    return f"{round(value, DIGITS) + 0.0:+.{DIGITS}f}"
 
 
 def bootstrap_difference(
@@ -87,7 +94,7 @@ def compare_models(
 
     Args:
         references: the captions of each image. captions: of both models, by image.
-        scores: what `score_captions` gives for each.
+        scores: what `report_scores` or `score_captions` gives for each, of these images and perhaps others.
 
     Returns:
         "intervals": {score: Interval}, BLEU of the whole set, the others as means over the images; "wins",
@@ -95,51 +102,107 @@ def compare_models(
         caption; "overlap", the mean ROUGE-L of the second's captions against the first's.
     """
     ids = list(references)
-    wanted = {key: [tokenize(text) for text in references[key]] for key in ids}
-    words = [{key: tokenize(own[key]) for key in ids} for own in captions]
-    counts = [
-        np.array([bleu_counts(wanted[key], own[key]) for key in ids], dtype=np.float64) for own in words
-    ]
+    counts = [np.array([of_model.bleu_counts[key] for key in ids], dtype=np.float64) for of_model in scores]
     intervals = {}
     for name in OF_CORPUS:
         intervals[name] = bootstrap_difference(
-            *counts, lambda sums, name=name: np.array([named_bleu(row)[name] for row in sums])
+            *counts, lambda sums, name=name: np.array([matched_bleu(row)[name] for row in sums])
         )
     columns = [
-        {name: [own.per_image[key][name] for key in ids] for name in OF_IMAGES if name in own.overall}
-        for own in scores
+        {
+            name: [of_model.per_image[key][name] for key in ids]
+            for name in OF_IMAGES
+            if name in of_model.overall
+        }
+        for of_model in scores
     ]
     intervals |= compare_columns(*columns)
     gains = np.subtract(columns[1]["CIDEr"], columns[0]["CIDEr"])
-    overlap = [rouge_l([words[0][key]], words[1][key]) for key in ids]
+    words = [[tokenize(of_model[key]) for key in ids] for of_model in captions]
     return {
         "intervals": intervals,
         "wins": int((gains > TIE).sum()),
         "losses": int((gains < -TIE).sum()),
         "ties": int((abs(gains) <= TIE).sum()),
-        "identical": float(np.mean([words[0][key] == words[1][key] for key in ids])),
-        "overlap": float(np.mean(overlap)),
+        "identical": float(np.mean([first == second for first, second in zip(*words)])),
+        "overlap": float(np.mean([rouge_l([first], second) for first, second in zip(*words)])),
     }
+
+
+def compare_pairs(
+    references: Mapping[str, Sequence[str]],
+    names: Sequence[str],
+    captions: Sequence[Mapping[str, str]],
+    scores: Sequence[Scores | None],
+) -> list[dict]:
+    """Each two of several models, on the images that both have captions for.
+
+    Args:
+        references: the captions of each image.
+        names, captions, scores: of each model its name, its captions by image, and what `report_scores` gives
+            for these; where two models have captions of different images, both are scored anew on those that
+            they share.
+
+    Returns:
+        For each pair what `compare_models` returns, and "first", "second" (the models' indices), "images"
+        (how many), "verdict" (a line). Of pairs that share fewer than two images a line says so.
+    """
+    comparisons = []
+    for first, second in combinations(range(len(names)), 2):
+        common = {
+            key: texts
+            for key, texts in references.items()
+            if key in captions[first] and key in captions[second]
+        }
+        if len(common) < 2:
+            print(f"{names[first]} and {names[second]}: {len(common)} scored images in common, not compared")
+            continue
+        both = [{key: captions[index][key] for key in common} for index in (first, second)]
+        pair_scores = [scores[first], scores[second]]
+        if any(of_model.per_image.keys() != common.keys() for of_model in pair_scores):
+            pair_scores = [report_scores(common, texts) for texts in both]
+        comparison = compare_models(common, both, pair_scores)
+        line = verdict(comparison["intervals"]["CIDEr"], "CIDEr", names[first], names[second])
+        comparisons.append(
+            comparison | {"first": first, "second": second, "images": len(common), "verdict": line}
+        )
+    return comparisons
 
 
 def verdict(interval: Interval, score: str, first: str, second: str) -> str:
     """In words whether the difference is more than chance."""
-    numbers = f"{interval.difference:+.4f}, 95 % interval {interval.low:+.4f} to {interval.high:+.4f}"
+    numbers = (
+        f"{signed(interval.difference)}, 95 % interval {signed(interval.low)} to {signed(interval.high)}"
+    )
     if interval.more_than_chance:
         better, worse = (second, first) if interval.difference > 0 else (first, second)
         return f"{better} is better than {worse} by {score}, and by more than chance ({numbers})"
     return f"by {score} the difference of {second} and {first} may be chance ({numbers})"
 
 
-# --- files of --per_image_csv ----------------------------------------------------------------------------
+def print_comparisons(comparisons: Sequence[dict], names: Sequence[str]) -> None:
+    """Print what `compare_pairs` returned."""
+    for comparison in comparisons:
+        first, second = names[comparison["first"]], names[comparison["second"]]
+        images = comparison["images"]
+        print(f"\n{second} less {first}, 95 % interval of a paired bootstrap over {images} images:")
+        print_intervals(comparison["intervals"])
+        print(
+            f"by CIDEr {second} wins {comparison['wins']} images, loses {comparison['losses']}, ties "
+            f"{comparison['ties']}; {comparison['identical']:.1%} of the captions are the same"
+        )
+        print(comparison["verdict"])
 
 
 def print_intervals(intervals: Mapping[str, Interval]) -> None:
     """A line for each score."""
     for name, interval in intervals.items():
         chance = "" if interval.more_than_chance else "  may be chance"
-        numbers = f"{interval.difference:+8.4f}  [{interval.low:+.4f}, {interval.high:+.4f}]"
+        numbers = f"{signed(interval.difference):>8}  [{signed(interval.low)}, {signed(interval.high)}]"
         print(f"  {COLUMNS[name]:8} {numbers}{chance}")
+
+
+# --- files of --per_image_csv ----------------------------------------------------------------------------
 
 
 def compare_files(first: str, second: str) -> None:

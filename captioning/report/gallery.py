@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -29,6 +30,9 @@ from captioning.files import named_in_errors, remove_unfinished, write_encoded
 from captioning.report.scoring import COLUMNS
 from metrics import Scores
 from utils import UserError, check_output, parallel_map, progress_bar
+
+if TYPE_CHECKING:  # files of captions are shown without torch, which takes seconds to import
+    from captioning.captioners.base import Caption
 
 PAGE = Path(__file__).resolve().parent / "gallery_page"
 MARK = '<meta name="generator" content="view_captions.py">'
@@ -49,6 +53,13 @@ class ShownCaption:
     log_prob: float | None = None
     word_log_probs: list[float] | None = None
     attention: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, caption: Caption) -> ShownCaption:
+        """A captioner's caption with its details."""
+        return cls(
+            caption.text, caption.words, caption.log_prob, caption.word_log_probs, caption.attention.numpy()
+        )
 
 
 @dataclass
@@ -84,15 +95,15 @@ def write_gallery(
         UserError: no image has a caption, or the folder has another page in it.
     """
     folder = Path(folder)
-    shown = [record for record in records if any(record.image_id in model.captions for model in models)]
-    if not shown:
+    records = [record for record in records if any(record.image_id in model.captions for model in models)]
+    if not records:
         raise UserError("no image has a caption: there is nothing to show")
     folder.mkdir(parents=True, exist_ok=True)
     remove_unfinished(folder)
     tmp_path = folder / f".gallery.{os.getpid()}.partial"
     try:
         with named_in_errors(folder):
-            problems = write_files(tmp_path, shown, models, comparisons, title)
+            problems = write_files(tmp_path, records, models, comparisons, title)
         clear(folder)
         for file in sorted(tmp_path.rglob("*.*")):  # index.html is among the last
             os.replace(file, folder / file.relative_to(tmp_path))
@@ -103,7 +114,7 @@ def write_gallery(
 
 def write_files(
     folder: Path,
-    shown: Sequence[Record],
+    records: Sequence[Record],
     models: Sequence[ShownModel],
     comparisons: Sequence[dict],
     title: str,
@@ -111,8 +122,8 @@ def write_files(
     """Write the gallery's files to a new folder; what is wrong with images that cannot be shown."""
     for part in ("images", "attention"):
         (folder / part).mkdir(parents=True)
-    sizes, problems = write_thumbnails(folder / "images", shown)
-    grids = write_attention(folder / "attention", shown, models)
+    sizes, problems = write_thumbnails(folder / "images", records)
+    grids = write_attention(folder / "attention", records, models)
     names = [
         name for name in COLUMNS if any(model.scores and name in model.scores.overall for model in models)
     ]
@@ -130,10 +141,16 @@ def write_files(
             for model, grid in zip(models, grids)
         ],
         "comparisons": [
-            {**pair, "intervals": [[COLUMNS[name], *own] for name, own in pair["intervals"].items()]}
+            {
+                **pair,
+                "intervals": [
+                    [COLUMNS[name], *interval, interval.more_than_chance]
+                    for name, interval in pair["intervals"].items()
+                ],
+            }
             for pair in comparisons
         ],
-        "images": [_image_data(record, size, models, names) for record, size in zip(shown, sizes)],
+        "images": [_image_data(record, size, models, names) for record, size in zip(records, sizes)],
     }
     # ASCII with escapes: nothing in a caption can end the file early or be taken for another encoding
     text = f"window.GALLERY = {json.dumps(data, separators=(',', ':'))};\n"
@@ -211,11 +228,16 @@ def write_attention(
         chunk = []
         for record in records[start : start + CHUNK]:
             maps = [_maps(model.captions.get(record.image_id)) for model in models]
-            for k, own in enumerate(maps):
-                if own is not None:
-                    grids[k] = own.shape[1:]
-            chunk.append(["" if own is None else base64.b64encode(own.tobytes()).decode() for own in maps])
-        if any(any(own) for own in chunk):
+            for k, of_model in enumerate(maps):
+                if of_model is not None:
+                    grids[k] = of_model.shape[1:]
+            chunk.append(
+                [
+                    "" if of_model is None else base64.b64encode(of_model.tobytes()).decode()
+                    for of_model in maps
+                ]
+            )
+        if any(any(of_image) for of_image in chunk):
             text = f"window.ATTENTION({number},{json.dumps(chunk, separators=(',', ':'))});\n"
             (folder / f"{number:03d}.js").write_text(text)
     return grids
@@ -228,7 +250,8 @@ def _maps(caption: ShownCaption | None) -> np.ndarray | None:
     maps = np.asarray(caption.attention, dtype=np.float32)
     if max(maps.shape[1:]) > LARGEST_GRID:
         size = tuple(min(side, LARGEST_GRID) for side in maps.shape[:0:-1])
-        maps = np.stack([np.asarray(Image.fromarray(own).resize(size, Image.Resampling.BOX)) for own in maps])
+        images = [Image.fromarray(of_word).resize(size, Image.Resampling.BOX) for of_word in maps]
+        maps = np.stack([np.asarray(image) for image in images])
     peaks = maps.max(axis=(1, 2), keepdims=True)
     return (maps / np.where(peaks > 0, peaks, 1) * 255).round().astype(np.uint8)
 

@@ -13,8 +13,9 @@ from statistics import fmean
 import numpy as np
 
 from captioning.decoding.options import UNFINISHED
+from captioning.report.scoring import matched_bleu
 from metrics import tokenize
-from metrics.ngrams import bleu_counts, named_bleu
+from metrics.ngrams import bleu_counts
 
 PARTS = ("beginning", "middle", "end")  # thirds of a caption
 SHOWN_WORDS = 12  # most over-used and under-used words
@@ -203,7 +204,7 @@ def sample_diversity(samples: Sequence[Sequence[Sequence[str]]]) -> dict[str, fl
 
     def bleu_against_others(k: int) -> float:
         counts = [bleu_counts([*own[:k], *own[k + 1 :]], own[k]) for own in samples]
-        return named_bleu([sum(column) for column in zip(*counts)])["Bleu_4"]
+        return matched_bleu([sum(column) for column in zip(*counts)])["Bleu_4"]
 
     return {
         "samples": count,

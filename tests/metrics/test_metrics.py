@@ -213,7 +213,7 @@ def test_bleu4_is_the_official_one_where_all_is_regular(no_meteor, groups):
 def test_bleu4_without_a_match(no_meteor):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert 0 <= bleu4([[list("abcde")]], [list("abxyz")]) < 1e-70
+        assert bleu4([[list("abcde")]], [list("abxyz")]) == 0
         assert bleu4([[list("abcde")]], [[]]) == 0
     assert 0 < score_captions({1: ["a b c d e"]}, {1: "a b x y z"}).overall["Bleu_4"] < 1e-4
 

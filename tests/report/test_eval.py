@@ -199,6 +199,23 @@ def test_submission_layouts_score_alike(demo, captions, tmp_path):
         assert other_scores["scores"].overall == pytest.approx(scores[0]["scores"].overall)
 
 
+def test_of_several_captions_the_best_is_scored(demo, captions, tmp_path, capsys):
+    references, columns = demo / "test_captions.csv", ("rank", "log_prob", "log_prob_per_word")
+    several = [
+        (image_id, text, rank, -float(rank), -0.1 * rank)
+        for image_id, best in captions.items()
+        for rank, text in enumerate([best, "a worse one"], start=1)
+    ]
+    for name in ("several.csv", "several.jsonl"):
+        write_submission(tmp_path / name, several, columns)
+        row = evaluation.score_submission(tmp_path / name, references)
+        assert row["captions"] == captions
+        assert f"those of rank 1 count, {len(captions)} do not" in capsys.readouterr().out
+    write_submission(tmp_path / "second.csv", [line for line in several if line[2] == 2], columns)
+    with pytest.raises(UserError, match="no captions of rank 1"):
+        evaluation.score_submission(tmp_path / "second.csv", references)
+
+
 def test_coco_numbers(tmp_path):
     assert coco_id("COCO_val2014_000000391895.jpg") == coco_id("391895") == 391895
     assert coco_id("test_0001") == "test_0001"

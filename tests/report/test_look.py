@@ -15,7 +15,15 @@ from PIL import Image
 import eval as evaluation
 from captioning.captioners.base import Caption
 from captioning.data.submissions import write_submission
-from captioning.report.comparison import bootstrap_difference, compare_files, compare_models, verdict
+from captioning.report.comparison import (
+    Interval,
+    bootstrap_difference,
+    compare_files,
+    compare_models,
+    compare_pairs,
+    print_intervals,
+    verdict,
+)
 from captioning.report.pointing import inside, named_objects, pointing_score, read_boxes
 from captioning.report.quality import (
     attention_summary,
@@ -24,6 +32,7 @@ from captioning.report.quality import (
     entropy,
     has_repetition,
 )
+from captioning.report.scoring import report_scores
 from captioning.weights.checkpoints import load_checkpoint, save_checkpoint
 from metrics import score_captions
 from utils import UserError
@@ -69,6 +78,53 @@ def test_differences_are_those_of_the_tables():
         assert found["intervals"][name].high <= 1e-9
     assert (found["wins"], found["losses"], found["ties"], found["identical"]) == (0, 4, 4, 0.5)
     assert 0.5 < found["overlap"] < 1
+
+
+def test_a_bleu_without_a_match_is_zero_and_no_difference():
+    """The official evaluation's small constants differ from model to model where no 4-gram matches."""
+    references = {str(i): [f"a dog number {i} runs on the grass"] for i in range(8)}
+    first = {key: "a dog on the sofa and it sleeps" for key in references}
+    second = {key: "the dog is red" for key in references}
+    official = [score_captions(references, captions).overall["Bleu_4"] for captions in (first, second)]
+    assert 0 < official[1] < official[0] < 1e-3
+    scores = [report_scores(references, captions) for captions in (first, second)]
+    assert [of_model.overall["Bleu_4"] for of_model in scores] == [0, 0]
+    assert {of_image["Bleu_4"] for of_model in scores for of_image in of_model.per_image.values()} == {0}
+    assert scores[0].overall["Bleu_2"] == score_captions(references, first).overall["Bleu_2"] > 0
+    found = compare_models(references, [first, second], scores)["intervals"]
+    assert found["Bleu_4"] == (0, 0, 0) and not found["Bleu_4"].more_than_chance
+    assert found["Bleu_1"].more_than_chance
+    # too short for any 4-gram
+    assert report_scores(references, dict.fromkeys(references, "a dog runs")).overall["Bleu_4"] == 0
+
+
+def test_what_rounds_to_zero_is_no_difference(capsys):
+    interval = Interval(-2e-5, -4e-5, -1e-5)
+    assert not interval.more_than_chance and "may be chance (+0.0000, " in verdict(
+        interval, "CIDEr", "a", "b"
+    )
+    print_intervals({"Bleu_4": interval})
+    assert capsys.readouterr().out == "  BLEU-4    +0.0000  [+0.0000, +0.0000]  may be chance\n"
+    assert Interval(-2e-4, -3e-4, -1e-4).more_than_chance
+
+
+def test_pairs_are_compared_on_the_images_that_both_have(capsys):
+    references = {str(i): [f"a dog number {i} runs on grass"] for i in range(6)}
+    whole = {key: texts[0] for key, texts in references.items()}
+    captions = [whole, {key: f"{whole[key]} today" for key in "0123"}, {"5": whole["5"]}]
+    scores = [report_scores({key: references[key] for key in own}, own) for own in captions]
+    (pair,) = compare_pairs(references, ["a", "b", "c"], captions, scores)
+    assert (pair["first"], pair["second"], pair["images"]) == (0, 1, 4)
+    on_four = {key: references[key] for key in "0123"}
+    difference = (
+        report_scores(on_four, captions[1]).overall["CIDEr"]
+        - report_scores(on_four, {key: whole[key] for key in "0123"}).overall["CIDEr"]
+    )
+    assert pair["intervals"]["CIDEr"].difference == pytest.approx(difference) and pair["losses"] == 4
+    assert capsys.readouterr().out.splitlines() == [
+        "a and c: 1 scored images in common, not compared",
+        "b and c: 0 scored images in common, not compared",
+    ]
 
 
 # --- quality ------------------------------------------------------------------------------------------------
