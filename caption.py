@@ -115,7 +115,7 @@ def visualize_att(
         figure: file to write; its extension is the format (png, pdf, ...).
         show: open it too, in what the system opens such files with.
     """
-    draw_attention(figure, image_path, words, alphas.cpu().numpy(), " ".join(words))
+    draw_attention(figure, image_path, words, alphas, " ".join(words))
     if show:
         open_file(figure)
 

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from captioning.captioners.attention import Captioner
+from captioning.captioners.base import BaseCaptioner
 from captioning.command_line import run_script
 from captioning.decoding.options import DecodingOptions
 from captioning.folders.plan import FolderOptions
 from captioning.folders.run import caption_folder
-from utils import Device, UserError, is_main_process, natural_order
+from utils import Device, UserError, counted, is_main_process, natural_order
 
 DEFAULT_OUTPUT = "submission.csv"
 
@@ -52,11 +53,15 @@ class Settings(FolderOptions, DecodingOptions):
 
 def main(settings: Settings) -> int:
     files = choose_checkpoints(settings)
-    if is_main_process():
-        print(f"{'ensemble of ' if len(files) > 1 else ''}{', '.join(map(str, files))}")
+
+    def load() -> BaseCaptioner:
+        if is_main_process():
+            print(f"{'ensemble of ' if len(files) > 1 else ''}{', '.join(map(str, files))}")
+        return Captioner.load(files, settings.word_map)
+
     failed = caption_folder(
         FolderOptions.of(settings, DEFAULT_OUTPUT),
-        lambda: Captioner.load(files, settings.word_map),
+        load,
         [*files, settings.word_map] if settings.word_map else files,
         DecodingOptions.of(settings),
     )
@@ -72,16 +77,16 @@ def choose_checkpoints(settings: Settings) -> list[Path]:
         return [folder / "best_checkpoint.pth"]
     parts = ("encoder.pth", "decoder.pth")  # of the best checkpoint
     files = [file for file in folder.glob("*.pth*") if file.is_file() and file.name not in parts]
-    chosen: list[Path] = []
+    different: list[Path] = []
     for file in sorted(files, key=lambda file: natural_order(file.name)):
-        if not any(filecmp.cmp(file, other, shallow=False) for other in chosen):
-            chosen.append(file)
-    if len(chosen) < 2:
+        if not any(filecmp.cmp(file, other, shallow=False) for other in different):
+            different.append(file)
+    if len(different) < 2:
         raise UserError(
-            f"{folder}: {len(chosen)} checkpoints in it, an ensemble takes two or more; "
+            f"{folder}: {counted(len(different), 'checkpoint')} in it, an ensemble takes two or more; "
             f"give them with --checkpoint"
         )
-    return chosen
+    return different
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from captioning.report.scoring import (
     training_texts,
 )
 from metrics import tokenize
-from utils import Device, UserError, check_output, printable, progress_bar, write_json
+from utils import Device, UserError, check_output, counted, printable, progress_bar, write_json
 
 if TYPE_CHECKING:  # files of captions are shown without torch, which takes seconds to import
     from captioning.captioners.base import BaseCaptioner
@@ -90,7 +90,11 @@ def main(settings: Settings) -> None:
     judge_captions(models, records, settings)
     comparisons = compare_all(models, records)
     index, problems = write_gallery(
-        settings.output_folder, records, models, comparisons, f"{len(records)} images of {source(settings)}"
+        settings.output_folder,
+        records,
+        models,
+        comparisons,
+        f"{counted(len(records), 'image')} of {source(settings)}",
     )
     for problem in problems[:10]:
         print(f"shown without image: {problem}")
@@ -190,7 +194,10 @@ def read_submissions(settings: Settings, ids: Sequence[str], whose: str) -> list
     for file in settings.submission:
         captions, missing, unknown = match_submission(file, ids, whose, partial=True)
         if missing or (unknown and not settings.limit):
-            print(f"{file}: {len(missing)} images without a caption, {len(unknown)} unknown rows left out")
+            print(
+                f"{file}: {counted(len(missing), 'image')} without a caption, "
+                f"{counted(len(unknown), 'unknown row')} left out"
+            )
         shown_captions = {key: ShownCaption(text, text.split()) for key, text in captions.items()}
         models.append(ShownModel(file, shown_captions))
     return models
@@ -277,7 +284,11 @@ def draw_figures(folder: Path, models: Sequence[ShownModel], records: Sequence[R
             maps = {name: np.array(values) for name, values in maps.items()}
             draw_maps(folder / f"{prefix}mean_attention.png", maps)
             count += 1
-    print(f"written: {count} figures in {folder}/" if count else "no figures: no caption has attention")
+    print(
+        f"written: {counted(count, 'figure')} in {folder}/"
+        if count
+        else "no figures: no caption has attention"
+    )
 
 
 def file_name(image_id: str) -> str:

@@ -16,7 +16,7 @@ from captioning.data.sidecars import EXISTING, Sidecars
 from captioning.data.submissions import FORMATS
 from captioning.decoding.options import DecodingOptions
 from captioning.folders.journal import Entry, Journal, file_stamp, files_digest
-from utils import Messages, UserError, check_output
+from utils import Messages, UserError, check_output, counted
 
 
 @dataclass
@@ -131,9 +131,8 @@ def plan_folder(
     """
     rows, left_out, unreadable = _find_rows(options.test_folder, options.test_csv, options.recursive)
     if left_out:
-        print(
-            f"{left_out} images in subfolders of {options.test_folder} are left out; --recursive takes them"
-        )
+        images = counted(left_out, "image")
+        print(f"left out: {images} in subfolders of {options.test_folder}; --recursive takes them too")
     skipped: set[str] = set()
     if options.as_sidecars:
         images = [row.path for row in rows if row.path is not None]

@@ -35,6 +35,7 @@ from captioning.folders.plan import (
 from utils import (
     Messages,
     UserError,
+    counted,
     is_main_process,
     on_main_process,
     parallel_map,
@@ -271,7 +272,7 @@ def write_captions(options: FolderOptions, plan: Plan, problems: Sequence[Proble
     journal.remove()
     made = [entries[row.image_id].caption for row in plan.rows if row.image_id in entries]
     _warn_of_bad_captions(made)
-    counts = [f"{len(made)} images captioned"]
+    counts = [f"{counted(len(made), 'image')} captioned"]
     skipped = sum(row.path in plan.skipped and row.image_id not in entries for row in plan.rows)
     if skipped:
         counts.append(f"{skipped} had a sidecar before")
@@ -281,9 +282,10 @@ def write_captions(options: FolderOptions, plan: Plan, problems: Sequence[Proble
 
 
 def _warn_of_bad_captions(captions: list[str]) -> None:
-    if len(set(captions)) < len(captions) / 20:
+    different = len(set(captions))
+    if different < len(captions) / 20:
         tell(
-            f"only {len(set(captions))} different captions for {len(captions)} images: the model has "
+            f"only {counted(different, 'different caption')} for {len(captions)} images: the model has "
             f"probably collapsed to a few sentences; train it longer, or take an earlier checkpoint"
         )
     empty = sum(not caption.strip() for caption in captions)

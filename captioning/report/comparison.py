@@ -16,7 +16,7 @@ import numpy as np
 
 from captioning.report.scoring import COLUMNS, matched_bleu, report_scores
 from metrics import Scores, rouge_l, tokenize
-from utils import UserError
+from utils import UserError, counted
 
 RESAMPLES = 2000
 DIGITS = 4  # to which scores are printed: a difference that is 0 there is 0
@@ -155,7 +155,8 @@ def compare_pairs(
             if key in captions[first] and key in captions[second]
         }
         if len(common) < 2:
-            print(f"{names[first]} and {names[second]}: {len(common)} scored images in common, not compared")
+            shared = counted(len(common), "scored image")
+            print(f"{names[first]} and {names[second]}: {shared} in common, not compared")
             continue
         both = [{key: captions[index][key] for key in common} for index in (first, second)]
         pair_scores = [scores[first], scores[second]]
@@ -187,9 +188,10 @@ def print_comparisons(comparisons: Sequence[dict], names: Sequence[str]) -> None
         images = comparison["images"]
         print(f"\n{second} less {first}, 95 % interval of a paired bootstrap over {images} images:")
         print_intervals(comparison["intervals"])
+        wins = counted(comparison["wins"], "image")
         print(
-            f"by CIDEr {second} wins {comparison['wins']} images, loses {comparison['losses']}, ties "
-            f"{comparison['ties']}; {comparison['identical']:.1%} of the captions are the same"
+            f"by CIDEr {second} wins {wins}, loses {comparison['losses']}, ties {comparison['ties']}; "
+            f"{comparison['identical']:.1%} of the captions are the same"
         )
         print(comparison["verdict"])
 
@@ -211,7 +213,9 @@ def compare_files(first: str, second: str) -> None:
     ids = [image_id for image_id in tables[0] if image_id in tables[1]]
     apart = len(tables[0]) + len(tables[1]) - 2 * len(ids)
     if len(ids) < 2:
-        raise UserError(f"{second}: has {len(ids)} images of {first}; a comparison needs two or more")
+        raise UserError(
+            f"{second}: has {counted(len(ids), 'image')} of {first}; a comparison needs two or more"
+        )
     columns = [
         {name: [table[image_id][name] for image_id in ids] for name in COLUMNS if name in table[ids[0]]}
         for table in tables
@@ -222,7 +226,7 @@ def compare_files(first: str, second: str) -> None:
     print(f"{second} less {first}, means over {len(ids)} images, 95 % interval of a paired bootstrap:")
     print_intervals(intervals)
     if apart:
-        print(f"{apart} images that only one of the files has are left out")
+        print(f"left out: {counted(apart, 'image')} that only one of the files has")
     print(verdict(intervals["CIDEr"], "CIDEr", first, second))
 
 

@@ -17,7 +17,7 @@ from captioning.data.submissions import ScoredCaption, coco_id, read_submission
 from captioning.decoding.options import DecodingOptions
 from metrics import Scores, score_captions, tokenize
 from metrics.ngrams import LONGEST_NGRAM, named_bleu
-from utils import UserError, parallel_map, processes, progress_bar
+from utils import UserError, counted, parallel_map, processes, progress_bar
 
 if TYPE_CHECKING:
     import torch
@@ -165,8 +165,8 @@ def score_records(
     captions, missing, unknown = match_submission(submission, texts, references, partial)
     if missing or unknown:
         print(
-            f"PARTIAL: {len(captions)} of {len(texts)} images scored, {len(missing)} missing, "
-            f"{len(unknown)} unknown rows left out"
+            f"PARTIAL: {len(captions)} of {counted(len(texts), 'image')} scored, {len(missing)} missing, "
+            f"{counted(len(unknown), 'unknown row')} left out"
         )
     return {
         "beam_size": None,
@@ -231,7 +231,7 @@ def refuse(file: str | Path, ids: Sequence[str], what: str, remedy: str) -> None
     """Raise UserError where there are `ids`."""
     if ids:
         some = ", ".join(ids[:10]) + (", ..." if len(ids) > 10 else "")
-        raise UserError(f"{file}: {len(ids)} ids {what} ({some}); {remedy}")
+        raise UserError(f"{file}: {counted(len(ids), 'id')} {what} ({some}); {remedy}")
 
 
 # --- captions of a prepared split ---------------------------------------------------------------------------

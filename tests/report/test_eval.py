@@ -167,6 +167,10 @@ def test_checkpoints_are_chosen(prepared, demo, models, other, tmp_path, run_scr
     command += ["--test_folder", demo / "test" / "test", "--output_csv", tmp_path / "out.csv"]
     result = run_script(*command)
     assert result.returncode == 0 and "best_checkpoint.pth" in result.stdout
+    (tmp_path / "empty").mkdir()
+    nowhere = run_script(*command, "--test_folder", tmp_path / "empty")
+    assert_one_line(nowhere, "empty", "no images in it")
+    assert not nowhere.stdout, "a checkpoint is announced when there is an image for it"
     result = run_script(*command, "--ensemble_mode")
     names = [f"checkpoint_epoch_{number}.pth" for number in (1, 2, 3)]
     assert result.returncode == 0 and all(result.stdout.count(name) <= 1 for name in names)
@@ -176,7 +180,7 @@ def test_checkpoints_are_chosen(prepared, demo, models, other, tmp_path, run_scr
         caption_from_checkpoint.Settings(checkpoint=("a.pth", "b.pth"))
     for file in folder.glob("checkpoint_*"):
         file.unlink()
-    with pytest.raises(UserError, match="1 checkpoints"):
+    with pytest.raises(UserError, match="1 checkpoint in it"):
         caption_from_checkpoint.choose_checkpoints(
             caption_from_checkpoint.Settings(ensemble_mode=True, checkpoint_folder=str(folder))
         )
@@ -244,7 +248,7 @@ def test_incomplete_submissions_are_refused_by_name(demo, captions, tmp_path, ru
         ([*rows, ("nobody", "a dog")], "nobody"),
     ):
         write_submission(tmp_path / "s.csv", wrong)
-        with pytest.raises(UserError, match=f"s.csv: 1 ids .*{name}"):
+        with pytest.raises(UserError, match=f"s.csv: 1 id .*{name}"):
             evaluation.score_submission(tmp_path / "s.csv", references)
     write_submission(tmp_path / "s.csv", [*rows[2:], ("nobody", "a dog")])
     row = evaluation.score_submission(tmp_path / "s.csv", references, partial=True)

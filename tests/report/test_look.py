@@ -14,6 +14,7 @@ from PIL import Image
 
 import eval as evaluation
 from captioning.captioners.base import Caption
+from captioning.data.images import read_image
 from captioning.data.submissions import write_submission
 from captioning.report.comparison import (
     Interval,
@@ -24,6 +25,7 @@ from captioning.report.comparison import (
     print_intervals,
     verdict,
 )
+from captioning.report.figures import draw_attention
 from captioning.report.pointing import inside, named_objects, pointing_score, read_boxes
 from captioning.report.quality import (
     attention_summary,
@@ -122,7 +124,7 @@ def test_pairs_are_compared_on_the_images_that_both_have(capsys):
     )
     assert pair["intervals"]["CIDEr"].difference == pytest.approx(difference) and pair["losses"] == 4
     assert capsys.readouterr().out.splitlines() == [
-        "a and c: 1 scored images in common, not compared",
+        "a and c: 1 scored image in common, not compared",
         "b and c: 0 scored images in common, not compared",
     ]
 
@@ -159,6 +161,23 @@ def test_attention_summary():
     assert np.array(found["mean_maps"]["all words"]) == pytest.approx((2 * even + sharp) / 3)
     assert found["largest_entropy"] == 4
     assert attention_summary([], []) == {}
+
+
+# --- figures ------------------------------------------------------------------------------------------------
+
+
+def test_a_figure_of_whatever_a_captioner_takes(demo, tmp_path):
+    path = demo / "test" / "test" / "test_0001.jpg"
+    image = Image.open(path)
+    array = np.asarray(image)
+    maps = torch.rand(2, 14, 14)
+    forms = (path, str(path), image, array, torch.from_numpy(array.copy()).permute(2, 0, 1))
+    for number, form in enumerate(forms):
+        draw_attention(tmp_path / f"{number}.png", form, ["a", "dog"], maps if number % 2 else maps.numpy())
+    figures = [read_image(tmp_path / f"{number}.png") for number in range(len(forms))]
+    assert np.ptp(figures[0]) > 100 and all((figure == figures[0]).all() for figure in figures)
+    with pytest.raises(UserError, match="taken as uint8"):
+        draw_attention(tmp_path / "a.png", array / 255, ["a"], maps)
 
 
 # --- pointing -----------------------------------------------------------------------------------------------
