@@ -251,11 +251,11 @@ def write_texts(
     write_json(folder / f"{split}_references.json", [record.captions for record in records])
     counts = {"images": len(records), "captions": sum(len(record.captions) for record in records)}
     if all(usable_captions(record, settings.max_len) for record in records):
-        counts["unknown_share"] = write_captions(records, split, word_map, settings, folder, rng)
+        counts["unknown_share"] = write_encoded_captions(records, split, word_map, settings, folder, rng)
     return counts
 
 
-def write_captions(
+def write_encoded_captions(
     records: list[Record],
     split: str,
     word_map: dict[str, int],

@@ -266,7 +266,7 @@ def caption_with_attention(settings: Settings, announce: Callable[..., None]) ->
         output_csv=settings.output_csv,
         num_captions=1,
     )
-    write_captions("captions", caption.main, wanted, models, announce)
+    caption_test_images("captions", caption.main, wanted, models, announce)
 
 
 def caption_with_blip(settings: Settings, announce: Callable[..., None]) -> None:
@@ -277,10 +277,10 @@ def caption_with_blip(settings: Settings, announce: Callable[..., None]) -> None
         settings, direct_caption.Settings, "blip_", **decided, output_csv=settings.blip_csv
     )
     models = [Path(settings.blip_folder) / "model.safetensors"]
-    write_captions("BLIP captions", direct_caption.main, wanted, models, announce)
+    caption_test_images("BLIP captions", direct_caption.main, wanted, models, announce)
 
 
-def write_captions(
+def caption_test_images(
     step: str, run: Callable, wanted, models: list[Path], announce: Callable[..., None]
 ) -> None:
     """Caption the test images, unless there are none or the captions are up to date."""

@@ -115,7 +115,7 @@ def caption_folder(
                 bar.close()
         problems = problems + _gather(found, journal)
     messages.finish(f"; their rows in {options.output_csv} are empty" if options.output_csv else "")
-    on_main_process(lambda: write_captions(options, plan, problems, decoding.num_captions > 1))
+    on_main_process(lambda: write_output(options, plan, problems, decoding.num_captions > 1))
     return [problem.text for problem in problems]
 
 
@@ -242,7 +242,7 @@ def _gather(problems: list[Problem], journal: Journal) -> list[Problem]:
 # --- the output --------------------------------------------------------------------------------------------
 
 
-def write_captions(options: FolderOptions, plan: Plan, problems: Sequence[Problem], with_ranks: bool) -> None:
+def write_output(options: FolderOptions, plan: Plan, problems: Sequence[Problem], with_ranks: bool) -> None:
     """Write the output of the journals, remove these, and say where the captions are."""
     sidecars, journal = options.as_sidecars, options.journal()
     entries = journal.read(plan.depends_on)[0] if plan.depends_on else {}
