@@ -101,8 +101,8 @@ def caption_image_beam_search(
     """The caption of an image file as words, and where each word looked: alphas (words, 14, 14), each
     summing to 1. decoding: further ones of `DecodingOptions`."""
     captioner = Captioner([(encoder, decoder)], word_map)
-    found = captioner.caption(image_path, beam_size, details=True, **decoding)
-    return found.words, found.attention
+    caption = captioner.caption(image_path, beam_size, details=True, **decoding)
+    return caption.words, caption.attention
 
 
 def visualize_att(

@@ -98,10 +98,10 @@ def caption_single_images(settings: Settings) -> int:
     search |= {"prompt": settings.prompt, "keep_prompt": settings.conditional}
     for image in settings.images:
         prepared = captioner.prepare(image).unsqueeze(0)
-        (found,) = captioner.decode_prepared(prepared, options, [Path(image).stem], **search)
-        for one in found:
+        (captions,) = captioner.decode_prepared(prepared, options, [Path(image).stem], **search)
+        for caption in captions:
             name = "" if len(settings.images) == 1 else image
-            print(printable(caption_line(one, settings.with_scores, name)))
+            print(printable(caption_line(caption, settings.with_scores, name)))
     print("no figures: these are for BLIP without a prompt", file=sys.stderr)
     return 0
 

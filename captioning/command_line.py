@@ -169,10 +169,10 @@ def parse_settings(settings_class: type, argv: list[str] | None = None, descript
     for name, value in values.items():
         if isinstance(value, list):  # a list for each argument
             values[name] = tuple(item for items in value for item in items)
-    own = {name: value for name, value in values.items() if name in settings_class.__dataclass_fields__}
-    settings = make_settings(settings_class, own)
+    names = settings_class.__dataclass_fields__
+    settings = make_settings(settings_class, {name: values[name] for name in values if name in names})
     if hasattr(settings_class, "pipeline_steps"):
-        settings.step_values = {name: value for name, value in values.items() if name not in own}
+        settings.step_values = {name: values[name] for name in values if name not in names}
     return settings
 
 
@@ -322,7 +322,7 @@ def read_field_comments(settings_class: type) -> dict[str, FieldComment]:
     What a class inherits stands under a heading of its own, the first line of the base class's docstring. A
     field that the class repeats, for another default, belongs to the class.
     """
-    found: dict[str, FieldComment] = {}
+    comments: dict[str, FieldComment] = {}
     for owner in settings_class.__mro__:
         if "__dataclass_fields__" not in vars(owner):
             continue
@@ -332,10 +332,10 @@ def read_field_comments(settings_class: type) -> dict[str, FieldComment]:
             if comment := re.match(r" {4}# (.+)$", line):
                 heading = comment[1]
             elif field := re.match(r" {4}(\w+)\s*:[^#]*#\s*(.+)$", line):
-                found.setdefault(field[1], FieldComment(heading, field[2]))
-    return found | {
-        name: FieldComment("", "") for name in settings_class.__dataclass_fields__ if name not in found
-    }
+                comments.setdefault(field[1], FieldComment(heading, field[2]))
+    for name in settings_class.__dataclass_fields__:
+        comments.setdefault(name, FieldComment("", ""))
+    return comments
 
 
 def _class_lines(settings_class: type) -> list[str]:

@@ -50,8 +50,8 @@ def caption_rows(
     """
     wanted = [with_ranks, with_scores, with_scores]
     rows = []
-    for image_id, own in captions:
-        for rank, (text, *scores) in enumerate(own, start=1):
+    for image_id, of_image in captions:
+        for rank, (text, *scores) in enumerate(of_image, start=1):
             values = [rank, *(None if score is None else round(score, 4) for score in scores)]
             rows.append((image_id, text, *compress(values, wanted)))
     return rows, tuple(compress(MORE_COLUMNS, wanted))

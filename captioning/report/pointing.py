@@ -107,11 +107,11 @@ def read_boxes(file: str | Path, paths: Mapping[str, str]) -> tuple[dict[str, Ob
             if size is None:
                 continue
             width, height = size
-            found = objects.setdefault(image_id, {})
+            boxes_by_name = objects.setdefault(image_id, {})
             for entry in entries:
                 left, top, right, bottom = entry["box"]
                 box = (left / width, top / height, right / width, bottom / height)
-                found.setdefault(entry["shape"], []).append(box)
+                boxes_by_name.setdefault(entry["shape"], []).append(box)
                 names.add(entry["shape"])
         return objects, _names_of(names)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -159,13 +159,13 @@ def _names_of(names: Iterable[str]) -> dict[str, str]:
 def named_objects(words: Sequence[str], names: Mapping[str, str]) -> list[tuple[str, int, int]]:
     """(object's name, first word, word behind the last) of each object that a caption names; of names of two
     words ("traffic light") both."""
-    found, i = [], 0
+    objects, i = [], 0
     while i < len(words):
         length = next((n for n in (2, 1) if " ".join(words[i : i + n]) in names and i + n <= len(words)), 0)
         if length:
-            found.append((names[" ".join(words[i : i + length])], i, i + length))
+            objects.append((names[" ".join(words[i : i + length])], i, i + length))
         i += max(length, 1)
-    return found
+    return objects
 
 
 def inside(boxes: Sequence[Box], height: int, width: int) -> np.ndarray:
@@ -183,14 +183,14 @@ def pointing_score(
     """The pointing score of captions with attention, by image id; images of unknown objects are left out."""
     result = Pointing()
     for image_id, caption in captions.items():
-        own = objects.get(image_id, objects.get(str(coco_id(image_id))))
-        if own is None:
+        boxes_by_name = objects.get(image_id, objects.get(str(coco_id(image_id))))
+        if boxes_by_name is None:
             continue
         for name, first, behind in named_objects(caption.words, names):
-            if name not in own:
+            if name not in boxes_by_name:
                 result.absent += 1
                 continue
             attention = np.asarray(caption.attention[first:behind]).mean(axis=0)
-            cells = inside(own[name], *attention.shape)
+            cells = inside(boxes_by_name[name], *attention.shape)
             result.add(name, bool(cells.flat[attention.argmax()]), float(cells.mean()))
     return result

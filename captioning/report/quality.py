@@ -49,16 +49,16 @@ def usage(
         "word", "rate" and "reference_rate" (occurrences per hundred words), the most over-used first, the
         most under-used last.
     """
-    own = Counter(word for words in captions for word in words)
-    wanted = Counter(word for several in references for words in several for word in words)
-    own_total, wanted_total = max(own.total(), 1), max(wanted.total(), 1)
+    counts = Counter(word for words in captions for word in words)
+    reference_counts = Counter(word for several in references for words in several for word in words)
+    total, reference_total = max(counts.total(), 1), max(reference_counts.total(), 1)
     rates = [
         {
             "word": word,
-            "rate": 100 * own[word] / own_total,
-            "reference_rate": 100 * wanted[word] / wanted_total,
+            "rate": 100 * counts[word] / total,
+            "reference_rate": 100 * reference_counts[word] / reference_total,
         }
-        for word in own | wanted
+        for word in counts | reference_counts
     ]
     rates.sort(key=lambda row: (row["reference_rate"] - row["rate"], row["word"]))
     if len(rates) > 2 * SHOWN_WORDS:
@@ -85,11 +85,11 @@ def attention_summary(words: Sequence[Sequence[str]], maps: Sequence[np.ndarray]
     """
     by_word: dict[str, list[float]] = {}
     everything, parts = [], {part: [] for part in PARTS}
-    for own, attention in zip(words, maps):
-        for i, (word, value) in enumerate(zip(own, entropy(attention))):
+    for caption_words, attention in zip(words, maps):
+        for i, (word, value) in enumerate(zip(caption_words, entropy(attention))):
             by_word.setdefault(word, []).append(float(value))
             everything.append(attention[i])
-            parts[PARTS[3 * i // len(own)]].append(attention[i])
+            parts[PARTS[3 * i // len(caption_words)]].append(attention[i])
     if not everything:
         return {}
     rows = [
@@ -97,12 +97,12 @@ def attention_summary(words: Sequence[Sequence[str]], maps: Sequence[np.ndarray]
         for word, values in by_word.items()
     ]
     rows.sort(key=lambda row: (row["entropy"], row["word"]))
-    named = {"all words": everything} | {part: own for part, own in parts.items() if own}
+    maps_of = {"all words": everything} | {part: of_part for part, of_part in parts.items() if of_part}
     return {
         "entropy": float(np.mean([value for values in by_word.values() for value in values])),
         "largest_entropy": float(np.log2(everything[0].size)),
         "words": rows,
-        "mean_maps": {name: np.mean(own, axis=0).tolist() for name, own in named.items()},
+        "mean_maps": {name: np.mean(several, axis=0).tolist() for name, several in maps_of.items()},
     }
 
 
@@ -128,8 +128,8 @@ def caption_quality(
     texts = list(captions.values())
     used = {word for words in texts for word in words}
 
-    def share(wanted: Sequence[bool]) -> float:
-        return sum(wanted) / max(len(texts), 1)
+    def share(is_so: Sequence[bool]) -> float:
+        return sum(is_so) / max(len(texts), 1)
 
     lengths = Counter(map(len, texts))
     return {
@@ -182,10 +182,10 @@ def caption_diversity(
     words = {image_id: tokenize(text) for image_id, text in captions.items()}
     quality = caption_quality(words, training_captions=training_captions)
     quality["novel"] = None if training_captions is None else 1 - quality["in_training"]
-    found = {name: quality[name] for name in COLUMNS}
+    diversity = {name: quality[name] for name in COLUMNS}
     if samples:
-        found |= sample_diversity([[tokenize(text) for text in own] for own in samples.values()])
-    return found
+        diversity |= sample_diversity([[tokenize(text) for text in texts] for texts in samples.values()])
+    return diversity
 
 
 def sample_diversity(samples: Sequence[Sequence[Sequence[str]]]) -> dict[str, float]:
@@ -203,13 +203,13 @@ def sample_diversity(samples: Sequence[Sequence[Sequence[str]]]) -> dict[str, fl
     count = len(samples[0])
 
     def bleu_against_others(k: int) -> float:
-        counts = [bleu_counts([*own[:k], *own[k + 1 :]], own[k]) for own in samples]
+        counts = [bleu_counts([*of_image[:k], *of_image[k + 1 :]], of_image[k]) for of_image in samples]
         return matched_bleu([sum(column) for column in zip(*counts)])["Bleu_4"]
 
     return {
         "samples": count,
-        "div1": fmean(distinct_ngrams(own, 1) for own in samples),
-        "div2": fmean(distinct_ngrams(own, 2) for own in samples),
+        "div1": fmean(distinct_ngrams(of_image, 1) for of_image in samples),
+        "div2": fmean(distinct_ngrams(of_image, 2) for of_image in samples),
         "mbleu": fmean(bleu_against_others(k) for k in range(count)),
     }
 

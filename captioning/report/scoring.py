@@ -122,16 +122,19 @@ def reference_records(
     return records
 
 
-def find_image_folder(references: str | Path | None, given: str | None) -> str | None:
-    """Where a submission's images are: as given, else test/test/ here or beside the references, else unknown.
+def find_image_folder(references: str | Path | None, image_folder: str | None) -> str | None:
+    """Where a submission's images are: in image_folder; where that is None, in test/test/ here or beside the
+    references; where there is no such folder, None.
 
     Raises:
-        UserError: the folder given does not exist.
+        UserError: image_folder does not exist.
     """
-    if given is not None:
-        if not Path(given).is_dir():
-            raise UserError(f"{given}: no such folder of images; give the one that holds the image files")
-        return given
+    if image_folder is not None:
+        if not Path(image_folder).is_dir():
+            raise UserError(
+                f"{image_folder}: no such folder of images; give the one that holds the image files"
+            )
+        return image_folder
     beside = [] if references is None else [Path(references).parent / "test" / "test"]
     return next((str(folder) for folder in [*beside, Path("test/test")] if folder.is_dir()), None)
 
