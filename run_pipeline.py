@@ -28,7 +28,14 @@ import eval as evaluation
 import make_demo_data
 import train
 import train_model as blip_training
-from captioning.command_line import Step, check_at_least, describe_settings, make_settings, run_script
+from captioning.command_line import (
+    AnySettings,
+    Step,
+    check_at_least,
+    describe_settings,
+    make_settings,
+    run_script,
+)
 from captioning.data.annotations import read_annotations
 from captioning.data.images import list_images
 from captioning.data.prepared import Prepared, read_prepared
@@ -151,7 +158,7 @@ def announce_steps(count: int) -> Callable[..., None]:
     return announce
 
 
-def non_default_settings(step) -> dict[str, object]:
+def non_default_settings(step: AnySettings) -> dict[str, object]:
     """The settings of a step that are not the defaults, without those in SET_BY_PIPELINE."""
     names = [name for name in step.__dataclass_fields__ if name not in SET_BY_PIPELINE]
     differ = {name: getattr(step, name) for name in names}
@@ -238,7 +245,7 @@ def train_attention(settings: Settings, announce: Callable[..., None]) -> dict:
 
 
 def run_training(
-    step: str, run: Callable, wanted, data: object, source: str, announce: Callable[..., None]
+    step: str, run: Callable, wanted: AnySettings, data: object, source: str, announce: Callable[..., None]
 ) -> dict:
     """Train with the `wanted` settings, unless the output folder has the same training already."""
     with lock_folder(wanted.output_folder):  # which removes what a killed run left unfinished
@@ -281,7 +288,7 @@ def caption_with_blip(settings: Settings, announce: Callable[..., None]) -> None
 
 
 def caption_test_images(
-    step: str, run: Callable, wanted, models: list[Path], announce: Callable[..., None]
+    step: str, run: Callable, wanted: AnySettings, models: list[Path], announce: Callable[..., None]
 ) -> None:
     """Caption the test images, unless there are none or the captions are up to date."""
     if not Path(wanted.test_folder).is_dir():
@@ -295,17 +302,17 @@ def caption_test_images(
     write_json(record_file(wanted, models), fingerprint(wanted, models))
 
 
-def is_up_to_date(wanted, models: list[Path]) -> bool:
+def is_up_to_date(wanted: AnySettings, models: list[Path]) -> bool:
     record = record_file(wanted, models)
     return record.is_file() and read_json(record) == fingerprint(wanted, models)
 
 
-def record_file(wanted, models: list[Path]) -> Path:
+def record_file(wanted: AnySettings, models: list[Path]) -> Path:
     """The file beside the model that keeps the captions' fingerprint."""
     return models[0].parent / f"{Path(wanted.output_csv).stem}_fingerprint.json"
 
 
-def fingerprint(wanted, models: list[Path]) -> dict:
+def fingerprint(wanted: AnySettings, models: list[Path]) -> dict:
     """What the captions depend on, and the captions themselves: settings, size and time of each file."""
     images = list_images(wanted.test_folder)
     files = [Path(wanted.output_csv), *models, *images, *test_csv_places(wanted.test_folder)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import errno
 import inspect
@@ -35,7 +36,7 @@ OF_THE_USER = {
 }  # fmt: skip
 
 
-def run_script(main: Callable, settings_class: type) -> typing.NoReturn:
+def run_script(main: Callable, settings_class: type[AnySettings]) -> typing.NoReturn:
     """Run `main(settings)` as a command: the settings come from the command line.
 
     Exit status: what `main` returns (None is 0); 2 with one line on stderr for wrong input; 130 after Ctrl-C,
@@ -138,10 +139,18 @@ def _report(message: str) -> None:
 # --- settings -----------------------------------------------------------------------------------------------
 
 
+class AnySettings(typing.Protocol):
+    """An instance of a script's `Settings`, which is a dataclass."""
+
+    __dataclass_fields__: typing.ClassVar[dict[str, dataclasses.Field]]
+
+
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
-def parse_settings(settings_class: type, argv: list[str] | None = None, description: str | None = None):
+def parse_settings(
+    settings_class: type[AnySettings], argv: list[str] | None = None, description: str | None = None
+) -> AnySettings:
     """An instance of the dataclass `settings_class` with the values of `argv` (default: the command line).
 
     Every field, also an inherited one, is an option `--name value`; its type comes from the annotation (str,
@@ -231,14 +240,14 @@ def _add_options(
     return flags
 
 
-def make_settings(settings_class: type, given: dict[str, object]):
+def make_settings(settings_class: type[AnySettings], given: dict[str, object]) -> AnySettings:
     """Settings with the `given` values and defaults for the rest; `given_names` knows which are which."""
     settings = settings_class(**given)
     settings._given = frozenset(given)
     return settings
 
 
-def given_names(settings) -> frozenset[str]:
+def given_names(settings: AnySettings) -> frozenset[str]:
     """The settings that were given on the command line; of settings made in Python, those that differ from
     the defaults."""
     defaults = {name: field.default for name, field in settings.__dataclass_fields__.items()}
@@ -364,7 +373,7 @@ LARGEST = {  # of settings; more is a slip, or asks for more memory than there i
 }
 
 
-def check_at_least(settings, smallest: float, *names: str) -> None:
+def check_at_least(settings: AnySettings, smallest: float, *names: str) -> None:
     """Raise UserError unless each named setting is a number of at least `smallest`, and at most that of
     `LARGEST`."""
     for name in names:
@@ -373,20 +382,20 @@ def check_at_least(settings, smallest: float, *names: str) -> None:
         _check_at_most(settings, name)
 
 
-def check_above_zero(settings, *names: str) -> None:
+def check_above_zero(settings: AnySettings, *names: str) -> None:
     for name in names:
         if not getattr(settings, name) > 0:
             raise UserError(f"--{name} is {getattr(settings, name)}: give more than 0")
         _check_at_most(settings, name)
 
 
-def _check_at_most(settings, name: str) -> None:
+def _check_at_most(settings: AnySettings, name: str) -> None:
     value, largest = getattr(settings, name), LARGEST.get(name, float("inf"))
     if value > largest:
         raise UserError(f"--{name} is {value}: give {largest} or less")
 
 
-def check_share(settings, *names: str) -> None:
+def check_share(settings: AnySettings, *names: str) -> None:
     """Raise UserError unless each named setting is 0 or more and less than 1."""
     for name in names:
         if not 0 <= getattr(settings, name) < 1:

@@ -43,7 +43,7 @@ def imports(file: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert not node.level or file.parent.name == "metrics", f"{file}: a relative import"
-            module = ".".join(filter(None, ["metrics" * bool(node.level), node.module]))
+            module = ".".join(filter(None, ["metrics" if node.level else "", node.module]))
             below = {f"{module}.{alias.name}" for alias in node.names}
             names |= (below & FILES.keys()) or {module}
     return names
