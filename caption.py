@@ -34,9 +34,9 @@ DEFAULT_OUTPUT = "submission.csv"
 
 @dataclass
 class Settings(FolderOptions, DecodingOptions):
-    """These and those of FolderOptions (captioning/folders/plan.py) and DecodingOptions
-    (captioning/decoding/options.py), which `--help` lists too. To change one of those for this script,
-    repeat its line here."""
+    """The settings of this script. `--help` also lists those of FolderOptions (captioning/folders/plan.py)
+    and DecodingOptions (captioning/decoding/options.py); to change one of these for this script, repeat
+    its line here."""
 
     # what to caption
     images: tuple[str, ...] = field(default=(), metadata={"positional": True})  # image files; none: a folder
@@ -98,8 +98,14 @@ def caption_image_beam_search(
     beam_size: int = 3,
     **decoding,
 ) -> tuple[list[str], Tensor]:
-    """The caption of an image file as words, and where each word looked: alphas (words, 14, 14), each
-    summing to 1. decoding: further ones of `DecodingOptions`."""
+    """Caption an image file.
+
+    Args:
+        decoding: more of `DecodingOptions`, such as no_repeat_ngram=3.
+
+    Returns:
+        The caption's words, and for each word where the model looked: (words, 14, 14), each map summing to 1.
+    """
     captioner = Captioner([(encoder, decoder)], word_map)
     caption = captioner.caption(image_path, beam_size, details=True, **decoding)
     return caption.words, caption.attention
@@ -138,15 +144,15 @@ def caption_images(
 ) -> list[str]:
     """Caption the images of a folder into a CSV `image_id,caption`, a .json or a .jsonl file.
 
-    With a test.csv its ids are the rows, in its order and as they are written there; otherwise every image
-    of the folder, in natural order, by its name without extension.
+    Where there is a test.csv, its ids are the rows, in its order and as they are written there. Otherwise
+    every image of the folder has a row, in natural order, under its file name without extension.
 
     Args:
-        options: further ones of `FolderOptions`, such as batch_size, recursive or sidecars, and of
-            `DecodingOptions`, such as num_captions.
+        options: more of `FolderOptions`, such as batch_size, recursive or sidecars, and of `DecodingOptions`,
+            such as num_captions.
 
     Returns:
-        What was wrong with the images that could not be read, one line each; their captions are empty.
+        One line for each image that could not be read, with the reason; its caption is empty.
 
     Raises:
         UserError: wrong input, or not one readable image.

@@ -28,9 +28,9 @@ DEFAULT_OUTPUT = "submission.csv"
 
 @dataclass
 class Settings(FolderOptions, DecodingOptions):
-    """These and those of FolderOptions (captioning/folders/plan.py) and DecodingOptions
-    (captioning/decoding/options.py), which `--help` lists too. To change one of those for this script,
-    repeat its line here."""
+    """The settings of this script. `--help` also lists those of FolderOptions (captioning/folders/plan.py)
+    and DecodingOptions (captioning/decoding/options.py); to change one of these for this script, repeat
+    its line here."""
 
     # the model or models
     checkpoint: tuple[str, ...] = ()  # none: the best one in checkpoint_folder; for an ensemble, all there
@@ -69,7 +69,7 @@ def main(settings: Settings) -> int:
 
 
 def choose_checkpoints(settings: Settings) -> list[Path]:
-    """The files given, or those of the folder; of files with the same content one."""
+    """The checkpoints given, else the folder's best one or, for an ensemble, all in it that differ."""
     if settings.checkpoint:
         return [Path(file) for file in settings.checkpoint]
     folder = Path(settings.checkpoint_folder)

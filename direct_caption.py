@@ -37,9 +37,9 @@ DEFAULT_OUTPUT = "blip_submission.csv"
 
 @dataclass
 class Settings(FolderOptions, CommonDecodingOptions):
-    """These and those of FolderOptions (captioning/folders/plan.py) and CommonDecodingOptions
-    (captioning/decoding/options.py), which `--help` lists too. To change one of those for this script,
-    repeat its line here."""
+    """The settings of this script. `--help` also lists those of FolderOptions (captioning/folders/plan.py)
+    and CommonDecodingOptions (captioning/decoding/options.py); to change one of these for this script, repeat
+    its line here."""
 
     # what to caption
     images: tuple[str, ...] = field(default=(), metadata={"positional": True})  # image files; none: a folder
@@ -85,7 +85,7 @@ def main(settings: Settings) -> int:
 
 
 def caption_single_images(settings: Settings) -> int:
-    """Print each image's caption and draw where the model looked, where that can be known."""
+    """Print each image's captions, and draw where the model looked if it is BLIP without a prompt."""
     for image in settings.images:
         read_image(image)  # complain before the model is loaded
     half = settings.mixed_precision and torch.cuda.is_available()
@@ -120,17 +120,17 @@ def caption_images(
     workers: int = 4,
     **options,
 ) -> list[str]:
-    """Caption the images of a folder into a CSV `image_id,caption`; rows as caption.py has them.
+    """Caption the images of a folder into a CSV `image_id,caption`, with the same rows as caption.py.
 
-    Captions do not depend on batch_size or on the order of the images. With a prompt, BLIP goes on from it;
-    its words are cut from the captions, or kept where `conditional`.
+    Captions do not depend on batch_size or on the order of the images. With a prompt, BLIP continues it; the
+    prompt is cut from the captions unless `conditional` is true.
 
     Args:
-        options: further ones of `FolderOptions`, such as recursive or sidecars, and of `DecodingOptions`,
-            such as num_captions.
+        options: more of `FolderOptions`, such as recursive or sidecars, and of `DecodingOptions`, such as
+            num_captions.
 
     Returns:
-        What was wrong with the images that could not be read, one line each; their captions are empty.
+        One line for each image that could not be read, with the reason; its caption is empty.
 
     Raises:
         UserError: wrong input, or not one readable image.
@@ -169,7 +169,8 @@ def _load(model_path: str | Path, half: bool, mixed_precision: bool, prompt: str
 
 
 def _model_files(model_path: str | Path) -> str | list[Path]:
-    """What the captions depend on in a model's folder. Of a hub model, its name: once fetched, it stays."""
+    """The files of a model's folder that captions depend on. For a hub model its name: once it has been
+    fetched, it stays the same."""
     folder = Path(model_path)
     if not folder.is_dir():
         return str(model_path)

@@ -57,8 +57,8 @@ __all__ = ["Settings", "evaluate", "print_table", "score_submission"]
 
 @dataclass
 class Settings(AttentionDecodingOptions):
-    """These and those of AttentionDecodingOptions (captioning/decoding/options.py), which `--help` lists too.
-    To change one of those for this script, repeat its line here."""
+    """The settings of this script. `--help` also lists those of AttentionDecodingOptions
+    (captioning/decoding/options.py); to change one of these for this script, repeat its line here."""
 
     # a model on a prepared split
     checkpoint: tuple[str, ...] = ("output_models/best_checkpoint.pth",)  # a model; several are an ensemble
@@ -146,7 +146,7 @@ def check_outputs(settings: Settings) -> None:
 
 
 def score_submissions(settings: Settings) -> tuple[list[dict], list[Record]]:
-    """A row for each file of captions, and the references' records."""
+    """The table's rows, one for each file of captions, and the images with their references."""
     folder = find_image_folder(settings.references, settings.image_folder)
     records = reference_records(settings.references, settings.split, folder)
     rows = [
@@ -159,14 +159,14 @@ def score_submissions(settings: Settings) -> tuple[list[dict], list[Record]]:
 
 
 def add_diversity(rows: list[dict], settings: Settings, samples: dict[str, list[str]] | None = None) -> None:
-    """Add to each row "diversity": what `caption_diversity` returns."""
+    """Add what `caption_diversity` returns to each row, as "diversity"."""
     _, training_captions = training_texts(settings.data_folder)
     for row in rows:
         row["diversity"] = caption_diversity(row["captions"], training_captions, samples)
 
 
 def compare_submissions(rows: list[dict], records: Sequence[Record]) -> None:
-    """Print the paired bootstrap of each two files, on the images that both have captions for."""
+    """Compare every two files on the images that both caption, and print the results."""
     names = [row["model"] for row in rows]
     references = {record.image_id: record.captions for record in records}
     captions, scores = [row["captions"] for row in rows], [row["scores"] for row in rows]
@@ -179,12 +179,13 @@ def compare_submissions(rows: list[dict], records: Sequence[Record]) -> None:
 def evaluate(settings: Settings) -> list[dict]:
     """Caption and score a prepared split with each beam size.
 
-    Under torchrun or accelerate the images are shared out, each to one process.
+    Under torchrun or accelerate every process captions a share of the images.
 
     Returns:
-        A dictionary a beam size: "beam_size", "images", "processes", "images_per_second" (encoding and
-        search), "features" ("computed" or "cached"), "captions" {id: caption}, "scores" (Scores); with those
-        settings "decoded" {id: ScoredCaption} and "diversity". Empty in all processes but the main one.
+        One dictionary per beam size: "beam_size", "images", "processes", "images_per_second" (encoding and
+        search), "features" ("computed" or "cached"), "captions" {id: caption} and "scores" (Scores); with
+        --with_scores also "decoded" {id: ScoredCaption}, with --diversity "diversity". Processes other than
+        the main one get an empty list.
     """
     from accelerate.utils import gather_object
 
@@ -240,9 +241,8 @@ def make_rows(
     """What `evaluate` returns.
 
     Args:
-        results: of each process, for neighbouring images and in their order: by beam size, and for
-            "samples", the captions of each image; and the seconds.
-        source: "processes" and "features" of the rows.
+        results: what `decode_split` returned in each process; the processes have consecutive images.
+        source: the rows' "processes" and "features".
     """
     rows = []
     for beam_size in settings.beam_sizes:
@@ -263,7 +263,7 @@ def make_rows(
 
 
 def score_pointing(rows: list[dict], records: Sequence[Record], settings: Settings) -> None:
-    """Add to each row "pointing": whether the model looks at what it names, with the row's beam size."""
+    """Add to each row, as "pointing", how often the model looks at what it names."""
     from captioning.captioners.base import describe_files
     from captioning.report.pointing import pointing_score, read_boxes
 
@@ -282,7 +282,7 @@ def score_pointing(rows: list[dict], records: Sequence[Record], settings: Settin
 
 
 def print_table(rows: list[dict]) -> None:
-    """A line a row, named by its "model", else by its beam size."""
+    """Print one line per row, under the name of its model or else its beam size."""
     first = "model" if "model" in rows[0] else "beam"
     names = [str(row.get("model") or row["beam_size"] or "-") for row in rows]
     width = max(map(len, [first, *names]))
@@ -355,7 +355,7 @@ def summary(rows: list[dict], settings: Settings) -> dict:
 
 
 def write_caption_files(rows: list[dict], settings: Settings) -> list[str]:
-    """Write --output_captions, a file a row; their names."""
+    """Write the files of --output_captions, one per row; return their names."""
     path, files = Path(settings.output_captions), []
     for i, row in enumerate(rows, start=1):
         name = f"{path.stem}_beam{row['beam_size']}" if row["beam_size"] else f"{path.stem}_{i}"
@@ -399,7 +399,7 @@ def log_probs(row: dict, image_id: str) -> dict[str, float]:
 
 
 def draw_worst(row: dict, records: Sequence[Record], settings: Settings) -> None:
-    """A figure of the images with the lowest CIDEr in a row, the worst first."""
+    """Draw the images with the lowest CIDEr of a row, the worst first."""
     from captioning.report.figures import draw_captions
 
     with_image = {record.image_id: record for record in records if record.path}

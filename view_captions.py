@@ -109,7 +109,7 @@ def main(settings: Settings) -> None:
 
 
 def view_image(settings: Settings) -> None:
-    """A gallery of one image, a row for each of the n best captions."""
+    """Write a gallery of one image, in which each of the n best captions has a row."""
     read_image(settings.img)  # complain before the model is loaded
     (name, captioner), *_ = load_captioners(settings)
     n_best = captioner.caption(settings.img, settings.beam_size, details=True).n_best
@@ -128,7 +128,7 @@ def view_image(settings: Settings) -> None:
 
 
 def load_captioners(settings: Settings) -> Iterator[tuple[str, BaseCaptioner]]:
-    """(name, captioner) of each model, one in memory at a time."""
+    """Yield the name and the captioner of each model; one model is in memory at a time."""
     from captioning.captioners.attention import Captioner
 
     checkpoints = settings.checkpoint
@@ -165,7 +165,7 @@ def choose_records(settings: Settings) -> list[Record]:
 
 
 def caption_all(settings: Settings, records: Sequence[Record]) -> list[ShownModel]:
-    """The captions of each file and of each model."""
+    """Read the captions of each file, and let each model caption the images."""
     whose = settings.references or "the folder of images"
     models = read_submissions(settings, [record.image_id for record in records], whose)
     if settings.submission and not (settings.checkpoint or settings.model_path):
@@ -189,7 +189,10 @@ def caption_all(settings: Settings, records: Sequence[Record]) -> list[ShownMode
 
 
 def read_submissions(settings: Settings, ids: Sequence[str], whose: str) -> list[ShownModel]:
-    """The captions of each file for the images `ids`. whose: what has these, for messages."""
+    """Read the captions that each file has for the images `ids`.
+
+    whose: where the ids are from, for messages.
+    """
     models = []
     for file in settings.submission:
         captions, missing, unknown = match_submission(file, ids, whose, partial=True)
@@ -204,7 +207,7 @@ def read_submissions(settings: Settings, ids: Sequence[str], whose: str) -> list
 
 
 def give_short_names(models: list[ShownModel]) -> list[ShownModel]:
-    """Name the models without what all names have in common, so that these are short, and different."""
+    """Shorten the models' names to the files' names, as long as they stay different."""
     names = [Path(model.name).name for model in models]
     if len(set(names)) < len(names):
         names = [model.name for model in models]
@@ -214,7 +217,7 @@ def give_short_names(models: list[ShownModel]) -> list[ShownModel]:
 
 
 def source(settings: Settings) -> str:
-    """Where the images are from, for the page's title."""
+    """Where the images come from, for the page's title."""
     if settings.references or settings.image_folder:
         return Path(settings.references or settings.image_folder).name
     return f"{settings.data_folder}, {settings.split}"
@@ -224,7 +227,7 @@ def source(settings: Settings) -> str:
 
 
 def score_models(models: Sequence[ShownModel], records: Sequence[Record]) -> None:
-    """Score each model on the images that have references and its caption."""
+    """Score each model on the images that it has captioned and that have references."""
     references = {record.image_id: record.captions for record in records if record.captions}
     for model in models:
         texts = {key: caption.text for key, caption in model.captions.items() if key in references}
@@ -233,7 +236,7 @@ def score_models(models: Sequence[ShownModel], records: Sequence[Record]) -> Non
 
 
 def judge_captions(models: Sequence[ShownModel], records: Sequence[Record], settings: Settings) -> None:
-    """Give each model its quality."""
+    """Describe each model's captions: its `quality`."""
     references = {record.image_id: [tokenize(text) for text in record.captions] for record in records}
     known_words, training_captions = training_texts(settings.data_folder)
     for model in models:
@@ -251,7 +254,7 @@ def judge_captions(models: Sequence[ShownModel], records: Sequence[Record], sett
 
 
 def compare_all(models: Sequence[ShownModel], records: Sequence[Record]) -> list[dict]:
-    """Each two models on the images that both have captioned, where there are references."""
+    """Compare every two models on the images that both have captioned and that have references."""
     comparisons = compare_pairs(
         {record.image_id: record.captions for record in records if record.captions},
         [model.name for model in models],
@@ -267,7 +270,7 @@ def compare_all(models: Sequence[ShownModel], records: Sequence[Record]) -> list
 
 
 def draw_figures(folder: Path, models: Sequence[ShownModel], records: Sequence[Record]) -> None:
-    """A PNG of each image's attention, numbered, and one of each model's mean attention."""
+    """Write a numbered PNG of each image's attention, and one of each model's mean attention."""
     count = 0
     for number, model in enumerate(models, start=1):
         prefix = f"model{number}_" if len(models) > 1 else ""

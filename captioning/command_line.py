@@ -109,9 +109,9 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def _leave_processes(failed: bool) -> bool:
-    """End the connections to the other processes, if there are any; whether there were.
+    """End the connections to other processes; returns whether there were any.
 
-    NCCL's are left when this process has failed, as they might wait for the other processes.
+    After a failure NCCL's connections are left alone, as ending them might wait for the other processes.
     """
     if "torch" not in sys.modules:
         return False
@@ -124,10 +124,10 @@ def _leave_processes(failed: bool) -> bool:
 
 
 def _report(message: str) -> None:
-    """Print on stderr, once where several processes fail alike.
+    """Print on stderr, and only once if several processes fail alike.
 
-    The main process prints at once. The others wait first: the launcher ends them when the main process has
-    failed. When it has not, the message is theirs alone and they print it.
+    The main process prints at once. The others wait first: if the main process has failed too, the launcher
+    ends them; if it has not, the message is theirs alone and they print it.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
@@ -201,10 +201,12 @@ def _add_options(
     left_out: set[str] = frozenset(),
     title: str = "",
 ) -> list[str]:
-    """Add an option for each field; those that several steps share are added once. Returns the flags of
-    bools.
+    """Add an option for each field that has none yet.
 
-    title: of a group with all of them; otherwise each heading has its group.
+    title: put all of them into one group of this title; otherwise each heading of the fields has a group.
+
+    Returns:
+        The options that are flags.
     """
     hints, comments = typing.get_type_hints(settings_class), read_field_comments(settings_class)
     groups: dict[str, argparse._ArgumentGroup] = {}
@@ -241,15 +243,15 @@ def _add_options(
 
 
 def make_settings(settings_class: type[AnySettings], given: dict[str, object]) -> AnySettings:
-    """Settings with the `given` values and defaults for the rest; `given_names` knows which are which."""
+    """Settings with the `given` values, and defaults for the rest; `given_names` tells them apart."""
     settings = settings_class(**given)
     settings._given = frozenset(given)
     return settings
 
 
 def given_names(settings: AnySettings) -> frozenset[str]:
-    """The settings that were given on the command line; of settings made in Python, those that differ from
-    the defaults."""
+    """The names of the settings that were given on the command line; if the settings were made in Python, of
+    those that differ from the defaults."""
     defaults = {name: field.default for name, field in settings.__dataclass_fields__.items()}
     differ = (name for name, default in defaults.items() if getattr(settings, name) != default)
     return getattr(settings, "_given", frozenset(differ))
@@ -261,7 +263,7 @@ def describe_settings(values: dict[str, object]) -> str:
 
 
 def _separate_flags(argv: list[str], flags: list[str]) -> list[str]:
-    """`--flag photo.jpg` -> `--flag=True photo.jpg`: the plain argument is no value of the flag."""
+    """Turn `--flag photo.jpg` into `--flag=True photo.jpg`, so that the file is not the flag's value."""
     following = [*argv[1:], "True"]
     return [
         f"{argument}=True" if argument in flags and after.lower() not in BOOLS else argument
@@ -326,10 +328,10 @@ class FieldComment(typing.NamedTuple):
 
 
 def read_field_comments(settings_class: type) -> dict[str, FieldComment]:
-    """The comments of each field, those of the class itself first, then those that it inherits.
+    """The comments of all fields by name: first the class's own fields, then those that it inherits.
 
-    What a class inherits stands under a heading of its own, the first line of the base class's docstring. A
-    field that the class repeats, for another default, belongs to the class.
+    Inherited fields have the first line of the base class's docstring as their heading. A field that the
+    class repeats, to give it another default, counts as the class's own.
     """
     comments: dict[str, FieldComment] = {}
     for owner in settings_class.__mro__:

@@ -24,10 +24,10 @@ MORE_COLUMNS = ("rank", "log_prob", "log_prob_per_word")
 
 
 class ScoredCaption(NamedTuple):
-    """A caption and how sure the model is of it; None where that is not known.
+    """A caption and how sure the model is of it; None if that is not known.
 
-    log_prob: natural logarithm of the caption's probability under the model, that of its end included.
-    log_prob_per_word: the same by the number of words plus one, for the end.
+    log_prob: natural logarithm of the caption's probability under the model, including that of its end.
+    log_prob_per_word: log_prob divided by the number of words plus one, for the end.
     """
 
     text: str
@@ -100,8 +100,7 @@ def coco_id(image_id: str) -> int | str:
 def read_submission(path: str | Path) -> list[tuple[str, str]]:
     """The (id, caption) rows of a file in any of the formats, in file order, doubled ones too.
 
-    Of a file with the n best captions, or samples, of each image those of rank 1 are given, and a line says
-    so.
+    If the file has several captions per image, only those of rank 1 are returned, and a line says so.
 
     Raises:
         UserError: the file is missing, damaged or of another layout, or holds no row.

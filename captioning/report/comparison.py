@@ -40,7 +40,7 @@ class Interval(NamedTuple):
 
 
 def signed(value: float) -> str:
-    """`+0.0123`, and `+0.0000` for what rounds to 0 from below too."""
+    """`+0.0123`; a negative value that rounds to 0 is `+0.0000` too."""
     return f"{round(value, DIGITS) + 0.0:+.{DIGITS}f}"
 
 
@@ -50,10 +50,10 @@ def bootstrap_difference(
     score: Callable[[np.ndarray], np.ndarray] | None = None,
     seed: int = 0,
 ) -> Interval:
-    """The paired bootstrap of a score that depends on sums over the images.
+    """Paired bootstrap of a score that is computed from sums over the images.
 
     Args:
-        first, second: for each image what is summed, (images, k), in the same order.
+        first, second: the summands of each image for either model, (images, k), images in the same order.
         score: sums (n, k) -> scores (n,). None: k is 1 and the score is the mean over the images.
 
     Raises:
@@ -76,7 +76,7 @@ def bootstrap_difference(
 def compare_columns(
     first: Mapping[str, Sequence[float]], second: Mapping[str, Sequence[float]]
 ) -> dict[str, Interval]:
-    """The interval of each score that both have, as a mean over the images, from the images' own scores."""
+    """Intervals of the scores that both models have, each taken as the mean of the images' own scores."""
     columns = {
         name: [np.asarray(scores[name], dtype=np.float64)[:, None] for scores in (first, second)]
         for name in (*OF_CORPUS, *OF_IMAGES)
@@ -90,16 +90,18 @@ def compare_models(
     captions: Sequence[Mapping[str, str]],
     scores: Sequence[Scores],
 ) -> dict:
-    """Two models on the same images.
+    """Compare two models on the same images.
 
     Args:
-        references: the captions of each image. captions: of both models, by image.
-        scores: what `report_scores` or `score_captions` gives for each, of these images and perhaps others.
+        references: the reference captions of each image.
+        captions: both models' captions by image.
+        scores: both models' scores, from `report_scores` or `score_captions`; they may cover more images.
 
     Returns:
-        "intervals": {score: Interval}, BLEU of the whole set, the others as means over the images; "wins",
-        "losses", "ties" of the second by the images' CIDEr; "identical", the share of images with the same
-        caption; "overlap", the mean ROUGE-L of the second's captions against the first's.
+        "intervals": {score: Interval}, for BLEU of the whole set, for the others of the mean over the images.
+        "wins", "losses", "ties": images on which the second model has a higher, lower or equal CIDEr.
+        "identical": share of the images for which both captions are the same. "overlap": mean ROUGE-L of the
+        second model's captions against the first's.
     """
     ids = list(references)
     counts = [np.array([of_model.bleu_counts[key] for key in ids], dtype=np.float64) for of_model in scores]
@@ -135,17 +137,20 @@ def compare_pairs(
     captions: Sequence[Mapping[str, str]],
     scores: Sequence[Scores | None],
 ) -> list[dict]:
-    """Each two of several models, on the images that both have captions for.
+    """Compare every two of several models on the images that both have captioned.
+
+    Two models that have captioned different images are scored anew on those that they share. Pairs that share
+    fewer than two are left out, and a line says so.
 
     Args:
-        references: the captions of each image.
-        names, captions, scores: of each model its name, its captions by image, and what `report_scores` gives
-            for these; where two models have captions of different images, both are scored anew on those that
-            they share.
+        references: the reference captions of each image.
+        names: of the models.
+        captions: each model's captions by image.
+        scores: each model's `report_scores`.
 
     Returns:
-        For each pair what `compare_models` returns, and "first", "second" (the models' indices), "images"
-        (how many), "verdict" (a line). Of pairs that share fewer than two images a line says so.
+        For each pair what `compare_models` returns, and "first" and "second", the models' indices, "images",
+        their number, and "verdict", one line.
     """
     comparisons = []
     for first, second in combinations(range(len(names)), 2):
@@ -171,7 +176,7 @@ def compare_pairs(
 
 
 def verdict(interval: Interval, score: str, first: str, second: str) -> str:
-    """In words whether the difference is more than chance."""
+    """Say in words whether the difference is more than chance."""
     numbers = (
         f"{signed(interval.difference)}, 95 % interval {signed(interval.low)} to {signed(interval.high)}"
     )
@@ -208,7 +213,7 @@ def print_intervals(intervals: Mapping[str, Interval]) -> None:
 
 
 def compare_files(first: str, second: str) -> None:
-    """Print the paired bootstrap of two files of --per_image_csv; BLEU as the mean of the images' own."""
+    """Compare two files of --per_image_csv and print the result; BLEU is the mean of the images' own BLEU."""
     tables = [read_per_image(file) for file in (first, second)]
     ids = [image_id for image_id in tables[0] if image_id in tables[1]]
     apart = len(tables[0]) + len(tables[1]) - 2 * len(ids)
@@ -231,7 +236,7 @@ def compare_files(first: str, second: str) -> None:
 
 
 def read_per_image(file: str) -> dict[str, dict[str, float]]:
-    """{image id: scores} of a file of --per_image_csv with one row for each image."""
+    """Read a file of --per_image_csv that has one row per image: {image id: scores}."""
     table: dict[str, dict[str, float]] = {}
     try:
         with open(file, encoding="utf-8-sig", newline="") as stream:

@@ -29,7 +29,7 @@ PANEL = 2.4  # inches, the longer side of an image
 
 
 def check_figure(file: str | Path) -> str:
-    """The format that a figure's name asks for. Raises UserError where there is no such format."""
+    """The format that a figure's file name asks for. Raises UserError if matplotlib cannot write it."""
     import matplotlib.backends.backend_agg as agg
 
     extension = Path(file).suffix.lstrip(".").lower()
@@ -45,7 +45,7 @@ def save_figure(figure, file: str | Path) -> None:
 
 
 def enlarge(attention: np.ndarray, width: int = 224, height: int = 224) -> np.ndarray:
-    """A map (h, w) as a smooth one (height, width) without negative values."""
+    """Enlarge an attention map (h, w) to (height, width): bicubic interpolation, without negative values."""
     image = Image.fromarray(np.asarray(attention, dtype=np.float32))
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).clip(min=0)
 
@@ -53,12 +53,13 @@ def enlarge(attention: np.ndarray, width: int = 224, height: int = 224) -> np.nd
 def draw_attention(
     file: str | Path, image: Any, words: Sequence[str], attention: np.ndarray | Tensor, title: str = ""
 ) -> None:
-    """A figure of an image and, for each word, the image under its attention map (words, h, w).
+    """Draw an image, and for each word the image under the word's attention map.
 
-    Each map is shown on a scale of its own, from 0 to its maximum: where the word looked most is brightest.
+    Each map has its own scale, from 0 to its maximum: the image is brightest where the model looked most.
 
     Args:
-        image: in any form that a captioner takes: a path, a PIL image, an array, a tensor.
+        image: a path, a PIL image, an array or a tensor, as `BaseCaptioner.caption` takes it.
+        attention: (words, h, w).
 
     Raises:
         UserError: the image cannot be read, or the file's extension is no format for figures.
@@ -105,13 +106,15 @@ def caption_files(
     with_scores: bool = False,
     **search,
 ) -> list[str]:
-    """Print the captions of each image file and draw where the model looked for its first one; returns the
-    figures' names.
+    """Print the captions of each image file, and draw where the model looked for the first of them.
 
     Args:
-        figure: the figure of a single image; otherwise they are attention_NAME.png.
+        figure: name of the figure, if there is a single image; otherwise they are attention_NAME.png.
         with_scores: print log-probabilities too.
-        search: further arguments of `describe_prepared`.
+        search: more arguments of `describe_prepared`.
+
+    Returns:
+        The figures' names.
     """
     figures = [figure] if figure else figure_names(images)
     for image, file in zip(images, figures):
@@ -135,7 +138,7 @@ def caption_line(caption: ScoredCaption, with_scores: bool, image: str = "") -> 
 
 
 def figure_names(images: Sequence[str | Path]) -> list[str]:
-    """attention_NAME.png for each image; of several with one name, the later ones have a number."""
+    """attention_NAME.png for each image; if several images have one name, the later ones get a number."""
     names: list[str] = []
     for image in images:
         numbers = itertools.chain([""], (f"_{number}" for number in itertools.count(2)))
@@ -145,7 +148,7 @@ def figure_names(images: Sequence[str | Path]) -> list[str]:
 
 
 def draw_maps(file: str | Path, maps: dict[str, np.ndarray]) -> None:
-    """A figure of mean attention maps (h, w), each under its name, all on one scale."""
+    """Draw mean attention maps (h, w) under their names, all on one scale."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(PANEL * len(maps) + 0.8, PANEL + 0.4), layout="constrained")
@@ -160,10 +163,10 @@ def draw_maps(file: str | Path, maps: dict[str, np.ndarray]) -> None:
 
 
 def draw_captions(file: str | Path, rows: Sequence[tuple[str, str, str, Sequence[str]]]) -> None:
-    """A figure of images with their captions and references, two abreast.
+    """Draw images with their captions and references, two side by side.
 
     Args:
-        rows: (image's path, heading, caption, references) of each.
+        rows: (path, heading, caption, references) of each image.
     """
     from matplotlib.figure import Figure
 

@@ -45,7 +45,7 @@ CHUNK = 100  # images in a file of attention maps
 class ShownCaption:
     """A caption as the gallery shows it.
 
-    log_prob, word_log_probs and attention (words, height, width) are None where a file of captions has none.
+    log_prob, word_log_probs and attention (words, height, width) are None for captions from a file.
     """
 
     text: str
@@ -56,7 +56,7 @@ class ShownCaption:
 
     @classmethod
     def of(cls, caption: Caption) -> ShownCaption:
-        """A captioner's caption with its details."""
+        """From a captioner's caption with details."""
         return cls(
             caption.text, caption.words, caption.log_prob, caption.word_log_probs, caption.attention.numpy()
         )
@@ -64,9 +64,9 @@ class ShownCaption:
 
 @dataclass
 class ShownModel:
-    """A model's captions by image id, and their scores where there are references.
+    """A model's captions by image id, and their scores if there are references.
 
-    quality: what `caption_quality` and, under "attention", `attention_summary` give.
+    quality: what `caption_quality` returns and, under "attention", what `attention_summary` returns.
     """
 
     name: str
@@ -82,17 +82,17 @@ def write_gallery(
     comparisons: Sequence[dict] = (),
     title: str = "Captions",
 ) -> tuple[Path, list[str]]:
-    """Write a gallery of the images that have a caption by at least one model.
+    """Write a gallery of the images that at least one model has captioned.
 
     Args:
-        folder: made where it is missing; an earlier gallery in it is replaced when the new one is complete.
-        comparisons: what `compare_models` gives of two models, with "first" and "second", their indices.
+        folder: created if it is missing; an earlier gallery in it is replaced once the new one is complete.
+        comparisons: what `compare_pairs` returned.
 
     Returns:
-        The path of index.html; what is wrong with the images that cannot be shown, a line each.
+        The path of index.html; one line for each image that cannot be shown, with the reason.
 
     Raises:
-        UserError: no image has a caption, or the folder has another page in it.
+        UserError: no image has a caption, or the folder holds another page.
     """
     folder = Path(folder)
     records = [record for record in records if any(record.image_id in model.captions for model in models)]
@@ -119,7 +119,7 @@ def write_files(
     comparisons: Sequence[dict],
     title: str,
 ) -> list[str]:
-    """Write the gallery's files to a new folder; what is wrong with images that cannot be shown."""
+    """Write the gallery's files to a new folder; returns what `write_gallery` does of images."""
     for part in ("images", "attention"):
         (folder / part).mkdir(parents=True)
     sizes, problems = write_thumbnails(folder / "images", records)
@@ -160,7 +160,7 @@ def write_files(
 
 
 def page() -> str:
-    """The page with its style and its scripts in it."""
+    """The HTML page, with its style and its scripts inlined."""
     html = (PAGE / "page.html").read_text(encoding="utf-8")
     style = (PAGE / "page.css").read_text(encoding="utf-8")
     scripts = [
@@ -171,7 +171,7 @@ def page() -> str:
 
 
 def check_folder(folder: str | Path) -> None:
-    """Raise UserError, before any work, where a gallery cannot be written to the folder."""
+    """Raise UserError, before any work, if a gallery cannot be written to the folder."""
     check_output(folder, folder=True)
     index = Path(folder) / "index.html"
     if index.is_file() and MARK not in index.read_text(encoding="utf-8", errors="replace")[:2000]:
@@ -192,10 +192,10 @@ def clear(folder: Path) -> None:
 def write_thumbnails(
     folder: Path, records: Sequence[Record]
 ) -> tuple[list[tuple[int, int] | None], list[str]]:
-    """Small JPEGs of the images, named by their number.
+    """Write small JPEGs of the images, named by their numbers.
 
     Returns:
-        Width and height of each, None where there is no image; what is wrong with these, a line each.
+        Width and height of each, or None if the image cannot be read; one line for each of these.
     """
     problems = []
 
@@ -219,9 +219,12 @@ def write_thumbnails(
 def write_attention(
     folder: Path, records: Sequence[Record], models: Sequence[ShownModel]
 ) -> list[tuple[int, int] | None]:
-    """Files of attention maps; the height and width of each model's grid, None for those without.
+    """Write the files of attention maps.
 
-    A map is stored as a byte for each cell, 255 for the word's highest, all words of a caption in base64.
+    A map has a byte per cell, 255 for the word's highest value; all words of a caption are one base64 text.
+
+    Returns:
+        Height and width of each model's grid, or None for a model without attention.
     """
     grids: list[tuple[int, int] | None] = [None] * len(models)
     for number, start in enumerate(range(0, len(records), CHUNK)):
@@ -244,7 +247,7 @@ def write_attention(
 
 
 def _maps(caption: ShownCaption | None) -> np.ndarray | None:
-    """uint8 (words, height, width)."""
+    """A caption's attention as uint8 (words, height, width), 255 for each word's highest value."""
     if caption is None or caption.attention is None or not len(caption.attention):
         return None
     maps = np.asarray(caption.attention, dtype=np.float32)
@@ -278,5 +281,5 @@ def _image_data(
 
 
 def _rounded(value: float | None, digits: int = 4) -> float | None:
-    """For JSON, which has no nan."""
+    """The rounded value; None for what JSON cannot hold, such as nan."""
     return None if value is None or not np.isfinite(value) else round(float(value), digits)

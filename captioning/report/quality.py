@@ -22,7 +22,7 @@ SHOWN_WORDS = 12  # most over-used and under-used words
 
 
 def distinct_ngrams(captions: Sequence[Sequence[str]], n: int) -> float:
-    """Div-n: different n-grams by all n-grams of the captions, in [0, 1]; 0 where there are none."""
+    """Div-n, the share of the captions' n-grams that are different, in [0, 1]; 0 if there are none."""
     ngrams = [tuple(words[i : i + n]) for words in captions for i in range(len(words) - n + 1)]
     return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
@@ -41,13 +41,13 @@ def has_bad_ending(words: Sequence[str]) -> bool:
 def usage(
     captions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
 ) -> list[dict[str, object]]:
-    """Words that are used more or less often than in the references, by the difference of their rates.
+    """Words that are used more, or less, often than in the references.
 
-    references: for each image its captions.
+    references: the reference captions of each image.
 
     Returns:
-        "word", "rate" and "reference_rate" (occurrences per hundred words), the most over-used first, the
-        most under-used last.
+        "word", "rate" and "reference_rate" (occurrences per hundred words) of each, from the most over-used
+        to the most under-used.
     """
     counts = Counter(word for words in captions for word in words)
     reference_counts = Counter(word for several in references for words in several for word in words)
@@ -67,21 +67,23 @@ def usage(
 
 
 def entropy(attention: np.ndarray) -> np.ndarray:
-    """Entropy in bits of maps (words, height, width): 0 for a single cell, log2(cells) for an even look."""
+    """Entropy of attention maps (words, height, width) in bits: 0 if all is on one cell, log2(cells) if it is
+    even."""
     cells = attention.reshape(len(attention), -1).astype(np.float64)
     return -(cells * np.log2(np.where(cells > 0, cells, 1))).sum(axis=1)
 
 
 def attention_summary(words: Sequence[Sequence[str]], maps: Sequence[np.ndarray]) -> dict:
-    """Where a model looks on the whole.
+    """Where a model looks, over all its captions.
 
     Args:
-        words: of each caption. maps: its attention (words, height, width), of one size for all.
+        words: of each caption.
+        maps: each caption's attention, (words, height, width), with one height and width for all.
 
     Returns:
-        "entropy": the mean in bits; "largest_entropy": that of an even look; "words": "word", "entropy" and
-        "count" of each word, the sharpest first; "mean_maps": mean attention "all words", then that of the
-        beginning, middle and end of the captions, each a nested list (height, width).
+        "entropy": the mean over all words, in bits. "largest_entropy": that of an even map. "words": "word",
+        "entropy" and "count" of each different word, the sharpest first. "mean_maps": the mean attention of
+        "all words", then of the "beginning", "middle" and "end" of captions, as lists (height, width).
     """
     by_word: dict[str, list[float]] = {}
     everything, parts = [], {part: [] for part in PARTS}
@@ -112,7 +114,7 @@ def caption_quality(
     vocabulary: Collection[str] | None = None,
     training_captions: Collection[tuple[str, ...]] | None = None,
 ) -> dict:
-    """The quality of a model's captions, as quality.json has it.
+    """What a model's captions are like: the content of quality.json.
 
     Args:
         captions: the words of each image's caption.
@@ -121,9 +123,9 @@ def caption_quality(
         training_captions: the words of the captions that it was trained on.
 
     Returns:
-        "captions", "mean_length", "lengths" {words: captions}; "words_used", "words_known"; shares in [0, 1]
-        "distinct", "in_training", "div1", "div2", "repetitions", "bad_endings", "empty"; "usage". What needs
-        an argument that was not given is None.
+        Numbers: "captions", "mean_length", "lengths" {words: captions}, "words_used", "words_known". Shares
+        in [0, 1]: "distinct", "in_training", "div1", "div2", "repetitions", "bad_endings", "empty". And
+        "usage", as `usage` returns it. An entry is None if it needs an argument that was not given.
     """
     texts = list(captions.values())
     used = {word for words in texts for word in words}
@@ -170,14 +172,14 @@ def caption_diversity(
     """The diversity of a model's captions and of its samples.
 
     Args:
-        captions: of each image the best one.
+        captions: the best one of each image.
         training_captions: the words of the captions that the model was trained on.
-        samples: of each image two or more, as many for one as for another.
+        samples: two or more of each image, the same number for all.
 
     Returns:
-        Of the captions: "distinct", "bad_endings", "repetitions" (shares, as in `caption_quality`), "novel"
-        (share that is not among the training captions; None where these are not known), "words_used". Of the
-        samples, where there are any: what `sample_diversity` returns.
+        Of the captions "distinct", "bad_endings", "repetitions" and "words_used", as in `caption_quality`,
+        and "novel", the share that is not among the training captions (None if these are not known). If there
+        are samples, also what `sample_diversity` returns.
     """
     words = {image_id: tokenize(text) for image_id, text in captions.items()}
     quality = caption_quality(words, training_captions=training_captions)
@@ -192,13 +194,13 @@ def sample_diversity(samples: Sequence[Sequence[Sequence[str]]]) -> dict[str, fl
     """How the samples of an image differ from each other.
 
     Args:
-        samples: of each image two or more, each a list of words; as many for one image as for another.
+        samples: two or more of each image, the same number for all; each is a list of words.
 
     Returns:
-        "samples": how many an image has; "div1", "div2": different words (pairs of words) by all of an
-        image's samples, mean over the images; "mbleu": BLEU-4 of each image's k-th sample against its others,
-        computed as of a corpus of all images, mean over k (Shetty et al., 2017). High Div and low mBLEU are
-        diverse.
+        "samples": how many an image has. "div1", "div2": number of different words, or pairs of words, in an
+        image's samples divided by that of all, mean over the images. "mbleu": corpus BLEU-4 of the images'
+        k-th samples against their other ones, mean over k (Shetty et al., 2017). Diverse samples have a high
+        Div and a low mBLEU.
     """
     count = len(samples[0])
 
@@ -215,11 +217,12 @@ def sample_diversity(samples: Sequence[Sequence[Sequence[str]]]) -> dict[str, fl
 
 
 def print_diversity(first: str, names: Sequence[str], rows: Sequence[dict[str, float | None]]) -> None:
-    """A line for each model or beam size, and the diversity of the samples where there are any.
+    """Print one line for each model or beam size, and the diversity of the samples if there are any.
 
     Args:
-        first: what the names are of.
-        rows: what `caption_diversity` returns, for each name.
+        first: title of the column of names.
+        names: of the models, or the beam sizes.
+        rows: what `caption_diversity` returned for each of them.
     """
     width = max(map(len, [first, *names]))
     print(f"\n{first:{width}} {' '.join(f'{title:>11}' for title in COLUMNS.values())}")

@@ -40,8 +40,8 @@ COLUMNS = {  # scores, and how tables call them
 
 
 def report_scores(references: Mapping[str, Sequence[str]], captions: Mapping[str, str]) -> Scores:
-    """The official scores of captions by image id, those of `score_captions`; but BLEU without a match is 0,
-    as in `matched_bleu`."""
+    """The official scores of captions by image id (`metrics.score_captions`), but with `matched_bleu`, by
+    which BLEU without a match is 0."""
     scores = score_captions(references, captions)
     total = [sum(column) for column in zip(*scores.bleu_counts.values())]
     per_image = {
@@ -52,10 +52,10 @@ def report_scores(references: Mapping[str, Sequence[str]], captions: Mapping[str
 
 
 def matched_bleu(counts: Sequence[float]) -> dict[str, float]:
-    """Bleu_1 to Bleu_4 of `metrics.ngrams.bleu_counts`, 0 where no n-gram matches.
+    """Bleu_1 to Bleu_4 from the counts of `metrics.ngrams.bleu_counts`; 0 where no n-gram matches.
 
-    There the small constants of the official evaluation leave up to 2e-4, and up to 0.03 where captions are
-    too short to have an n-gram: numbers that say nothing of the captions, and differ from model to model.
+    The official evaluation adds small constants, which leave up to 2e-4 there, and up to 0.03 where captions
+    are too short to have an n-gram. Such numbers say nothing about the captions but differ between models.
     """
     matched = counts[-LONGEST_NGRAM:]  # for n = 1 to 4
     return {
@@ -71,7 +71,7 @@ def prepared_records(data_folder: str | Path, split: str) -> list[Record]:
     """The images of a prepared split with all their captions, in the order of the HDF5 file.
 
     Raises:
-        UserError: no such split, or images that share an id.
+        UserError: there is no such split, or two of its images share an id.
     """
     folder, records = Path(data_folder), Prepared(data_folder).records(split)
     if len({record.image_id for record in records}) < len(records):
@@ -85,7 +85,7 @@ def prepared_references(data_folder: str | Path, split: str) -> dict[str, list[s
     """All captions of each image of a prepared split, by its id, in the order of the HDF5 file.
 
     Raises:
-        UserError: as `prepared_records`, or an image has no caption.
+        UserError: as in `prepared_records`, or if an image has no caption.
     """
     records = prepared_records(data_folder, split)
     if not all(record.captions for record in records):
@@ -97,7 +97,8 @@ def prepared_references(data_folder: str | Path, split: str) -> dict[str, list[s
 
 
 def training_texts(data_folder: str | Path) -> tuple[set[str] | None, set[tuple[str, ...]] | None]:
-    """The vocabulary and the training captions of prepared data; None where there are none."""
+    """The vocabulary and the training captions of prepared data; None, None if the folder has no such
+    data."""
     folder = Path(data_folder)
     if not (folder / "prepared.json").is_file():
         return None, None
@@ -109,10 +110,10 @@ def training_texts(data_folder: str | Path) -> tuple[set[str] | None, set[tuple[
 def reference_records(
     references: str | Path, split: str = "test", image_folder: str | Path | None = None
 ) -> list[Record]:
-    """The captioned images of annotations in any layout; of the `split` where they name splits.
+    """The captioned images of an annotation file in any layout, of the `split` if the file names splits.
 
     Raises:
-        UserError: damaged annotations, or no caption in them.
+        UserError: the file is damaged, or has no captions of that split.
     """
     records = [record for record in read_annotations(references, image_folder) if record.captions]
     if any(record.split for record in records):
@@ -123,11 +124,11 @@ def reference_records(
 
 
 def find_image_folder(references: str | Path | None, image_folder: str | None) -> str | None:
-    """Where a submission's images are: in image_folder; where that is None, in test/test/ here or beside the
-    references; where there is no such folder, None.
+    """The folder of a submission's images: `image_folder` if one is given, else test/test/ beside the
+    references or here, else None.
 
     Raises:
-        UserError: image_folder does not exist.
+        UserError: `image_folder` does not exist.
     """
     if image_folder is not None:
         if not Path(image_folder).is_dir():
@@ -145,17 +146,18 @@ def find_image_folder(references: str | Path | None, image_folder: str | None) -
 def score_submission(
     submission: str | Path, references: str | Path, split: str = "test", partial: bool = False
 ) -> dict:
-    """Score a CSV or COCO results JSON against annotations in any layout.
+    """Score a file of captions against annotations in any layout.
 
     Args:
-        split: of the references, where they name splits (Karpathy's JSON).
-        partial: score what both files have.
+        split: the references' split to score against, if they name splits (Karpathy's JSON).
+        partial: score the images that both files have.
 
     Returns:
-        "beam_size" (None), "images", "missing", "unknown" (numbers), "captions" {id: caption}, "scores".
+        "images", "missing" and "unknown" (numbers), "captions" {id: caption}, "scores" (Scores), and
+        "beam_size", which is None.
 
     Raises:
-        UserError: as `match_submission` and `reference_records`.
+        UserError: as in `match_submission` and `reference_records`.
     """
     return score_records(submission, reference_records(references, split), references, partial)
 
@@ -163,7 +165,7 @@ def score_submission(
 def score_records(
     submission: str | Path, records: Sequence[Record], references: str | Path, partial: bool = False
 ) -> dict:
-    """`score_submission` with references that are read already."""
+    """`score_submission` for references that have been read already."""
     texts = {record.image_id: record.captions for record in records}
     captions, missing, unknown = match_submission(submission, texts, references, partial)
     if missing or unknown:
@@ -184,19 +186,19 @@ def score_records(
 def match_submission(
     submission: str | Path, ids: Collection[str], whose: str | Path, partial: bool = False
 ) -> tuple[dict[str, str], list[str], list[str]]:
-    """The captions of a CSV or COCO results JSON for the images `ids`; a line says how many are empty.
+    """Read a file of captions and find the caption of each of the images `ids`; print how many are empty.
 
-    Ids are compared as they are, else without an image's extension, else by COCO's number.
+    Ids are compared as they stand, then without an image file's extension, then as COCO's numbers.
 
     Args:
-        whose: what has the `ids`, for messages.
-        partial: take what is there.
+        whose: the file that the `ids` are from, for messages.
+        partial: let ids be missing or unknown.
 
     Returns:
-        {image id: caption}; ids that the submission lacks; its ids that are not among `ids`.
+        {image id: caption}; the `ids` that the file lacks; the file's ids that are not among `ids`.
 
     Raises:
-        UserError: a damaged file, or ids that are doubled or, unless `partial`, missing or unknown.
+        UserError: the file is damaged, an id occurs twice or, unless `partial`, is missing or unknown.
     """
     aliases = {alias: known for known in reversed([*ids]) for alias in (str(coco_id(known)), stem(known))}
     aliases.update(zip(ids, ids))
@@ -231,7 +233,7 @@ def stem(image_id: str) -> str:
 
 
 def refuse(file: str | Path, ids: Sequence[str], what: str, remedy: str) -> None:
-    """Raise UserError where there are `ids`."""
+    """Raise UserError if there are any `ids`, naming the first ten."""
     if ids:
         some = ", ".join(ids[:10]) + (", ..." if len(ids) > 10 else "")
         raise UserError(f"{file}: {counted(len(ids), 'id')} {what} ({some}); {remedy}")
@@ -245,9 +247,12 @@ Decoded = dict[Any, list[list[ScoredCaption]]]  # by the name of the options: th
 def open_split(
     captioner: Captioner, data_folder: str | Path, split: str, cache_features: bool
 ) -> tuple[list[Rows], str]:
-    """A prepared split's images and "computed", or its features for each encoder and "cached".
+    """Open a prepared split's images, or its cached features.
 
-    cache_features: take the features where the cache has those of every encoder.
+    cache_features: use the cache if it has the features of every encoder.
+
+    Returns:
+        The images and "computed", or the features for each encoder and "cached".
     """
     from captioning.data.features import cached_features, open_features  # here, as they import torch
 
@@ -267,15 +272,16 @@ def decode_split(
     options: Mapping[Any, DecodingOptions],
     batch_size: int,
 ) -> tuple[Decoded, dict[Any, float]]:
-    """The captions of some images of a split, and the seconds of "encoding" and of each search.
-
-    Each image is encoded once for all options.
+    """Caption some images of a split with each of several decoding options; each image is encoded once.
 
     Args:
         ids: of all images of the split.
         indices: of the images to caption.
         stored: the split's images, or its features for each of the captioner's encoders.
-        options: by any names.
+        options: by names of your choice.
+
+    Returns:
+        By those names the captions of each image; the seconds that "encoding" and each search took.
     """
     import torch  # here, as it takes longer than all that a file of captions needs
 
@@ -310,8 +316,8 @@ def decode_split(
 def read_batches(
     indices: Sequence[int], stored: Sequence[Rows], batch_size: int
 ) -> Iterator[tuple[Sequence[int], list[torch.Tensor]]]:
-    """Batches of indices with their rows of each of `stored`, which are closed at the end; a thread reads
-    ahead."""
+    """Yield batches of indices with their rows of each of `stored`. A thread reads ahead; the files are
+    closed at the end."""
     import torch
 
     batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
@@ -333,7 +339,7 @@ def decode_files(
     batch_size: int,
     with_scores: bool = False,
 ) -> tuple[Decoded, dict[Any, float]]:
-    """What `decode_split` gives, from image files, for a captioner that prepares them itself. Each image is
+    """Do what `decode_split` does from image files, for a captioner that prepares them itself. Each image is
     encoded anew for each of the options."""
     import torch  # here, as it takes longer than all that a file of captions needs
 
