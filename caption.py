@@ -15,7 +15,6 @@ import webbrowser
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from torch import Tensor
 
@@ -34,39 +33,28 @@ DEFAULT_OUTPUT = "submission.csv"
 
 
 @dataclass
-class Settings:
+class Settings(FolderOptions, DecodingOptions):
+    """The settings of this script. `--help` also lists those of FolderOptions (captioning/folders/plan.py)
+    and DecodingOptions (captioning/decoding/options.py); to change one of these for this script, repeat
+    its line here."""
+
+    # what to caption
     images: tuple[str, ...] = field(default=(), metadata={"positional": True})  # image files; none: a folder
     img: str | None = None  # one image file to caption, too
+    test_folder: str = "test/test"  # images to caption
+    output_csv: str | None = None  # .csv, .json (COCO) or .jsonl; None: submission.csv, none with sidecars
+    # the model
     model: str | None = None  # a checkpoint of train.py; None: encoder_path and decoder_path
     encoder_path: str = "output_models/encoder.pth"  # the best epoch's encoder
     decoder_path: str = "output_models/decoder.pth"  # the best epoch's decoder
     word_map: str | None = None  # word_map.json; None: the one in the checkpoint
+    device: Device = "auto"  # auto: a GPU where there is one
+    batch_size: int = 32  # images searched at a time
+    # captions and figures
     beam_size: int = 3  # hypotheses searched at a time; 1 is greedy
+    num_captions: int = 1  # of each image: the best of the beam, no two alike, or so many samples
     figure: str | None = None  # the figure of a single image; None: attention_NAME.png
     show: bool = False  # open the figures too
-    test_folder: str = "test/test"  # images to caption
-    test_csv: str | None = None  # ids and their order; None: test.csv in or up to two folders above, if any
-    recursive: bool = False  # caption the images in its subfolders too
-    output_csv: str | None = None  # .csv, .json (COCO) or .jsonl; None: submission.csv, none with sidecars
-    escape_formulas: bool = False  # in a CSV: ' before what spreadsheets would take for a formula
-    sidecars: bool = False  # write each caption beside its image: photo.txt for photo.jpg
-    sidecar_extension: str = ".txt"  # file extension of the sidecars
-    existing: Literal["skip", "overwrite", "append", "prepend"] = "skip"  # where a sidecar exists already
-    prefix: str = ""  # words before each caption in a sidecar; {name}, {folder}: the image's
-    suffix: str = ""  # words after each caption in a sidecar
-    batch_size: int = 32  # images searched at a time
-    device: Device = "auto"  # auto: a GPU where there is one
-    workers: int = 4  # threads that read images
-    length_penalty: float = 0.0  # compare captions by log-probability / length ** this
-    no_repeat_ngram: int = 0  # no sequence of so many words occurs twice in a caption; 0: any may
-    min_length: int = 0  # words of a caption, at least
-    remove_bad_endings: bool = False  # no caption ends in "a", "of", "and" or the like
-    allow_unk: bool = False  # captions may have <unk>, as the 2018 tutorial's
-    num_captions: int = 1  # of each image: the best of the beam, or so many samples
-    temperature: float | None = None  # draw samples, from the probabilities to the power of 1 / this
-    top_p: float | None = None  # draw samples, from the likeliest words, of which this share is made up
-    seed: int = 123  # of the samples
-    with_scores: bool = False  # log-probabilities too, in columns log_prob and log_prob_per_word
 
     def __post_init__(self):
         FolderOptions.of(self, DEFAULT_OUTPUT).check(DecodingOptions.of(self))  # refuses what cannot be
@@ -110,11 +98,17 @@ def caption_image_beam_search(
     beam_size: int = 3,
     **decoding,
 ) -> tuple[list[str], Tensor]:
-    """The caption of an image file as words, and where each word looked: alphas (words, 14, 14), each
-    summing to 1. decoding: further ones of `DecodingOptions`."""
+    """Caption an image file.
+
+    Args:
+        decoding: more of `DecodingOptions`, such as no_repeat_ngram=3.
+
+    Returns:
+        The caption's words, and for each word where the model looked: (words, 14, 14), each map summing to 1.
+    """
     captioner = Captioner([(encoder, decoder)], word_map)
-    found = captioner.caption(image_path, beam_size, details=True, **decoding)
-    return found.words, found.attention
+    caption = captioner.caption(image_path, beam_size, details=True, **decoding)
+    return caption.words, caption.attention
 
 
 def visualize_att(
@@ -127,7 +121,7 @@ def visualize_att(
         figure: file to write; its extension is the format (png, pdf, ...).
         show: open it too, in what the system opens such files with.
     """
-    draw_attention(figure, image_path, words, alphas.cpu().numpy(), " ".join(words))
+    draw_attention(figure, image_path, words, alphas, " ".join(words))
     if show:
         open_file(figure)
 
@@ -150,15 +144,15 @@ def caption_images(
 ) -> list[str]:
     """Caption the images of a folder into a CSV `image_id,caption`, a .json or a .jsonl file.
 
-    With a test.csv its ids are the rows, in its order and as they are written there; otherwise every image
-    of the folder, in natural order, by its name without extension.
+    Where there is a test.csv, its ids are the rows, in its order and as they are written there. Otherwise
+    every image of the folder has a row, in natural order, under its file name without extension.
 
     Args:
-        options: further ones of `FolderOptions`, such as batch_size, recursive or sidecars, and of
-            `DecodingOptions`, such as num_captions.
+        options: more of `FolderOptions`, such as batch_size, recursive or sidecars, and of `DecodingOptions`,
+            such as num_captions.
 
     Returns:
-        What was wrong with the images that could not be read, one line each; their captions are empty.
+        One line for each image that could not be read, with the reason; its caption is empty.
 
     Raises:
         UserError: wrong input, or not one readable image.

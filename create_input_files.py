@@ -5,7 +5,8 @@
     python create_input_files.py --annotations dataset_coco.json --image_folder coco
 
 The annotation file may be a Kaggle CSV, a Flickr8k captions.txt, Karpathy's JSON or COCO's; which one it is
-is recognized by its content. docs/file_formats.md describes these files and the ones written here.
+is recognized by its content. docs/file_formats.md describes these files and the ones written here. Captions
+are split into words by metrics/tokenizer.py, unless the file brings tokens of its own, as Karpathy's does.
 """
 
 from __future__ import annotations
@@ -225,7 +226,8 @@ def read_images(
 def build_word_map(records: list[Record], min_word_freq: int) -> dict[str, int]:
     """An index for each word that occurs `min_word_freq` times in the captions, and for the special tokens.
 
-    What counts as a word is decided by `metrics.tokenize`, which split the captions into `Record.tokens`.
+    What counts as a word was decided where the annotations were read (`Record.tokens`): by `metrics.tokenize`
+    or, of Karpathy's JSON, by whoever made the file.
     """
     counts = Counter(word for record in records for tokens in record.tokens for word in tokens)
     frequent = [word for word, count in counts.items() if count >= min_word_freq]
@@ -251,11 +253,11 @@ def write_texts(
     write_json(folder / f"{split}_references.json", [record.captions for record in records])
     counts = {"images": len(records), "captions": sum(len(record.captions) for record in records)}
     if all(usable_captions(record, settings.max_len) for record in records):
-        counts["unknown_share"] = write_captions(records, split, word_map, settings, folder, rng)
+        counts["unknown_share"] = write_encoded_captions(records, split, word_map, settings, folder, rng)
     return counts
 
 
-def write_captions(
+def write_encoded_captions(
     records: list[Record],
     split: str,
     word_map: dict[str, int],

@@ -130,7 +130,7 @@ class CaptionDataset(Dataset):
         return open_features(self.features_file, self.data, self.split)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"stored": None}
+        return vars(self) | {"stored": None}
 
 
 class BatchSampler:

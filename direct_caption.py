@@ -16,14 +16,14 @@ import captioning.interrupts  # noqa: F401  before what takes seconds
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
 from captioning import HUB_MODEL
 from captioning.command_line import check_at_least, run_script
 from captioning.data.images import read_image
-from captioning.decoding.options import DecodingOptions
+from captioning.decoding.options import CommonDecodingOptions, DecodingOptions
 from captioning.folders.plan import FolderOptions
 from captioning.folders.run import caption_folder
 from captioning.report.figures import caption_files, caption_line
@@ -36,34 +36,26 @@ DEFAULT_OUTPUT = "blip_submission.csv"
 
 
 @dataclass
-class Settings:
+class Settings(FolderOptions, CommonDecodingOptions):
+    """The settings of this script. `--help` also lists those of FolderOptions (captioning/folders/plan.py)
+    and CommonDecodingOptions (captioning/decoding/options.py); to change one of these for this script, repeat
+    its line here."""
+
+    # what to caption
     images: tuple[str, ...] = field(default=(), metadata={"positional": True})  # image files; none: a folder
-    model_path: str = HUB_MODEL  # a folder that train_model.py wrote, or a model of the hub
     test_folder: str = "test/test"  # images to caption
-    test_csv: str | None = None  # ids and their order; None: test.csv in or up to two folders above, if any
-    recursive: bool = False  # caption the images in its subfolders too
     output_csv: str | None = None  # .csv, .json or .jsonl; None: blip_submission.csv, none with sidecars
-    escape_formulas: bool = False  # in a CSV: ' before what spreadsheets would take for a formula
-    sidecars: bool = False  # write each caption beside its image: photo.txt for photo.jpg
-    sidecar_extension: str = ".txt"  # file extension of the sidecars
-    existing: Literal["skip", "overwrite", "append", "prepend"] = "skip"  # where a sidecar exists already
-    prefix: str = ""  # words before each caption in a sidecar; {name}, {folder}: the image's
-    suffix: str = ""  # words after each caption in a sidecar
+    # the model
+    model_path: str = HUB_MODEL  # a folder that train_model.py wrote, or a model of the hub
+    mixed_precision: bool = False  # bfloat16 on CUDA
+    device: Device = "auto"  # auto: a GPU where there is one
     batch_size: int = 16  # images captioned at a time
+    # captions
     num_beams: int = 3  # hypotheses searched at a time; 1 is greedy
+    num_captions: int = 1  # of each image: the best of the beam, no two alike, or so many samples
     max_new_tokens: int = 30  # longest caption, in tokens
     prompt: str = ""  # words that every caption begins with (BLIP); they are cut from the result
     conditional: bool = False  # leave the prompt in the captions
-    no_repeat_ngram: int = 0  # no sequence of so many tokens occurs twice in a caption; 0: any may
-    min_length: int = 0  # tokens of a caption, at least
-    num_captions: int = 1  # of each image: the best of the beam, or so many samples
-    temperature: float | None = None  # draw samples, from the probabilities to the power of 1 / this
-    top_p: float | None = None  # draw samples, from the likeliest words, of which this share is made up
-    seed: int = 123  # of the samples
-    with_scores: bool = False  # log-probabilities too, in columns log_prob and log_prob_per_word
-    mixed_precision: bool = False  # bfloat16 on CUDA
-    device: Device = "auto"  # auto: a GPU where there is one
-    workers: int = 4  # threads that read and prepare images
 
     def __post_init__(self):
         check_at_least(self, 1, "num_beams", "max_new_tokens")
@@ -93,7 +85,7 @@ def main(settings: Settings) -> int:
 
 
 def caption_single_images(settings: Settings) -> int:
-    """Print each image's caption and draw where the model looked, where that can be known."""
+    """Print each image's captions, and draw where the model looked if it is BLIP without a prompt."""
     for image in settings.images:
         read_image(image)  # complain before the model is loaded
     half = settings.mixed_precision and torch.cuda.is_available()
@@ -106,10 +98,10 @@ def caption_single_images(settings: Settings) -> int:
     search |= {"prompt": settings.prompt, "keep_prompt": settings.conditional}
     for image in settings.images:
         prepared = captioner.prepare(image).unsqueeze(0)
-        (found,) = captioner.decode_prepared(prepared, options, [Path(image).stem], **search)
-        for one in found:
+        (captions,) = captioner.decode_prepared(prepared, options, [Path(image).stem], **search)
+        for caption in captions:
             name = "" if len(settings.images) == 1 else image
-            print(printable(caption_line(one, settings.with_scores, name)))
+            print(printable(caption_line(caption, settings.with_scores, name)))
     print("no figures: these are for BLIP without a prompt", file=sys.stderr)
     return 0
 
@@ -128,17 +120,17 @@ def caption_images(
     workers: int = 4,
     **options,
 ) -> list[str]:
-    """Caption the images of a folder into a CSV `image_id,caption`; rows as caption.py has them.
+    """Caption the images of a folder into a CSV `image_id,caption`, with the same rows as caption.py.
 
-    Captions do not depend on batch_size or on the order of the images. With a prompt, BLIP goes on from it;
-    its words are cut from the captions, or kept where `conditional`.
+    Captions do not depend on batch_size or on the order of the images. With a prompt, BLIP continues it; the
+    prompt is cut from the captions unless `conditional` is true.
 
     Args:
-        options: further ones of `FolderOptions`, such as recursive or sidecars, and of `DecodingOptions`,
-            such as num_captions.
+        options: more of `FolderOptions`, such as recursive or sidecars, and of `DecodingOptions`, such as
+            num_captions.
 
     Returns:
-        What was wrong with the images that could not be read, one line each; their captions are empty.
+        One line for each image that could not be read, with the reason; its caption is empty.
 
     Raises:
         UserError: wrong input, or not one readable image.
@@ -147,7 +139,14 @@ def caption_images(
     decoding = DecodingOptions.taken_from(options, beam_size=num_beams)
     search = {"max_new_tokens": max_new_tokens, "prompt": prompt, "keep_prompt": conditional}
     return caption_folder(
-        FolderOptions(test_folder, test_csv, output_csv, batch_size=batch_size, workers=workers, **options),
+        FolderOptions(
+            test_folder,
+            test_csv=test_csv,
+            output_csv=output_csv,
+            batch_size=batch_size,
+            workers=workers,
+            **options,
+        ),
         lambda: _load(model_path, half, mixed_precision, prompt),
         _model_files(model_path),
         decoding,
@@ -158,12 +157,8 @@ def caption_images(
 
 def _load(model_path: str | Path, half: bool, mixed_precision: bool, prompt: str) -> BlipCaptioner:
     """The captioner on its device and in its precision."""
-    import transformers
-
     from captioning.captioners.blip import load_captioner, require_blip
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     captioner = load_captioner(model_path)
     if prompt:
         require_blip(captioner, model_path, "--prompt")
@@ -174,7 +169,8 @@ def _load(model_path: str | Path, half: bool, mixed_precision: bool, prompt: str
 
 
 def _model_files(model_path: str | Path) -> str | list[Path]:
-    """What the captions depend on in a model's folder. Of a hub model, its name: once fetched, it stays."""
+    """The files of a model's folder that captions depend on. For a hub model its name: once it has been
+    fetched, it stays the same."""
     folder = Path(model_path)
     if not folder.is_dir():
         return str(model_path)

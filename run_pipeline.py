@@ -28,11 +28,19 @@ import eval as evaluation
 import make_demo_data
 import train
 import train_model as blip_training
-from captioning.command_line import Step, check_at_least, describe_settings, make_settings, run_script
+from captioning.command_line import (
+    AnySettings,
+    Step,
+    check_at_least,
+    describe_settings,
+    make_settings,
+    run_script,
+)
 from captioning.data.annotations import read_annotations
 from captioning.data.images import list_images
 from captioning.data.prepared import Prepared, read_prepared
 from captioning.files import lock_folder
+from captioning.folders.plan import test_csv_places
 from captioning.report.scoring import score_submission
 from captioning.training.loop import best_epoch, repair_outputs
 from captioning.training.resume import find_same_run, is_complete
@@ -150,7 +158,7 @@ def announce_steps(count: int) -> Callable[..., None]:
     return announce
 
 
-def non_default_settings(step) -> dict[str, object]:
+def non_default_settings(step: AnySettings) -> dict[str, object]:
     """The settings of a step that are not the defaults, without those in SET_BY_PIPELINE."""
     names = [name for name in step.__dataclass_fields__ if name not in SET_BY_PIPELINE]
     differ = {name: getattr(step, name) for name in names}
@@ -237,7 +245,7 @@ def train_attention(settings: Settings, announce: Callable[..., None]) -> dict:
 
 
 def run_training(
-    step: str, run: Callable, wanted, data: object, source: str, announce: Callable[..., None]
+    step: str, run: Callable, wanted: AnySettings, data: object, source: str, announce: Callable[..., None]
 ) -> dict:
     """Train with the `wanted` settings, unless the output folder has the same training already."""
     with lock_folder(wanted.output_folder):  # which removes what a killed run left unfinished
@@ -265,7 +273,7 @@ def caption_with_attention(settings: Settings, announce: Callable[..., None]) ->
         output_csv=settings.output_csv,
         num_captions=1,
     )
-    write_captions("captions", caption.main, wanted, models, announce)
+    caption_test_images("captions", caption.main, wanted, models, announce)
 
 
 def caption_with_blip(settings: Settings, announce: Callable[..., None]) -> None:
@@ -276,11 +284,11 @@ def caption_with_blip(settings: Settings, announce: Callable[..., None]) -> None
         settings, direct_caption.Settings, "blip_", **decided, output_csv=settings.blip_csv
     )
     models = [Path(settings.blip_folder) / "model.safetensors"]
-    write_captions("BLIP captions", direct_caption.main, wanted, models, announce)
+    caption_test_images("BLIP captions", direct_caption.main, wanted, models, announce)
 
 
-def write_captions(
-    step: str, run: Callable, wanted, models: list[Path], announce: Callable[..., None]
+def caption_test_images(
+    step: str, run: Callable, wanted: AnySettings, models: list[Path], announce: Callable[..., None]
 ) -> None:
     """Caption the test images, unless there are none or the captions are up to date."""
     if not Path(wanted.test_folder).is_dir():
@@ -294,22 +302,20 @@ def write_captions(
     write_json(record_file(wanted, models), fingerprint(wanted, models))
 
 
-def is_up_to_date(wanted, models: list[Path]) -> bool:
+def is_up_to_date(wanted: AnySettings, models: list[Path]) -> bool:
     record = record_file(wanted, models)
     return record.is_file() and read_json(record) == fingerprint(wanted, models)
 
 
-def record_file(wanted, models: list[Path]) -> Path:
+def record_file(wanted: AnySettings, models: list[Path]) -> Path:
     """The file beside the model that keeps the captions' fingerprint."""
     return models[0].parent / f"{Path(wanted.output_csv).stem}_fingerprint.json"
 
 
-def fingerprint(wanted, models: list[Path]) -> dict:
+def fingerprint(wanted: AnySettings, models: list[Path]) -> dict:
     """What the captions depend on, and the captions themselves: settings, size and time of each file."""
     images = list_images(wanted.test_folder)
-    folder = images[0].parent.resolve()
-    lists = [place / "test.csv" for place in (folder, folder.parent, folder.parent.parent)]
-    files = [Path(wanted.output_csv), *models, *images, *lists]
+    files = [Path(wanted.output_csv), *models, *images, *test_csv_places(wanted.test_folder)]
     stats = {str(file): file.stat() for file in files if file.is_file()}
     sizes = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
     settings = {name: value for name, value in asdict(wanted).items() if name not in SET_BY_PIPELINE}

@@ -147,7 +147,6 @@ def train(settings: Settings) -> dict:
 def run_training(settings: Settings) -> dict:
     from datasets import encode_captions
 
-    quiet_transformers()
     settings, resumed = resume(settings)
     train_records, val_records = read_records(settings)
     if resumed and resumed.checkpoint["data"] != data_digest(train_records, val_records):
@@ -212,14 +211,6 @@ def describe(line: dict) -> str:
 
 
 # --- what is trained, and on what ---------------------------------------------------------------------------
-
-
-def quiet_transformers() -> None:
-    """No warnings and progress bars of transformers among the lines of a training."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def resume(settings: Settings) -> tuple[Settings, Resumed | None]:

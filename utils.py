@@ -65,6 +65,18 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 image`, `2 images`"""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def readable_size(size: float) -> str:
+    """A number of bytes in the unit that fits: `1.20 GB`, `34.5 MB`, `6 kB`."""
+    if size >= 1e9:
+        return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
+
+
 def tell(text: str) -> None:
     """Print a line on stderr, above the progress bar; names from anywhere may hold line breaks."""
     tqdm.write(printable(text), file=sys.stderr)

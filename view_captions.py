@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import captioning.interrupts  # noqa: F401  before what takes seconds
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from captioning.data.annotations import Record
 from captioning.data.images import read_image
 from captioning.decoding.options import DecodingOptions
 from captioning.folders.plan import find_images
-from captioning.report.comparison import compare_models, verdict
+from captioning.report.comparison import compare_pairs
 from captioning.report.figures import draw_attention, draw_maps
 from captioning.report.gallery import ShownCaption, ShownModel, check_folder, write_gallery
 from captioning.report.quality import attention_summary, caption_quality
@@ -36,27 +36,35 @@ from captioning.report.scoring import (
     match_submission,
     prepared_records,
     reference_records,
+    report_scores,
     training_texts,
 )
-from metrics import score_captions, tokenize
-from utils import Device, UserError, check_output, printable, progress_bar, write_json
+from metrics import tokenize
+from utils import Device, UserError, check_output, counted, printable, progress_bar, write_json
+
+if TYPE_CHECKING:  # files of captions are shown without torch, which takes seconds to import
+    from captioning.captioners.base import BaseCaptioner
 
 
 @dataclass
 class Settings:
+    # what to look at
     checkpoint: tuple[str, ...] = ()  # models of train.py; none: output_models/best_checkpoint.pth
     model_path: tuple[str, ...] = ()  # BLIP: folders of train_model.py, or models of the hub
     submission: tuple[str, ...] = ()  # files of captions, CSV or COCO results JSON
+    word_map: str | None = None  # word_map.json, for checkpoints that have none
+    # on which images
     references: str | None = None  # annotations of the images; None: those of data_folder
     image_folder: str | None = None  # the images of --references; None: test/test, if it is there
     img: str | None = None  # one image, with the n best captions of one model
     data_folder: str = "data_output"  # what create_input_files.py wrote
     split: str = "test"  # train, val or test
     limit: int = 0  # only the first so many images; 0: all
+    # how they are captioned
     beam_size: int = 3  # hypotheses searched at a time; 1 is greedy
-    device: Device = "auto"  # auto: a GPU where there is one
     batch_size: int = 16  # images captioned at a time
-    word_map: str | None = None  # word_map.json, for checkpoints that have none
+    device: Device = "auto"  # auto: a GPU where there is one
+    # files to write
     output_folder: str = "gallery"  # index.html and its data
     figures: str | None = None  # a folder: draw each image's attention there as a PNG
 
@@ -76,13 +84,17 @@ def main(settings: Settings) -> None:
         return
     records = choose_records(settings)
     models = caption_all(settings, records)
-    shown = {image_id for model in models for image_id in model.captions}
-    records = [record for record in records if record.image_id in shown]
+    captioned = {image_id for model in models for image_id in model.captions}
+    records = [record for record in records if record.image_id in captioned]
     score_models(models, records)
     judge_captions(models, records, settings)
     comparisons = compare_all(models, records)
     index, problems = write_gallery(
-        settings.output_folder, records, models, comparisons, f"{len(records)} images of {source(settings)}"
+        settings.output_folder,
+        records,
+        models,
+        comparisons,
+        f"{counted(len(records), 'image')} of {source(settings)}",
     )
     for problem in problems[:10]:
         print(f"shown without image: {problem}")
@@ -97,19 +109,35 @@ def main(settings: Settings) -> None:
 
 
 def view_image(settings: Settings) -> None:
-    """A gallery of one image, a row for each of the n best captions."""
+    """Write a gallery of one image, in which each of the n best captions has a row."""
     read_image(settings.img)  # complain before the model is loaded
     (name, captioner), *_ = load_captioners(settings)
-    found = captioner.caption(settings.img, settings.beam_size, details=True).n_best
+    n_best = captioner.caption(settings.img, settings.beam_size, details=True).n_best
     key = Path(settings.img).name
-    models = [ShownModel(f"{rank}. best", {key: shown(own)}) for rank, own in enumerate(found, start=1)]
-    for own in found:
-        print(f"{own.log_prob:9.3f}  {printable(own.text)}")
+    models = [
+        ShownModel(f"{rank}. best", {key: ShownCaption.of(caption)})
+        for rank, caption in enumerate(n_best, start=1)
+    ]
+    for caption in n_best:
+        print(f"{caption.log_prob:9.3f}  {printable(caption.text)}")
     records = [Record(key, settings.img)]
     index, _ = write_gallery(settings.output_folder, records, models, title=f"{key}, {name}")
     if settings.figures:
         draw_figures(Path(settings.figures), models, records)
     print(f"open in a browser: {index}")
+
+
+def load_captioners(settings: Settings) -> Iterator[tuple[str, BaseCaptioner]]:
+    """Yield the name and the captioner of each model; one model is in memory at a time."""
+    from captioning.captioners.attention import Captioner
+
+    checkpoints = settings.checkpoint
+    if not (checkpoints or settings.model_path):
+        checkpoints = ("output_models/best_checkpoint.pth",)
+    for file in checkpoints:
+        yield file, Captioner.load(file, settings.word_map)
+    for name in settings.model_path:
+        yield name, Captioner.load(name)
 
 
 # --- images and captions ------------------------------------------------------------------------------------
@@ -136,73 +164,50 @@ def choose_records(settings: Settings) -> list[Record]:
     return records[: settings.limit] if settings.limit else records
 
 
-def source(settings: Settings) -> str:
-    if settings.references or settings.image_folder:
-        return Path(settings.references or settings.image_folder).name
-    return f"{settings.data_folder}, {settings.split}"
-
-
 def caption_all(settings: Settings, records: Sequence[Record]) -> list[ShownModel]:
-    """The captions of each file and of each model."""
-    models = []
-    ids = [record.image_id for record in records]
+    """Read the captions of each file, and let each model caption the images."""
     whose = settings.references or "the folder of images"
-    for file in settings.submission:
-        captions, missing, unknown = match_submission(file, ids, whose, partial=True)
-        if missing or (unknown and not settings.limit):
-            print(f"{file}: {len(missing)} images without a caption, {len(unknown)} unknown rows left out")
-        empty = sum(not text.strip() for text in captions.values())
-        if empty:
-            print(f"{file}: {empty} of {len(captions)} captions are empty; they count as wrong")
-        models.append(
-            ShownModel(file, {key: ShownCaption(text, text.split()) for key, text in captions.items()})
-        )
+    models = read_submissions(settings, [record.image_id for record in records], whose)
     if settings.submission and not (settings.checkpoint or settings.model_path):
-        return unique_names(models)
+        return give_short_names(models)
     from captioning.captioners.base import describe_files
 
     paths = {record.image_id: record.path for record in records if record.path}
     if not paths:
         raise UserError(f"{whose}: no image file of any id; give --image_folder, where the images are")
     for name, captioner in load_captioners(settings):
-        found, problems = describe_files(
+        captions, problems = describe_files(
             captioner, paths, DecodingOptions(settings.beam_size), settings.batch_size
         )
         for problem in problems:
             print(f"left out: {problem}")
-        if not found:
+        if not captions:
             raise UserError(f"not one readable image among {len(paths)}; the lines above name them")
-        models.append(ShownModel(name, {key: shown(caption) for key, caption in found.items()}))
-    return unique_names(models)
+        shown_captions = {key: ShownCaption.of(caption) for key, caption in captions.items()}
+        models.append(ShownModel(name, shown_captions))
+    return give_short_names(models)
 
 
-def load_captioners(settings: Settings):
-    """(name, captioner) of each model, one in memory at a time."""
-    from captioning.captioners.attention import Captioner
+def read_submissions(settings: Settings, ids: Sequence[str], whose: str) -> list[ShownModel]:
+    """Read the captions that each file has for the images `ids`.
 
-    checkpoints = settings.checkpoint
-    if not (checkpoints or settings.model_path):
-        checkpoints = ("output_models/best_checkpoint.pth",)
-    for file in checkpoints:
-        yield file, Captioner.load(file, settings.word_map)
-    if settings.model_path:
-        from transformers.utils import logging
-
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-    for name in settings.model_path:
-        yield name, Captioner.load(name)
-
-
-def shown(caption) -> ShownCaption:
-    """A `Caption` as the gallery takes it."""
-    return ShownCaption(
-        caption.text, caption.words, caption.log_prob, caption.word_log_probs, caption.attention.numpy()
-    )
+    whose: where the ids are from, for messages.
+    """
+    models = []
+    for file in settings.submission:
+        captions, missing, unknown = match_submission(file, ids, whose, partial=True)
+        if missing or (unknown and not settings.limit):
+            print(
+                f"{file}: {counted(len(missing), 'image')} without a caption, "
+                f"{counted(len(unknown), 'unknown row')} left out"
+            )
+        shown_captions = {key: ShownCaption(text, text.split()) for key, text in captions.items()}
+        models.append(ShownModel(file, shown_captions))
+    return models
 
 
-def unique_names(models: list[ShownModel]) -> list[ShownModel]:
-    """Names without what all have in common, so that they are short, and different."""
+def give_short_names(models: list[ShownModel]) -> list[ShownModel]:
+    """Shorten the models' names to the files' names, as long as they stay different."""
     names = [Path(model.name).name for model in models]
     if len(set(names)) < len(names):
         names = [model.name for model in models]
@@ -211,48 +216,53 @@ def unique_names(models: list[ShownModel]) -> list[ShownModel]:
     return models
 
 
+def source(settings: Settings) -> str:
+    """Where the images come from, for the page's title."""
+    if settings.references or settings.image_folder:
+        return Path(settings.references or settings.image_folder).name
+    return f"{settings.data_folder}, {settings.split}"
+
+
 # --- numbers ------------------------------------------------------------------------------------------------
 
 
 def score_models(models: Sequence[ShownModel], records: Sequence[Record]) -> None:
-    """Score each model on the images that have references and its caption."""
-    wanted = {record.image_id: record.captions for record in records if record.captions}
+    """Score each model on the images that it has captioned and that have references."""
+    references = {record.image_id: record.captions for record in records if record.captions}
     for model in models:
-        texts = {key: caption.text for key, caption in model.captions.items() if key in wanted}
+        texts = {key: caption.text for key, caption in model.captions.items() if key in references}
         if texts:
-            model.scores = score_captions({key: wanted[key] for key in texts}, texts)
+            model.scores = report_scores({key: references[key] for key in texts}, texts)
 
 
 def judge_captions(models: Sequence[ShownModel], records: Sequence[Record], settings: Settings) -> None:
-    """Give each model its quality."""
+    """Describe each model's captions: its `quality`."""
     references = {record.image_id: [tokenize(text) for text in record.captions] for record in records}
-    known, trained = training_texts(settings.data_folder)
+    known_words, training_captions = training_texts(settings.data_folder)
     for model in models:
         words = {key: tokenize(caption.text) for key, caption in model.captions.items()}
-        own = {key: references[key] for key in words if references[key]}
-        model.quality = caption_quality(words, own, known, trained)
-        looked = [c for c in model.captions.values() if c.attention is not None and len(c.attention)]
+        references_of_model = {key: references[key] for key in words if references[key]}
+        model.quality = caption_quality(words, references_of_model, known_words, training_captions)
+        with_attention = [
+            caption
+            for caption in model.captions.values()
+            if caption.attention is not None and len(caption.attention)
+        ]
         model.quality["attention"] = attention_summary(
-            [caption.words for caption in looked], [caption.attention for caption in looked]
+            [caption.words for caption in with_attention], [caption.attention for caption in with_attention]
         )
 
 
 def compare_all(models: Sequence[ShownModel], records: Sequence[Record]) -> list[dict]:
-    """Each two models on the images that both have captioned, where there are references."""
-    wanted = {record.image_id: record.captions for record in records if record.captions}
-    comparisons = []
-    for (i, first), (j, second) in combinations(enumerate(models), 2):
-        common = [key for key in wanted if key in first.captions and key in second.captions]
-        if len(common) < 2:
-            print(f"{first.name} and {second.name}: {len(common)} scored images in common, not compared")
-            continue
-        texts = [{key: model.captions[key].text for key in common} for model in (first, second)]
-        found = compare_models(
-            {key: wanted[key] for key in common}, texts, [model.scores for model in (first, second)]
-        )
-        words = verdict(found["intervals"]["CIDEr"], "CIDEr", first.name, second.name)
-        print(words)
-        comparisons.append(found | {"first": i, "second": j, "images": len(common), "verdict": words})
+    """Compare every two models on the images that both have captioned and that have references."""
+    comparisons = compare_pairs(
+        {record.image_id: record.captions for record in records if record.captions},
+        [model.name for model in models],
+        [{key: caption.text for key, caption in model.captions.items()} for model in models],
+        [model.scores for model in models],
+    )
+    for comparison in comparisons:
+        print(comparison["verdict"])
     return comparisons
 
 
@@ -260,7 +270,7 @@ def compare_all(models: Sequence[ShownModel], records: Sequence[Record]) -> list
 
 
 def draw_figures(folder: Path, models: Sequence[ShownModel], records: Sequence[Record]) -> None:
-    """A PNG of each image's attention, numbered, and one of each model's mean attention."""
+    """Write a numbered PNG of each image's attention, and one of each model's mean attention."""
     count = 0
     for number, model in enumerate(models, start=1):
         prefix = f"model{number}_" if len(models) > 1 else ""
@@ -274,11 +284,14 @@ def draw_figures(folder: Path, models: Sequence[ShownModel], records: Sequence[R
             count += 1
         maps = model.quality.get("attention", {}).get("mean_maps")
         if maps:
-            draw_maps(
-                folder / f"{prefix}mean_attention.png", {name: np.array(own) for name, own in maps.items()}
-            )
+            maps = {name: np.array(values) for name, values in maps.items()}
+            draw_maps(folder / f"{prefix}mean_attention.png", maps)
             count += 1
-    print(f"written: {count} figures in {folder}/" if count else "no figures: no caption has attention")
+    print(
+        f"written: {counted(count, 'figure')} in {folder}/"
+        if count
+        else "no figures: no caption has attention"
+    )
 
 
 def file_name(image_id: str) -> str:

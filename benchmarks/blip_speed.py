@@ -50,8 +50,6 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     device = pick_device()
     dtype = torch.bfloat16 if settings.mixed_precision and device.type == "cuda" else torch.float32
     folder = Path(tempfile.mkdtemp())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import errno
 import inspect
@@ -16,6 +17,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from utils import (
     Terminated,
@@ -34,7 +36,7 @@ OF_THE_USER = {
 }  # fmt: skip
 
 
-def run_script(main: Callable, settings_class: type) -> typing.NoReturn:
+def run_script(main: Callable, settings_class: type[AnySettings]) -> typing.NoReturn:
     """Run `main(settings)` as a command: the settings come from the command line.
 
     Exit status: what `main` returns (None is 0); 2 with one line on stderr for wrong input; 130 after Ctrl-C,
@@ -107,9 +109,9 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def _leave_processes(failed: bool) -> bool:
-    """End the connections to the other processes, if there are any; whether there were.
+    """End the connections to other processes; returns whether there were any.
 
-    NCCL's are left when this process has failed, as they might wait for the other processes.
+    After a failure NCCL's connections are left alone, as ending them might wait for the other processes.
     """
     if "torch" not in sys.modules:
         return False
@@ -122,10 +124,10 @@ def _leave_processes(failed: bool) -> bool:
 
 
 def _report(message: str) -> None:
-    """Print on stderr, once where several processes fail alike.
+    """Print on stderr, and only once if several processes fail alike.
 
-    The main process prints at once. The others wait first: the launcher ends them when the main process has
-    failed. When it has not, the message is theirs alone and they print it.
+    The main process prints at once. The others wait first: if the main process has failed too, the launcher
+    ends them; if it has not, the message is theirs alone and they print it.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
@@ -137,17 +139,25 @@ def _report(message: str) -> None:
 # --- settings -----------------------------------------------------------------------------------------------
 
 
+class AnySettings(typing.Protocol):
+    """An instance of a script's `Settings`, which is a dataclass."""
+
+    __dataclass_fields__: typing.ClassVar[dict[str, dataclasses.Field]]
+
+
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
-def parse_settings(settings_class: type, argv: list[str] | None = None, description: str | None = None):
+def parse_settings(
+    settings_class: type[AnySettings], argv: list[str] | None = None, description: str | None = None
+) -> AnySettings:
     """An instance of the dataclass `settings_class` with the values of `argv` (default: the command line).
 
-    Every field is an option `--name value`; its type comes from the annotation (str, int, float, bool,
-    Literal, each also `| None`; a tuple takes several values, numbers also with commas), its help text from
-    the comment at the end of the field's line. A bool may stand alone (`--flag`) or with a value (`--flag
-    False`); so may a field whose metadata has `alone`, its value where it stands alone. A tuple whose
-    metadata has `positional` takes the plain arguments.
+    Every field, also an inherited one, is an option `--name value`; its type comes from the annotation (str,
+    int, float, bool, Literal, each also `| None`; a tuple takes several values, numbers also with commas),
+    its help text and heading from the comments (`read_field_comments`). A bool may stand alone (`--flag`) or
+    with a value (`--flag False`); so may a field whose metadata has `alone`, its value where it stands alone.
+    A tuple whose metadata has `positional` takes the plain arguments.
 
     A class may have `pipeline_steps`, a list of `Step`: then their settings are options too, and those that
     were given are in the instance's `step_values`, by their options' names.
@@ -159,10 +169,8 @@ def parse_settings(settings_class: type, argv: list[str] | None = None, descript
     parser.allow_abbrev = False
     flags = _add_options(parser, settings_class)
     for step in getattr(settings_class, "pipeline_steps", ()):
-        group = parser.add_argument_group(step.title)
-        _add_options(
-            group, step.settings_class, step.prefix, {*settings_class.__dataclass_fields__, *step.decided}
-        )
+        decided = {*settings_class.__dataclass_fields__, *step.decided}
+        _add_options(parser, step.settings_class, step.prefix, decided, step.title)
     argv = list(sys.argv[1:] if argv is None else argv)
     if any(field.metadata.get("positional") for field in settings_class.__dataclass_fields__.values()):
         argv = _separate_flags(argv, flags)
@@ -170,10 +178,10 @@ def parse_settings(settings_class: type, argv: list[str] | None = None, descript
     for name, value in values.items():
         if isinstance(value, list):  # a list for each argument
             values[name] = tuple(item for items in value for item in items)
-    own = {name: value for name, value in values.items() if name in settings_class.__dataclass_fields__}
-    settings = make_settings(settings_class, own)
+    names = settings_class.__dataclass_fields__
+    settings = make_settings(settings_class, {name: values[name] for name in values if name in names})
     if hasattr(settings_class, "pipeline_steps"):
-        settings.step_values = {name: value for name, value in values.items() if name not in own}
+        settings.step_values = {name: values[name] for name in values if name not in names}
     return settings
 
 
@@ -187,12 +195,24 @@ class Step(typing.NamedTuple):
 
 
 def _add_options(
-    parser, settings_class: type, prefix: str = "", left_out: set[str] = frozenset()
+    parser: argparse.ArgumentParser,
+    settings_class: type,
+    prefix: str = "",
+    left_out: set[str] = frozenset(),
+    title: str = "",
 ) -> list[str]:
-    """Add an option for each field; those that several steps share are added once. Returns the flags of
-    bools."""
-    hints, comments, flags = typing.get_type_hints(settings_class), _field_comments(settings_class), []
-    for name, field in settings_class.__dataclass_fields__.items():
+    """Add an option for each field that has none yet.
+
+    title: put all of them into one group of this title; otherwise each heading of the fields has a group.
+
+    Returns:
+        The options that are flags.
+    """
+    hints, comments = typing.get_type_hints(settings_class), read_field_comments(settings_class)
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    flags = []
+    for name in sorted(settings_class.__dataclass_fields__, key=[*comments].index):
+        field = settings_class.__dataclass_fields__[name]
         option, (kind, optional, choices) = f"--{prefix}{name}", _resolve_type(hints[name])
         if name in left_out or option in parser._option_string_actions:
             continue
@@ -200,7 +220,7 @@ def _add_options(
             "default": argparse.SUPPRESS,  # so that only what is given comes back
             "type": _converter(kind, optional),
             "metavar": kind.__name__.upper(),
-            "help": comments.get(name, "").replace("%", "%%"),
+            "help": comments[name].text.replace("%", "%%"),
         }
         if choices:
             options |= {"choices": choices, "metavar": "|".join(choices)}
@@ -215,23 +235,26 @@ def _add_options(
             parser.add_argument(name, **options | {"nargs": "*", "metavar": name})
             continue
         options["help"] += f" (default: {field.default})"
-        parser.add_argument(option, **options)
+        heading = title or comments[name].heading
+        if heading and heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
+        groups.get(heading, parser).add_argument(option, **options)
     return flags
 
 
-def make_settings(settings_class: type, given: dict[str, object]):
-    """Settings with the `given` values and defaults for the rest; `given_names` knows which are which."""
+def make_settings(settings_class: type[AnySettings], given: dict[str, object]) -> AnySettings:
+    """Settings with the `given` values, and defaults for the rest; `given_names` tells them apart."""
     settings = settings_class(**given)
-    settings.__dict__["_given"] = frozenset(given)
+    settings._given = frozenset(given)
     return settings
 
 
-def given_names(settings) -> frozenset[str]:
-    """The settings that were given on the command line; of settings made in Python, those that differ from
-    the defaults."""
+def given_names(settings: AnySettings) -> frozenset[str]:
+    """The names of the settings that were given on the command line; if the settings were made in Python, of
+    those that differ from the defaults."""
     defaults = {name: field.default for name, field in settings.__dataclass_fields__.items()}
     differ = (name for name, default in defaults.items() if getattr(settings, name) != default)
-    return settings.__dict__.get("_given", frozenset(differ))
+    return getattr(settings, "_given", frozenset(differ))
 
 
 def describe_settings(values: dict[str, object]) -> str:
@@ -240,7 +263,7 @@ def describe_settings(values: dict[str, object]) -> str:
 
 
 def _separate_flags(argv: list[str], flags: list[str]) -> list[str]:
-    """`--flag photo.jpg` -> `--flag=True photo.jpg`: the plain argument is no value of the flag."""
+    """Turn `--flag photo.jpg` into `--flag=True photo.jpg`, so that the file is not the flag's value."""
     following = [*argv[1:], "True"]
     return [
         f"{argument}=True" if argument in flags and after.lower() not in BOOLS else argument
@@ -262,11 +285,11 @@ class _Parser(argparse.ArgumentParser):
 
 def _resolve_type(hint) -> tuple[type, bool, tuple]:
     """(type, may it be None, allowed values) of an annotation such as `int`, `str | None`, `Literal["a",
-    "b"]`."""
+    "b"]`; `str | Path` is a str."""
     optional = False
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        optional = True
-        (hint,) = [argument for argument in typing.get_args(hint) if argument is not type(None)]
+        optional = type(None) in typing.get_args(hint)
+        (hint,) = [argument for argument in typing.get_args(hint) if argument not in (type(None), Path)]
     if typing.get_origin(hint) is typing.Literal:
         return str, optional, typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
@@ -297,13 +320,42 @@ def _list_converter(kind: type) -> Callable[[str], list]:
     return convert
 
 
-def _field_comments(settings_class: type) -> dict[str, str]:
-    """The comment at the end of each field's line in the source of the dataclass."""
+class FieldComment(typing.NamedTuple):
+    """What the source says of a setting."""
+
+    heading: str  # the comment line above it and its neighbours; "": none
+    text: str  # the comment at the end of its line
+
+
+def read_field_comments(settings_class: type) -> dict[str, FieldComment]:
+    """The comments of all fields by name: first the class's own fields, then those that it inherits.
+
+    Inherited fields have the first line of the base class's docstring as their heading. A field that the
+    class repeats, to give it another default, counts as the class's own.
+    """
+    comments: dict[str, FieldComment] = {}
+    for owner in settings_class.__mro__:
+        if "__dataclass_fields__" not in vars(owner):
+            continue
+        inherited = owner is not settings_class
+        heading = inspect.getdoc(owner).partition("\n")[0].rstrip(".") if inherited else ""
+        for line in _class_lines(owner):
+            if comment := re.match(r" {4}# (.+)$", line):
+                heading = comment[1]
+            elif field := re.match(r" {4}(\w+)\s*:[^#]*#\s*(.+)$", line):
+                comments.setdefault(field[1], FieldComment(heading, field[2]))
+    for name in settings_class.__dataclass_fields__:
+        comments.setdefault(name, FieldComment("", ""))
+    return comments
+
+
+def _class_lines(settings_class: type) -> list[str]:
+    """The lines of a dataclass's source up to its first method."""
     try:
         source = inspect.getsource(settings_class)
     except (OSError, TypeError):  # typed into an interpreter
-        return {}
-    return dict(re.findall(r"^\s+(\w+)\s*:[^#\n]*#\s*(.+)$", source, flags=re.MULTILINE))
+        return []
+    return re.split(r"^    (?:@|def )", source, maxsplit=1, flags=re.MULTILINE)[0].splitlines()
 
 
 # --- what settings may be -----------------------------------------------------------------------------------
@@ -323,7 +375,7 @@ LARGEST = {  # of settings; more is a slip, or asks for more memory than there i
 }
 
 
-def check_at_least(settings, smallest: float, *names: str) -> None:
+def check_at_least(settings: AnySettings, smallest: float, *names: str) -> None:
     """Raise UserError unless each named setting is a number of at least `smallest`, and at most that of
     `LARGEST`."""
     for name in names:
@@ -332,20 +384,20 @@ def check_at_least(settings, smallest: float, *names: str) -> None:
         _check_at_most(settings, name)
 
 
-def check_above_zero(settings, *names: str) -> None:
+def check_above_zero(settings: AnySettings, *names: str) -> None:
     for name in names:
         if not getattr(settings, name) > 0:
             raise UserError(f"--{name} is {getattr(settings, name)}: give more than 0")
         _check_at_most(settings, name)
 
 
-def _check_at_most(settings, name: str) -> None:
+def _check_at_most(settings: AnySettings, name: str) -> None:
     value, largest = getattr(settings, name), LARGEST.get(name, float("inf"))
     if value > largest:
         raise UserError(f"--{name} is {value}: give {largest} or less")
 
 
-def check_share(settings, *names: str) -> None:
+def check_share(settings: AnySettings, *names: str) -> None:
     """Raise UserError unless each named setting is 0 or more and less than 1."""
     for name in names:
         if not 0 <= getattr(settings, name) < 1:

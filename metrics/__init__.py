@@ -33,10 +33,13 @@ class Scores:
             computed from the counts of all images, added up.
         per_image: the scores of each image, in the order of the references, by the keys given; where lists
             were given, by position.
+        bleu_counts: of each image what `metrics.ngrams.bleu_counts` gives; BLEU of any part of the set is
+            that of their sums.
     """
 
     overall: dict[str, float]
     per_image: dict[Hashable, dict[str, float]]
+    bleu_counts: dict[Hashable, list[int]]
 
 
 def score_captions(
@@ -65,9 +68,9 @@ def score_captions(
     targets = {key: [tokenize(caption) for caption in captions] for key, captions in references.items()}
     tokens = {key: tokenize(hypotheses[key]) for key in references}
 
-    counts = [bleu_counts(targets[key], tokens[key]) for key in targets]
-    overall = named_bleu([sum(column) for column in zip(*counts)])
-    per_image = {key: named_bleu(count) for key, count in zip(targets, counts)}
+    counts = {key: bleu_counts(targets[key], tokens[key]) for key in targets}
+    overall = named_bleu([sum(column) for column in zip(*counts.values())])
+    per_image = {key: named_bleu(own_counts) for key, own_counts in counts.items()}
 
     columns = {}  # name -> score per image
     try:
@@ -84,7 +87,7 @@ def score_captions(
     for name, column in columns.items():
         for scores, score in zip(per_image.values(), column):
             scores[name] = score
-    return Scores(overall, per_image)
+    return Scores(overall, per_image, counts)
 
 
 def _by_key(references, hypotheses) -> tuple[Mapping, Mapping]:

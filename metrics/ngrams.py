@@ -19,8 +19,8 @@ def bleu4(references: Sequence[Sequence[Sequence[str]]], hypotheses: Sequence[Se
     """Corpus BLEU-4 in [0, 1] (Papineni et al., 2002), unsmoothed, with NLTK.
 
     It equals `Bleu_4` of `score_captions` to 1e-9, with two exceptions. NLTK counts one 4-gram in a
-    hypothesis of fewer than four words. And where no 4-gram matches, NLTK's score is below 1e-70, while the
-    small constants of the official evaluation leave a score of up to about 1e-4.
+    hypothesis of fewer than four words. And where no 4-gram matches, this is 0, while the small constants of
+    the official evaluation leave a score of up to about 1e-4.
 
     Args:
         references: for each image its reference captions, each a list of words.
@@ -30,7 +30,8 @@ def bleu4(references: Sequence[Sequence[Sequence[str]]], hypotheses: Sequence[Se
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="nltk")  # "0 counts of 4-gram overlaps": the score says so
-        return float(corpus_bleu(references, hypotheses))
+        score = float(corpus_bleu(references, hypotheses))
+    return score if score > 1e-70 else 0.0  # for 0, NLTK takes the smallest float
 
 
 def _ngrams(words: Sequence[str]) -> list[Iterator[tuple[str, ...]]]:

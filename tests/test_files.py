@@ -11,7 +11,7 @@ from conftest import ROOT, assert_one_line
 import create_input_files as preparation
 from captioning.data.hdf5 import ResumableRowWriter, RowWriter, open_dataset
 from captioning.files import LOCK_FILE, OutputFile, lock_folder, remove_unfinished
-from utils import UserError, atomic_write
+from utils import UserError, atomic_write, counted, readable_size
 
 fcntl = pytest.importorskip("fcntl")
 
@@ -187,3 +187,9 @@ def test_views_of_a_row_have_checksums_of_their_own(tmp_path):
     for damaged in ([(4, 1)], [4]):
         with pytest.raises(UserError, match="damaged; make it anew"):
             rows.read(damaged)
+
+
+def test_numbers_in_messages():
+    sizes = (0, 600, 5_600, 1_234_567, 29_700_000_000)
+    assert [readable_size(size) for size in sizes] == ["0 kB", "1 kB", "6 kB", "1.2 MB", "29.70 GB"]
+    assert [counted(number, "image") for number in range(3)] == ["0 images", "1 image", "2 images"]

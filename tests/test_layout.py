@@ -1,6 +1,7 @@
 """Who may import whom: floors, each standing on those below it, no arrow upwards, no circle."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+DESIGN = ROOT.parent / "shared" / "design.md"
 MODULES = ("models", "datasets", "utils")  # the three that stand beside the scripts
 SCRIPTS = tuple(sorted(file.stem for file in ROOT.glob("*.py") if file.stem not in MODULES))
 FLOORS = (  # from the ground up; those of one floor do not import each other, but for BESIDE
@@ -43,7 +45,7 @@ def imports(file: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert not node.level or file.parent.name == "metrics", f"{file}: a relative import"
-            module = ".".join(filter(None, ["metrics" * bool(node.level), node.module]))
+            module = ".".join(filter(None, ["metrics" if node.level else "", node.module]))
             below = {f"{module}.{alias.name}" for alias in node.names}
             names |= (below & FILES.keys()) or {module}
     return names
@@ -87,6 +89,41 @@ def test_no_module_needs_itself():
         free = {name for name, needed in needs.items() if not needed & needs.keys() - {name}}
         assert free, f"these import each other: {sorted(needs)}"
         needs = {name: needed for name, needed in needs.items() if name not in free}
+
+
+# --- lists of files -----------------------------------------------------------------------------------------
+
+
+def block_below(heading: str, page: Path) -> list[str]:
+    """The lines of the code in a section of a page, fenced or indented, up to what follows two spaces."""
+    sections = re.split(r"^## ", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    (text,) = [section for section in sections if section.startswith(f"{heading}\n")]
+    fenced = re.search(r"^```\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    lines = fenced[1].splitlines() if fenced else re.findall(r"^ {4}(.*)$", text, flags=re.MULTILINE)
+    return [re.split(r"(?<=\S)  ", line)[0].rstrip() for line in lines]
+
+
+def test_the_readme_lists_every_file():
+    entries = block_below("How it is laid out", ROOT / "README.md")
+    inside = [name for line in entries if line.startswith("  ") for name in line.strip().split(", ")]
+    assert len(inside) == len(set(inside))
+    in_front = {line for line in entries if not line.startswith(" ") and line.endswith((".py", ".ipynb"))}
+    assert in_front == {file.name for pattern in ("*.py", "*.ipynb") for file in ROOT.glob(pattern)}
+    folder = ROOT / "captioning"
+    modules = {file.relative_to(folder).as_posix() for file in folder.rglob("*.py")}
+    assert set(inside) == {name for name in modules if not name.endswith("__init__.py")}
+
+
+@pytest.mark.skipif(not DESIGN.is_file(), reason="the plan of the layout is not here")
+def test_the_plan_has_the_folders():
+    entries = block_below("Files", DESIGN)
+    in_front = {line for line in entries if line.endswith((".py", ".ipynb")) and not line.startswith(" ")}
+    assert in_front == {file.name for pattern in ("*.py", "*.ipynb") for file in ROOT.glob(pattern)}
+    inside = {line.strip() for line in entries if line.startswith("  ")}
+    folder = ROOT / "captioning"
+    assert inside == {file.name for file in folder.glob("*.py") if file.name != "interrupts.py"} | {
+        f"{file.parent.name}/" for file in folder.glob("*/__init__.py")
+    }
 
 
 def test_few_files_in_front():

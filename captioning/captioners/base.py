@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from captioning.data.images import to_array
+from captioning.data.images import read_image, to_array
 from captioning.data.submissions import ScoredCaption
 from captioning.decoding.options import DecodingOptions
 from utils import UserError, parallel_map, progress_bar
@@ -117,11 +117,7 @@ class BaseCaptioner(ABC):
         return found if several else found[0]
 
     def _prepare_any(self, image: Any) -> Tensor:
-        if isinstance(image, (str, Path)):
-            return self.prepare(image)
-        if isinstance(image, Image.Image):
-            return self.prepare_array(to_array(image))
-        return self.prepare_array(checked_array(image))
+        return self.prepare(image) if isinstance(image, (str, Path)) else self.prepare_array(as_array(image))
 
 
 def describe_files(
@@ -162,6 +158,17 @@ def describe_files(
             describe()
     describe()
     return captions, problems
+
+
+def as_array(image: Any) -> np.ndarray:
+    """An image in any form that `BaseCaptioner.caption` takes, as RGB values, uint8 (3, height, width).
+
+    Raises:
+        UserError: something that is no such image, or a file that cannot be read.
+    """
+    if isinstance(image, (str, Path)):
+        return read_image(image)
+    return to_array(image) if isinstance(image, Image.Image) else checked_array(image)
 
 
 def checked_array(image: Any) -> np.ndarray:

@@ -34,6 +34,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
+    logging,
 )
 from transformers.generation.utils import GenerateOutput
 from transformers.models.blip import modeling_blip_text
@@ -51,6 +52,10 @@ try:
     from transformers import AutoModelForImageTextToText
 except ImportError:  # before transformers 4.46
     from transformers import AutoModelForVision2Seq as AutoModelForImageTextToText
+
+# transformers' advice and progress bars would stand among the lines of our scripts
+logging.set_verbosity_error()
+logging.disable_progress_bar()
 
 AnyCaption = TypeVar("AnyCaption", ScoredCaption, Caption)
 

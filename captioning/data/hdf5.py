@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 
 from captioning.files import OutputFile, is_in_place, lock_file
-from utils import UserError
+from utils import UserError, readable_size
 
 CHECKSUMS = "checksums"
 
@@ -198,7 +198,7 @@ def require_disk_space(folder: Path, needed: int, remedy: str) -> None:
     """Raise UserError unless `needed` bytes are free on the folder's disk."""
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise UserError(f"{folder}: {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed: {remedy}")
+        raise UserError(f"{folder}: {readable_size(free)} free, {readable_size(needed)} needed: {remedy}")
 
 
 def has_attributes(file: h5py.File, attributes: dict[str, str]) -> bool:

@@ -24,10 +24,10 @@ MORE_COLUMNS = ("rank", "log_prob", "log_prob_per_word")
 
 
 class ScoredCaption(NamedTuple):
-    """A caption and how sure the model is of it; None where that is not known.
+    """A caption and how sure the model is of it; None if that is not known.
 
-    log_prob: natural logarithm of the caption's probability under the model, that of its end included.
-    log_prob_per_word: the same by the number of words plus one, for the end.
+    log_prob: natural logarithm of the caption's probability under the model, including that of its end.
+    log_prob_per_word: log_prob divided by the number of words plus one, for the end.
     """
 
     text: str
@@ -50,8 +50,8 @@ def caption_rows(
     """
     wanted = [with_ranks, with_scores, with_scores]
     rows = []
-    for image_id, own in captions:
-        for rank, (text, *scores) in enumerate(own, start=1):
+    for image_id, of_image in captions:
+        for rank, (text, *scores) in enumerate(of_image, start=1):
             values = [rank, *(None if score is None else round(score, 4) for score in scores)]
             rows.append((image_id, text, *compress(values, wanted)))
     return rows, tuple(compress(MORE_COLUMNS, wanted))
@@ -100,50 +100,58 @@ def coco_id(image_id: str) -> int | str:
 def read_submission(path: str | Path) -> list[tuple[str, str]]:
     """The (id, caption) rows of a file in any of the formats, in file order, doubled ones too.
 
+    If the file has several captions per image, only those of rank 1 are returned, and a line says so.
+
     Raises:
         UserError: the file is missing, damaged or of another layout, or holds no row.
     """
     path = Path(path)
     readers = {".json": _read_results, ".jsonl": _read_lines}
     rows = readers.get(path.suffix.lower(), _read_rows)(path)
-    if not rows:
-        raise UserError(f"{path}: no captions in it")
-    return rows
+    best = [(image_id, caption) for image_id, caption, rank in rows if rank in (None, 1)]
+    if not best:
+        raise UserError(f"{path}: no captions {'of rank 1 ' if rows else ''}in it")
+    if len(best) < len(rows):
+        print(f"{path}: several captions per image; those of rank 1 count, {len(rows) - len(best)} do not")
+    return best
 
 
-def _read_results(path: Path) -> list[tuple[str, str]]:
+RankedRow = tuple[str, str, int | None]  # id, caption, rank; None: the file has no ranks
+
+
+def _read_results(path: Path) -> list[RankedRow]:
     rows = _rows_of(read_json(path))
     if rows is None:
         raise UserError(f'{path}: not COCO results; expected [{{"image_id": 1, "caption": "a dog"}}, ...]')
     return rows
 
 
-def _read_lines(path: Path) -> list[tuple[str, str]]:
-    rows: list[tuple[str, str]] = []
+def _read_lines(path: Path) -> list[RankedRow]:
+    rows: list[RankedRow] = []
     with _open_text(path) as stream:
         for number, line in enumerate(stream, start=1):
             try:
-                found = _rows_of([json.loads(line)]) if line.strip() else []
+                row = _rows_of([json.loads(line)]) if line.strip() else []
             except (json.JSONDecodeError, RecursionError):
-                found = None
-            if found is None:
+                row = None
+            if row is None:
                 raise UserError(
                     f'{path}, line {number}: not like {{"image_id": "photo", "caption": "a dog"}}'
                 )
-            rows += found
+            rows += row
     return rows
 
 
-def _rows_of(entries: object) -> list[tuple[str, str]] | None:
+def _rows_of(entries: object) -> list[RankedRow] | None:
     """The rows of [{"image_id": ..., "caption": ...}, ...]; None where it is something else."""
     try:
-        rows = [(str(entry["image_id"]), entry["caption"]) for entry in entries]
-    except (KeyError, TypeError):
+        rows = [(str(entry["image_id"]), entry["caption"], entry.get("rank")) for entry in entries]
+    except (KeyError, TypeError, AttributeError):
         return None
-    return rows if all(isinstance(caption, str) for _, caption in rows) else None
+    return rows if all(isinstance(caption, str) for _, caption, _ in rows) else None
 
 
-def _read_rows(path: Path) -> list[tuple[str, str]]:
+def _read_rows(path: Path) -> list[RankedRow]:
     with _open_text(path) as stream:
         reader = csv.DictReader(stream, restkey="rest", restval="")
         try:
@@ -158,10 +166,20 @@ def _read_rows(path: Path) -> list[tuple[str, str]]:
                         f"{path}, line {reader.line_num}: other columns than image_id, caption and "
                         f"{', '.join(MORE_COLUMNS)}; quote captions with commas"
                     )
-                rows.append(tuple(map(_unescape_formula, (row[columns[0]].strip(), row["caption"]))))
+                image_id, caption = map(_unescape_formula, (row[columns[0]].strip(), row["caption"]))
+                rows.append((image_id, caption, _rank(row.get("rank"), f"{path}, line {reader.line_num}")))
             return rows
         except csv.Error as error:
             raise UserError(f"{path}, line {reader.line_num}: not a CSV file ({error})") from None
+
+
+def _rank(text: str | None, place: str) -> int | None:
+    """The rank in a CSV's row. place: for the message."""
+    if text is None:
+        return None
+    if not text.strip().isdecimal():
+        raise UserError(f"{place}: its rank is {text!r}; give a number from 1, or leave out the column")
+    return int(text)
 
 
 @contextmanager

@@ -16,30 +16,30 @@ from captioning.data.sidecars import EXISTING, Sidecars
 from captioning.data.submissions import FORMATS
 from captioning.decoding.options import DecodingOptions
 from captioning.folders.journal import Entry, Journal, file_stamp, files_digest
-from utils import Messages, UserError, check_output
+from utils import Messages, UserError, check_output, counted
 
 
 @dataclass
 class FolderOptions:
-    """What to caption and where the captions go; the captioning scripts have settings of the same names.
+    """A folder of images: what to caption, where the captions go.
 
     Raises:
         UserError: values that cannot be, or do not go together.
     """
 
-    test_folder: str | Path = "test/test"
-    test_csv: str | Path | None = None
-    output_csv: str | Path | None = None  # None: with sidecars no such file
-    recursive: bool = False
-    sidecars: bool = False
-    sidecar_extension: str = ".txt"
-    existing: EXISTING = "skip"
-    prefix: str = ""
-    suffix: str = ""
-    with_scores: bool = False
-    escape_formulas: bool = False
-    batch_size: int = 32
-    workers: int = 4
+    test_folder: str | Path = "test/test"  # images to caption
+    test_csv: str | Path | None = None  # ids and their order; None: test.csv in or up to two folders above
+    recursive: bool = False  # caption the images in its subfolders too
+    output_csv: str | Path | None = None  # .csv, .json (COCO) or .jsonl
+    with_scores: bool = False  # log-probabilities too, in columns log_prob and log_prob_per_word
+    escape_formulas: bool = False  # in a CSV: ' before what spreadsheets would take for a formula
+    sidecars: bool = False  # write each caption beside its image: photo.txt for photo.jpg
+    sidecar_extension: str = ".txt"  # file extension of the sidecars
+    existing: EXISTING = "skip"  # where a sidecar exists already
+    prefix: str = ""  # words before each caption in a sidecar; {name}, {folder}: the image's
+    suffix: str = ""  # words after each caption in a sidecar
+    batch_size: int = 32  # images captioned at a time
+    workers: int = 4  # threads that read and prepare images
 
     def __post_init__(self):
         check_at_least(self, 1, "batch_size", "workers")
@@ -56,7 +56,7 @@ class FolderOptions:
             raise UserError(f"{self.output_csv}: give a file name that ends in {', '.join(FORMATS)}")
 
     @classmethod
-    def of(cls, settings: Any, default_output: str) -> FolderOptions:
+    def of(cls, settings: FolderOptions, default_output: str) -> FolderOptions:
         """The options that a script's settings have. default_output: where they name no output."""
         values = {option.name: getattr(settings, option.name) for option in fields(cls)}
         if values["output_csv"] is None and not settings.sidecars:
@@ -131,9 +131,8 @@ def plan_folder(
     """
     rows, left_out, unreadable = _find_rows(options.test_folder, options.test_csv, options.recursive)
     if left_out:
-        print(
-            f"{left_out} images in subfolders of {options.test_folder} are left out; --recursive takes them"
-        )
+        images = counted(left_out, "image")
+        print(f"left out: {images} in subfolders of {options.test_folder}; --recursive takes them too")
     skipped: set[str] = set()
     if options.as_sidecars:
         images = [row.path for row in rows if row.path is not None]
@@ -227,12 +226,17 @@ def _find_rows(
     return rows, left_out, unreadable
 
 
+def test_csv_places(folder: str | Path) -> list[Path]:
+    """Where a test.csv counts for the images of a folder: in it, or in one of the two folders above it."""
+    resolved = Path(folder).resolve()
+    return [place / "test.csv" for place in (resolved, resolved.parent, resolved.parent.parent)]
+
+
 def _rows_of_found_csv(folder: Path) -> list[Row]:
-    resolved = folder.resolve()
-    for parent in (resolved, resolved.parent, resolved.parent.parent):
-        if (parent / "test.csv").is_file():
+    for file in test_csv_places(folder):
+        if file.is_file():
             finder = ImageFinder(folder)
-            ids = [image.image_id for image in read_annotations(parent / "test.csv")]
+            ids = [image.image_id for image in read_annotations(file)]
             if any(finder(image_id) for image_id in ids):  # otherwise it is about other images
                 return [Row(image_id, finder(image_id)) for image_id in ids]
     return []

@@ -35,6 +35,7 @@ from captioning.folders.plan import (
 from utils import (
     Messages,
     UserError,
+    counted,
     is_main_process,
     on_main_process,
     parallel_map,
@@ -114,7 +115,7 @@ def caption_folder(
                 bar.close()
         problems = problems + _gather(found, journal)
     messages.finish(f"; their rows in {options.output_csv} are empty" if options.output_csv else "")
-    on_main_process(lambda: write_captions(options, plan, problems, decoding.num_captions > 1))
+    on_main_process(lambda: write_output(options, plan, problems, decoding.num_captions > 1))
     return [problem.text for problem in problems]
 
 
@@ -241,7 +242,7 @@ def _gather(problems: list[Problem], journal: Journal) -> list[Problem]:
 # --- the output --------------------------------------------------------------------------------------------
 
 
-def write_captions(options: FolderOptions, plan: Plan, problems: Sequence[Problem], with_ranks: bool) -> None:
+def write_output(options: FolderOptions, plan: Plan, problems: Sequence[Problem], with_ranks: bool) -> None:
     """Write the output of the journals, remove these, and say where the captions are."""
     sidecars, journal = options.as_sidecars, options.journal()
     entries = journal.read(plan.depends_on)[0] if plan.depends_on else {}
@@ -271,7 +272,7 @@ def write_captions(options: FolderOptions, plan: Plan, problems: Sequence[Proble
     journal.remove()
     made = [entries[row.image_id].caption for row in plan.rows if row.image_id in entries]
     _warn_of_bad_captions(made)
-    counts = [f"{len(made)} images captioned"]
+    counts = [f"{counted(len(made), 'image')} captioned"]
     skipped = sum(row.path in plan.skipped and row.image_id not in entries for row in plan.rows)
     if skipped:
         counts.append(f"{skipped} had a sidecar before")
@@ -281,9 +282,10 @@ def write_captions(options: FolderOptions, plan: Plan, problems: Sequence[Proble
 
 
 def _warn_of_bad_captions(captions: list[str]) -> None:
-    if len(set(captions)) < len(captions) / 20:
+    different = len(set(captions))
+    if different < len(captions) / 20:
         tell(
-            f"only {len(set(captions))} different captions for {len(captions)} images: the model has "
+            f"only {counted(different, 'different caption')} for {len(captions)} images: the model has "
             f"probably collapsed to a few sentences; train it longer, or take an earlier checkpoint"
         )
     empty = sum(not caption.strip() for caption in captions)

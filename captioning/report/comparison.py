@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
 
-from captioning.report.scoring import COLUMNS
+from captioning.report.scoring import COLUMNS, matched_bleu, report_scores
 from metrics import Scores, rouge_l, tokenize
-from metrics.ngrams import bleu_counts, named_bleu
-from utils import UserError
+from utils import UserError, counted
 
 RESAMPLES = 2000
+DIGITS = 4  # to which scores are printed: a difference that is 0 there is 0
 TIE = 1e-9  # CIDEr scores that differ by less are equal
 
 OF_CORPUS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4")  # of summed counts
@@ -34,7 +35,13 @@ class Interval(NamedTuple):
 
     @property
     def more_than_chance(self) -> bool:
-        return self.low > 0 or self.high < 0
+        """Whether the interval, as it is printed, leaves out 0."""
+        return round(self.low, DIGITS) > 0 or round(self.high, DIGITS) < 0
+
+
+def signed(value: float) -> str:
+    """`+0.0123`; a negative value that rounds to 0 is `+0.0000` too."""
+    return f"{round(value, DIGITS) + 0.0:+.{DIGITS}f}"
 
 
 def bootstrap_difference(
@@ -43,10 +50,10 @@ def bootstrap_difference(
     score: Callable[[np.ndarray], np.ndarray] | None = None,
     seed: int = 0,
 ) -> Interval:
-    """The paired bootstrap of a score that depends on sums over the images.
+    """Paired bootstrap of a score that is computed from sums over the images.
 
     Args:
-        first, second: for each image what is summed, (images, k), in the same order.
+        first, second: the summands of each image for either model, (images, k), images in the same order.
         score: sums (n, k) -> scores (n,). None: k is 1 and the score is the mean over the images.
 
     Raises:
@@ -69,7 +76,7 @@ def bootstrap_difference(
 def compare_columns(
     first: Mapping[str, Sequence[float]], second: Mapping[str, Sequence[float]]
 ) -> dict[str, Interval]:
-    """The interval of each score that both have, as a mean over the images, from the images' own scores."""
+    """Intervals of the scores that both models have, each taken as the mean of the images' own scores."""
     columns = {
         name: [np.asarray(scores[name], dtype=np.float64)[:, None] for scores in (first, second)]
         for name in (*OF_CORPUS, *OF_IMAGES)
@@ -83,72 +90,137 @@ def compare_models(
     captions: Sequence[Mapping[str, str]],
     scores: Sequence[Scores],
 ) -> dict:
-    """Two models on the same images.
+    """Compare two models on the same images.
 
     Args:
-        references: the captions of each image. captions: of both models, by image.
-        scores: what `score_captions` gives for each.
+        references: the reference captions of each image.
+        captions: both models' captions by image.
+        scores: both models' scores, from `report_scores` or `score_captions`; they may cover more images.
 
     Returns:
-        "intervals": {score: Interval}, BLEU of the whole set, the others as means over the images; "wins",
-        "losses", "ties" of the second by the images' CIDEr; "identical", the share of images with the same
-        caption; "overlap", the mean ROUGE-L of the second's captions against the first's.
+        "intervals": {score: Interval}, for BLEU of the whole set, for the others of the mean over the images.
+        "wins", "losses", "ties": images on which the second model has a higher, lower or equal CIDEr.
+        "identical": share of the images for which both captions are the same. "overlap": mean ROUGE-L of the
+        second model's captions against the first's.
     """
     ids = list(references)
-    wanted = {key: [tokenize(text) for text in references[key]] for key in ids}
-    words = [{key: tokenize(own[key]) for key in ids} for own in captions]
-    counts = [
-        np.array([bleu_counts(wanted[key], own[key]) for key in ids], dtype=np.float64) for own in words
-    ]
+    counts = [np.array([of_model.bleu_counts[key] for key in ids], dtype=np.float64) for of_model in scores]
     intervals = {}
     for name in OF_CORPUS:
         intervals[name] = bootstrap_difference(
-            *counts, lambda sums, name=name: np.array([named_bleu(row)[name] for row in sums])
+            *counts, lambda sums, name=name: np.array([matched_bleu(row)[name] for row in sums])
         )
     columns = [
-        {name: [own.per_image[key][name] for key in ids] for name in OF_IMAGES if name in own.overall}
-        for own in scores
+        {
+            name: [of_model.per_image[key][name] for key in ids]
+            for name in OF_IMAGES
+            if name in of_model.overall
+        }
+        for of_model in scores
     ]
     intervals |= compare_columns(*columns)
     gains = np.subtract(columns[1]["CIDEr"], columns[0]["CIDEr"])
-    overlap = [rouge_l([words[0][key]], words[1][key]) for key in ids]
+    words = [[tokenize(of_model[key]) for key in ids] for of_model in captions]
     return {
         "intervals": intervals,
         "wins": int((gains > TIE).sum()),
         "losses": int((gains < -TIE).sum()),
         "ties": int((abs(gains) <= TIE).sum()),
-        "identical": float(np.mean([words[0][key] == words[1][key] for key in ids])),
-        "overlap": float(np.mean(overlap)),
+        "identical": float(np.mean([first == second for first, second in zip(*words)])),
+        "overlap": float(np.mean([rouge_l([first], second) for first, second in zip(*words)])),
     }
 
 
+def compare_pairs(
+    references: Mapping[str, Sequence[str]],
+    names: Sequence[str],
+    captions: Sequence[Mapping[str, str]],
+    scores: Sequence[Scores | None],
+) -> list[dict]:
+    """Compare every two of several models on the images that both have captioned.
+
+    Two models that have captioned different images are scored anew on those that they share. Pairs that share
+    fewer than two are left out, and a line says so.
+
+    Args:
+        references: the reference captions of each image.
+        names: of the models.
+        captions: each model's captions by image.
+        scores: each model's `report_scores`.
+
+    Returns:
+        For each pair what `compare_models` returns, and "first" and "second", the models' indices, "images",
+        their number, and "verdict", one line.
+    """
+    comparisons = []
+    for first, second in combinations(range(len(names)), 2):
+        common = {
+            key: texts
+            for key, texts in references.items()
+            if key in captions[first] and key in captions[second]
+        }
+        if len(common) < 2:
+            shared = counted(len(common), "scored image")
+            print(f"{names[first]} and {names[second]}: {shared} in common, not compared")
+            continue
+        both = [{key: captions[index][key] for key in common} for index in (first, second)]
+        pair_scores = [scores[first], scores[second]]
+        if any(of_model.per_image.keys() != common.keys() for of_model in pair_scores):
+            pair_scores = [report_scores(common, texts) for texts in both]
+        comparison = compare_models(common, both, pair_scores)
+        line = verdict(comparison["intervals"]["CIDEr"], "CIDEr", names[first], names[second])
+        comparisons.append(
+            comparison | {"first": first, "second": second, "images": len(common), "verdict": line}
+        )
+    return comparisons
+
+
 def verdict(interval: Interval, score: str, first: str, second: str) -> str:
-    """In words whether the difference is more than chance."""
-    numbers = f"{interval.difference:+.4f}, 95 % interval {interval.low:+.4f} to {interval.high:+.4f}"
+    """Say in words whether the difference is more than chance."""
+    numbers = (
+        f"{signed(interval.difference)}, 95 % interval {signed(interval.low)} to {signed(interval.high)}"
+    )
     if interval.more_than_chance:
         better, worse = (second, first) if interval.difference > 0 else (first, second)
         return f"{better} is better than {worse} by {score}, and by more than chance ({numbers})"
     return f"by {score} the difference of {second} and {first} may be chance ({numbers})"
 
 
-# --- files of --per_image_csv ----------------------------------------------------------------------------
+def print_comparisons(comparisons: Sequence[dict], names: Sequence[str]) -> None:
+    """Print what `compare_pairs` returned."""
+    for comparison in comparisons:
+        first, second = names[comparison["first"]], names[comparison["second"]]
+        images = comparison["images"]
+        print(f"\n{second} less {first}, 95 % interval of a paired bootstrap over {images} images:")
+        print_intervals(comparison["intervals"])
+        wins = counted(comparison["wins"], "image")
+        print(
+            f"by CIDEr {second} wins {wins}, loses {comparison['losses']}, ties {comparison['ties']}; "
+            f"{comparison['identical']:.1%} of the captions are the same"
+        )
+        print(comparison["verdict"])
 
 
 def print_intervals(intervals: Mapping[str, Interval]) -> None:
     """A line for each score."""
     for name, interval in intervals.items():
         chance = "" if interval.more_than_chance else "  may be chance"
-        numbers = f"{interval.difference:+8.4f}  [{interval.low:+.4f}, {interval.high:+.4f}]"
+        numbers = f"{signed(interval.difference):>8}  [{signed(interval.low)}, {signed(interval.high)}]"
         print(f"  {COLUMNS[name]:8} {numbers}{chance}")
 
 
+# --- files of --per_image_csv ----------------------------------------------------------------------------
+
+
 def compare_files(first: str, second: str) -> None:
-    """Print the paired bootstrap of two files of --per_image_csv; BLEU as the mean of the images' own."""
+    """Compare two files of --per_image_csv and print the result; BLEU is the mean of the images' own BLEU."""
     tables = [read_per_image(file) for file in (first, second)]
     ids = [image_id for image_id in tables[0] if image_id in tables[1]]
     apart = len(tables[0]) + len(tables[1]) - 2 * len(ids)
     if len(ids) < 2:
-        raise UserError(f"{second}: has {len(ids)} images of {first}; a comparison needs two or more")
+        raise UserError(
+            f"{second}: has {counted(len(ids), 'image')} of {first}; a comparison needs two or more"
+        )
     columns = [
         {name: [table[image_id][name] for image_id in ids] for name in COLUMNS if name in table[ids[0]]}
         for table in tables
@@ -159,12 +231,12 @@ def compare_files(first: str, second: str) -> None:
     print(f"{second} less {first}, means over {len(ids)} images, 95 % interval of a paired bootstrap:")
     print_intervals(intervals)
     if apart:
-        print(f"{apart} images that only one of the files has are left out")
+        print(f"left out: {counted(apart, 'image')} that only one of the files has")
     print(verdict(intervals["CIDEr"], "CIDEr", first, second))
 
 
 def read_per_image(file: str) -> dict[str, dict[str, float]]:
-    """{image id: scores} of a file of --per_image_csv with one row for each image."""
+    """Read a file of --per_image_csv that has one row per image: {image id: scores}."""
     table: dict[str, dict[str, float]] = {}
     try:
         with open(file, encoding="utf-8-sig", newline="") as stream:

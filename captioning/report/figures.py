@@ -9,22 +9,27 @@ import textwrap
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from captioning.captioners.base import BaseCaptioner
 from captioning.data.images import read_image
 from captioning.data.submissions import ScoredCaption
 from captioning.decoding.options import DecodingOptions
 from captioning.files import write_encoded
 from utils import UserError, printable
 
+if TYPE_CHECKING:  # files of captions are drawn without torch, which takes seconds to import
+    from torch import Tensor
+
+    from captioning.captioners.base import BaseCaptioner
+
 PANEL = 2.4  # inches, the longer side of an image
 
 
 def check_figure(file: str | Path) -> str:
-    """The format that a figure's name asks for. Raises UserError where there is no such format."""
+    """The format that a figure's file name asks for. Raises UserError if matplotlib cannot write it."""
     import matplotlib.backends.backend_agg as agg
 
     extension = Path(file).suffix.lstrip(".").lower()
@@ -40,17 +45,21 @@ def save_figure(figure, file: str | Path) -> None:
 
 
 def enlarge(attention: np.ndarray, width: int = 224, height: int = 224) -> np.ndarray:
-    """A map (h, w) as a smooth one (height, width) without negative values."""
+    """Enlarge an attention map (h, w) to (height, width): bicubic interpolation, without negative values."""
     image = Image.fromarray(np.asarray(attention, dtype=np.float32))
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).clip(min=0)
 
 
 def draw_attention(
-    file: str | Path, image_path: str | Path, words: Sequence[str], attention: np.ndarray, title: str = ""
+    file: str | Path, image: Any, words: Sequence[str], attention: np.ndarray | Tensor, title: str = ""
 ) -> None:
-    """A figure of an image and, for each word, the image under its attention map (words, h, w).
+    """Draw an image, and for each word the image under the word's attention map.
 
-    Each map is shown on a scale of its own, from 0 to its maximum: where the word looked most is brightest.
+    Each map has its own scale, from 0 to its maximum: the image is brightest where the model looked most.
+
+    Args:
+        image: a path, a PIL image, an array or a tensor, as `BaseCaptioner.caption` takes it.
+        attention: (words, h, w).
 
     Raises:
         UserError: the image cannot be read, or the file's extension is no format for figures.
@@ -58,13 +67,15 @@ def draw_attention(
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
+    from captioning.captioners.base import as_array  # here, as it imports torch
+
     check_figure(file)
-    image = read_image(image_path).transpose(1, 2, 0)
-    height, width = image.shape[:2]
+    pixels = as_array(image).transpose(1, 2, 0)
+    height, width = pixels.shape[:2]
     columns = min(len(words) + 1, 6)
     rows = math.ceil((len(words) + 1) / columns)
     across, down = PANEL * min(width / height, 1), PANEL * min(height / width, 1)
-    bar = 0.8 * bool(len(words))  # inches, for the colour bar
+    bar = 0.8 if len(words) else 0  # inches, for the colour bar
     size = (max(columns * across, 3) + bar, rows * (down + 0.35))
     title = "\n".join(textwrap.fill(line, round(10 * size[0])) for line in title.splitlines())
     lines = title.count("\n") + 1 if title else 0
@@ -73,9 +84,10 @@ def draw_attention(
     for axis in axes.flat:
         axis.axis("off")
     for axis, word in zip(axes.flat, ["", *words]):
-        axis.imshow(image, extent=(0, width, height, 0))
+        axis.imshow(pixels, extent=(0, width, height, 0))
         axis.set_title(word, fontsize=12, parse_math=False)
-    for axis, weights in zip(axes.flat[1:], attention):
+    maps = attention if isinstance(attention, np.ndarray) else attention.cpu().numpy()
+    for axis, weights in zip(axes.flat[1:], maps):
         smooth = enlarge(weights)
         axis.imshow(smooth, extent=(0, width, height, 0), cmap="gray", alpha=0.75, vmin=0, vmax=smooth.max())
     if len(words):
@@ -94,23 +106,25 @@ def caption_files(
     with_scores: bool = False,
     **search,
 ) -> list[str]:
-    """Print the captions of each image file and draw where the model looked for its first one; returns the
-    figures' names.
+    """Print the captions of each image file, and draw where the model looked for the first of them.
 
     Args:
-        figure: the figure of a single image; otherwise they are attention_NAME.png.
+        figure: name of the figure, if there is a single image; otherwise they are attention_NAME.png.
         with_scores: print log-probabilities too.
-        search: further arguments of `describe_prepared`.
+        search: more arguments of `describe_prepared`.
+
+    Returns:
+        The figures' names.
     """
     figures = [figure] if figure else figure_names(images)
     for image, file in zip(images, figures):
         prepared = captioner.prepare(image).unsqueeze(0)
-        (found,) = captioner.describe_prepared(prepared, options, [Path(image).stem], **search)
-        for one in found.n_best[: options.num_captions]:
-            scored = ScoredCaption.of(one.text, one.log_prob, len(one.words))
+        (best,) = captioner.describe_prepared(prepared, options, [Path(image).stem], **search)
+        for caption in best.n_best[: options.num_captions]:
+            scored = ScoredCaption.of(caption.text, caption.log_prob, len(caption.words))
             print(printable(caption_line(scored, with_scores, "" if len(images) == 1 else image)))
-        title = f"{found.text}\nlog-probability {found.log_prob:.2f}"
-        draw_attention(file, image, found.words, found.attention.cpu().numpy(), title)
+        title = f"{best.text}\nlog-probability {best.log_prob:.2f}"
+        draw_attention(file, image, best.words, best.attention, title)
         print(f"figure: {file}", file=sys.stderr)
     return figures
 
@@ -124,7 +138,7 @@ def caption_line(caption: ScoredCaption, with_scores: bool, image: str = "") -> 
 
 
 def figure_names(images: Sequence[str | Path]) -> list[str]:
-    """attention_NAME.png for each image; of several with one name, the later ones have a number."""
+    """attention_NAME.png for each image; if several images have one name, the later ones get a number."""
     names: list[str] = []
     for image in images:
         numbers = itertools.chain([""], (f"_{number}" for number in itertools.count(2)))
@@ -134,25 +148,25 @@ def figure_names(images: Sequence[str | Path]) -> list[str]:
 
 
 def draw_maps(file: str | Path, maps: dict[str, np.ndarray]) -> None:
-    """A figure of mean attention maps (h, w), each under its name, all on one scale."""
+    """Draw mean attention maps (h, w) under their names, all on one scale."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(PANEL * len(maps) + 0.8, PANEL + 0.4), layout="constrained")
     axes = figure.subplots(1, len(maps), squeeze=False)[0]
     largest = max(float(np.max(values)) for values in maps.values())
     for axis, (name, values) in zip(axes, maps.items()):
-        shown = axis.imshow(values, cmap="magma", vmin=0, vmax=largest)
+        mapped = axis.imshow(values, cmap="magma", vmin=0, vmax=largest)
         axis.set_title(name, fontsize=12)
         axis.axis("off")
-    figure.colorbar(shown, ax=list(axes), label="mean attention")
+    figure.colorbar(mapped, ax=list(axes), label="mean attention")
     save_figure(figure, file)
 
 
 def draw_captions(file: str | Path, rows: Sequence[tuple[str, str, str, Sequence[str]]]) -> None:
-    """A figure of images with their captions and references, two abreast.
+    """Draw images with their captions and references, two side by side.
 
     Args:
-        rows: (image's path, heading, caption, references) of each.
+        rows: (path, heading, caption, references) of each image.
     """
     from matplotlib.figure import Figure
 

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -29,6 +30,9 @@ from captioning.files import named_in_errors, remove_unfinished, write_encoded
 from captioning.report.scoring import COLUMNS
 from metrics import Scores
 from utils import UserError, check_output, parallel_map, progress_bar
+
+if TYPE_CHECKING:  # files of captions are shown without torch, which takes seconds to import
+    from captioning.captioners.base import Caption
 
 PAGE = Path(__file__).resolve().parent / "gallery_page"
 MARK = '<meta name="generator" content="view_captions.py">'
@@ -41,7 +45,7 @@ CHUNK = 100  # images in a file of attention maps
 class ShownCaption:
     """A caption as the gallery shows it.
 
-    log_prob, word_log_probs and attention (words, height, width) are None where a file of captions has none.
+    log_prob, word_log_probs and attention (words, height, width) are None for captions from a file.
     """
 
     text: str
@@ -50,12 +54,19 @@ class ShownCaption:
     word_log_probs: list[float] | None = None
     attention: np.ndarray | None = None
 
+    @classmethod
+    def of(cls, caption: Caption) -> ShownCaption:
+        """From a captioner's caption with details."""
+        return cls(
+            caption.text, caption.words, caption.log_prob, caption.word_log_probs, caption.attention.numpy()
+        )
+
 
 @dataclass
 class ShownModel:
-    """A model's captions by image id, and their scores where there are references.
+    """A model's captions by image id, and their scores if there are references.
 
-    quality: what `caption_quality` and, under "attention", `attention_summary` give.
+    quality: what `caption_quality` returns and, under "attention", what `attention_summary` returns.
     """
 
     name: str
@@ -71,28 +82,28 @@ def write_gallery(
     comparisons: Sequence[dict] = (),
     title: str = "Captions",
 ) -> tuple[Path, list[str]]:
-    """Write a gallery of the images that have a caption by at least one model.
+    """Write a gallery of the images that at least one model has captioned.
 
     Args:
-        folder: made where it is missing; an earlier gallery in it is replaced when the new one is complete.
-        comparisons: what `compare_models` gives of two models, with "first" and "second", their indices.
+        folder: created if it is missing; an earlier gallery in it is replaced once the new one is complete.
+        comparisons: what `compare_pairs` returned.
 
     Returns:
-        The path of index.html; what is wrong with the images that cannot be shown, a line each.
+        The path of index.html; one line for each image that cannot be shown, with the reason.
 
     Raises:
-        UserError: no image has a caption, or the folder has another page in it.
+        UserError: no image has a caption, or the folder holds another page.
     """
     folder = Path(folder)
-    shown = [record for record in records if any(record.image_id in model.captions for model in models)]
-    if not shown:
+    records = [record for record in records if any(record.image_id in model.captions for model in models)]
+    if not records:
         raise UserError("no image has a caption: there is nothing to show")
     folder.mkdir(parents=True, exist_ok=True)
     remove_unfinished(folder)
     tmp_path = folder / f".gallery.{os.getpid()}.partial"
     try:
         with named_in_errors(folder):
-            problems = write_files(tmp_path, shown, models, comparisons, title)
+            problems = write_files(tmp_path, records, models, comparisons, title)
         clear(folder)
         for file in sorted(tmp_path.rglob("*.*")):  # index.html is among the last
             os.replace(file, folder / file.relative_to(tmp_path))
@@ -103,16 +114,16 @@ def write_gallery(
 
 def write_files(
     folder: Path,
-    shown: Sequence[Record],
+    records: Sequence[Record],
     models: Sequence[ShownModel],
     comparisons: Sequence[dict],
     title: str,
 ) -> list[str]:
-    """Write the gallery's files to a new folder; what is wrong with images that cannot be shown."""
+    """Write the gallery's files to a new folder; returns what `write_gallery` does of images."""
     for part in ("images", "attention"):
         (folder / part).mkdir(parents=True)
-    sizes, problems = write_thumbnails(folder / "images", shown)
-    grids = write_attention(folder / "attention", shown, models)
+    sizes, problems = write_thumbnails(folder / "images", records)
+    grids = write_attention(folder / "attention", records, models)
     names = [
         name for name in COLUMNS if any(model.scores and name in model.scores.overall for model in models)
     ]
@@ -130,10 +141,16 @@ def write_files(
             for model, grid in zip(models, grids)
         ],
         "comparisons": [
-            {**pair, "intervals": [[COLUMNS[name], *own] for name, own in pair["intervals"].items()]}
+            {
+                **pair,
+                "intervals": [
+                    [COLUMNS[name], *interval, interval.more_than_chance]
+                    for name, interval in pair["intervals"].items()
+                ],
+            }
             for pair in comparisons
         ],
-        "images": [_image_data(record, size, models, names) for record, size in zip(shown, sizes)],
+        "images": [_image_data(record, size, models, names) for record, size in zip(records, sizes)],
     }
     # ASCII with escapes: nothing in a caption can end the file early or be taken for another encoding
     text = f"window.GALLERY = {json.dumps(data, separators=(',', ':'))};\n"
@@ -143,7 +160,7 @@ def write_files(
 
 
 def page() -> str:
-    """The page with its style and its scripts in it."""
+    """The HTML page, with its style and its scripts inlined."""
     html = (PAGE / "page.html").read_text(encoding="utf-8")
     style = (PAGE / "page.css").read_text(encoding="utf-8")
     scripts = [
@@ -154,7 +171,7 @@ def page() -> str:
 
 
 def check_folder(folder: str | Path) -> None:
-    """Raise UserError, before any work, where a gallery cannot be written to the folder."""
+    """Raise UserError, before any work, if a gallery cannot be written to the folder."""
     check_output(folder, folder=True)
     index = Path(folder) / "index.html"
     if index.is_file() and MARK not in index.read_text(encoding="utf-8", errors="replace")[:2000]:
@@ -175,10 +192,10 @@ def clear(folder: Path) -> None:
 def write_thumbnails(
     folder: Path, records: Sequence[Record]
 ) -> tuple[list[tuple[int, int] | None], list[str]]:
-    """Small JPEGs of the images, named by their number.
+    """Write small JPEGs of the images, named by their numbers.
 
     Returns:
-        Width and height of each, None where there is no image; what is wrong with these, a line each.
+        Width and height of each, or None if the image cannot be read; one line for each of these.
     """
     problems = []
 
@@ -202,33 +219,42 @@ def write_thumbnails(
 def write_attention(
     folder: Path, records: Sequence[Record], models: Sequence[ShownModel]
 ) -> list[tuple[int, int] | None]:
-    """Files of attention maps; the height and width of each model's grid, None for those without.
+    """Write the files of attention maps.
 
-    A map is stored as a byte for each cell, 255 for the word's highest, all words of a caption in base64.
+    A map has a byte per cell, 255 for the word's highest value; all words of a caption are one base64 text.
+
+    Returns:
+        Height and width of each model's grid, or None for a model without attention.
     """
     grids: list[tuple[int, int] | None] = [None] * len(models)
     for number, start in enumerate(range(0, len(records), CHUNK)):
         chunk = []
         for record in records[start : start + CHUNK]:
             maps = [_maps(model.captions.get(record.image_id)) for model in models]
-            for k, own in enumerate(maps):
-                if own is not None:
-                    grids[k] = own.shape[1:]
-            chunk.append(["" if own is None else base64.b64encode(own.tobytes()).decode() for own in maps])
-        if any(any(own) for own in chunk):
+            for k, of_model in enumerate(maps):
+                if of_model is not None:
+                    grids[k] = of_model.shape[1:]
+            chunk.append(
+                [
+                    "" if of_model is None else base64.b64encode(of_model.tobytes()).decode()
+                    for of_model in maps
+                ]
+            )
+        if any(any(of_image) for of_image in chunk):
             text = f"window.ATTENTION({number},{json.dumps(chunk, separators=(',', ':'))});\n"
             (folder / f"{number:03d}.js").write_text(text)
     return grids
 
 
 def _maps(caption: ShownCaption | None) -> np.ndarray | None:
-    """uint8 (words, height, width)."""
+    """A caption's attention as uint8 (words, height, width), 255 for each word's highest value."""
     if caption is None or caption.attention is None or not len(caption.attention):
         return None
     maps = np.asarray(caption.attention, dtype=np.float32)
     if max(maps.shape[1:]) > LARGEST_GRID:
         size = tuple(min(side, LARGEST_GRID) for side in maps.shape[:0:-1])
-        maps = np.stack([np.asarray(Image.fromarray(own).resize(size, Image.Resampling.BOX)) for own in maps])
+        images = [Image.fromarray(of_word).resize(size, Image.Resampling.BOX) for of_word in maps]
+        maps = np.stack([np.asarray(image) for image in images])
     peaks = maps.max(axis=(1, 2), keepdims=True)
     return (maps / np.where(peaks > 0, peaks, 1) * 255).round().astype(np.uint8)
 
@@ -255,5 +281,5 @@ def _image_data(
 
 
 def _rounded(value: float | None, digits: int = 4) -> float | None:
-    """For JSON, which has no nan."""
+    """The rounded value; None for what JSON cannot hold, such as nan."""
     return None if value is None or not np.isfinite(value) else round(float(value), digits)

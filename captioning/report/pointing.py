@@ -50,10 +50,10 @@ Objects = dict[str, list[Box]]  # of an image: for each object's name its boxes
 
 @dataclass
 class Pointing:
-    """The pointing score of a set of captions: `hits` of `words`; `chance` is what a uniform guess gets.
+    """The pointing score of a set of captions: `hits` out of `words`; a uniform guess scores `chance`.
 
-    absent: words that name an object of which the image has no box; they are left out.
-    by_name: for each object's name its (words, hits).
+    absent: number of words that name an object of which the image has no box; they do not count.
+    by_name: (words, hits) for each object's name.
     """
 
     words: int = 0
@@ -82,20 +82,19 @@ class Pointing:
 
 
 def read_boxes(file: str | Path, paths: Mapping[str, str]) -> tuple[dict[str, Objects], dict[str, str]]:
-    """The objects of images, and the words that name them.
+    """Read which objects images have, and which words name these.
 
-    Two layouts: COCO's instances JSON, or that of make_demo_data.py, {image id: [{"shape": ..., "box": [left,
-    top, right, bottom] in pixels}, ...]}.
+    The file is COCO's instances JSON, or has the layout of make_demo_data.py: {image id: [{"shape": ...,
+    "box": [left, top, right, bottom] in pixels}, ...]}.
 
     Args:
-        paths: the files of the images by id; their sizes are read for the second layout, whose boxes are in
-            pixels.
+        paths: the image files by id, whose sizes the second layout needs.
 
     Returns:
-        Objects by image id (for COCO the number of the image, as text); {word or words: object's name}.
+        The objects by image id (for COCO the image's number, as text); {word or words: object's name}.
 
     Raises:
-        UserError: the file is missing or of another layout.
+        UserError: the file is missing or has another layout.
     """
     content = read_json(file)
     try:
@@ -107,11 +106,11 @@ def read_boxes(file: str | Path, paths: Mapping[str, str]) -> tuple[dict[str, Ob
             if size is None:
                 continue
             width, height = size
-            found = objects.setdefault(image_id, {})
+            boxes_by_name = objects.setdefault(image_id, {})
             for entry in entries:
                 left, top, right, bottom = entry["box"]
                 box = (left / width, top / height, right / width, bottom / height)
-                found.setdefault(entry["shape"], []).append(box)
+                boxes_by_name.setdefault(entry["shape"], []).append(box)
                 names.add(entry["shape"])
         return objects, _names_of(names)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -122,7 +121,7 @@ def read_boxes(file: str | Path, paths: Mapping[str, str]) -> tuple[dict[str, Ob
 
 
 def _size(path: str | Path | None) -> tuple[int, int] | None:
-    """Width and height of an image file; None where there is none that can be read."""
+    """Width and height of an image file; None if it cannot be read."""
     try:
         with open_image(path) as image:
             return image.size
@@ -144,7 +143,8 @@ def _read_coco_instances(content: dict) -> tuple[dict[str, Objects], dict[str, s
 
 
 def _names_of(names: Iterable[str]) -> dict[str, str]:
-    """{"circle": "circle", "circles": "circle", "man": "person", ...}."""
+    """The objects' names by the words for them: {"circle": "circle", "circles": "circle", "man":
+    "person"}."""
     words = {}
     for name in names:
         for form in (name, *SYNONYMS.get(name, "").split()):
@@ -157,19 +157,19 @@ def _names_of(names: Iterable[str]) -> dict[str, str]:
 
 
 def named_objects(words: Sequence[str], names: Mapping[str, str]) -> list[tuple[str, int, int]]:
-    """(object's name, first word, word behind the last) of each object that a caption names; of names of two
-    words ("traffic light") both."""
-    found, i = [], 0
+    """The objects that a caption names: (object's name, index of its first word, index after its last word).
+    A name may have two words ("traffic light")."""
+    objects, i = [], 0
     while i < len(words):
         length = next((n for n in (2, 1) if " ".join(words[i : i + n]) in names and i + n <= len(words)), 0)
         if length:
-            found.append((names[" ".join(words[i : i + length])], i, i + length))
+            objects.append((names[" ".join(words[i : i + length])], i, i + length))
         i += max(length, 1)
-    return found
+    return objects
 
 
 def inside(boxes: Sequence[Box], height: int, width: int) -> np.ndarray:
-    """Which cells of a grid have their centre in one of the boxes: bool (height, width)."""
+    """Whether the centre of each cell of a grid lies in one of the boxes: bool (height, width)."""
     x, y = (np.arange(width) + 0.5) / width, ((np.arange(height) + 0.5) / height)[:, None]
     cells = np.zeros((height, width), dtype=bool)
     for left, top, right, bottom in boxes:
@@ -180,17 +180,17 @@ def inside(boxes: Sequence[Box], height: int, width: int) -> np.ndarray:
 def pointing_score(
     captions: Mapping[str, Caption], objects: Mapping[str, Objects], names: Mapping[str, str]
 ) -> Pointing:
-    """The pointing score of captions with attention, by image id; images of unknown objects are left out."""
+    """The pointing score of captions with attention. Images whose objects are not known are left out."""
     result = Pointing()
     for image_id, caption in captions.items():
-        own = objects.get(image_id, objects.get(str(coco_id(image_id))))
-        if own is None:
+        boxes_by_name = objects.get(image_id, objects.get(str(coco_id(image_id))))
+        if boxes_by_name is None:
             continue
         for name, first, behind in named_objects(caption.words, names):
-            if name not in own:
+            if name not in boxes_by_name:
                 result.absent += 1
                 continue
             attention = np.asarray(caption.attention[first:behind]).mean(axis=0)
-            cells = inside(own[name], *attention.shape)
+            cells = inside(boxes_by_name[name], *attention.shape)
             result.add(name, bool(cells.flat[attention.argmax()]), float(cells.mean()))
     return result

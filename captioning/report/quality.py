@@ -13,15 +13,16 @@ from statistics import fmean
 import numpy as np
 
 from captioning.decoding.options import UNFINISHED
+from captioning.report.scoring import matched_bleu
 from metrics import tokenize
-from metrics.ngrams import bleu_counts, named_bleu
+from metrics.ngrams import bleu_counts
 
 PARTS = ("beginning", "middle", "end")  # thirds of a caption
 SHOWN_WORDS = 12  # most over-used and under-used words
 
 
 def distinct_ngrams(captions: Sequence[Sequence[str]], n: int) -> float:
-    """Div-n: different n-grams by all n-grams of the captions, in [0, 1]; 0 where there are none."""
+    """Div-n, the share of the captions' n-grams that are different, in [0, 1]; 0 if there are none."""
     ngrams = [tuple(words[i : i + n]) for words in captions for i in range(len(words) - n + 1)]
     return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
@@ -40,24 +41,24 @@ def has_bad_ending(words: Sequence[str]) -> bool:
 def usage(
     captions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
 ) -> list[dict[str, object]]:
-    """Words that are used more or less often than in the references, by the difference of their rates.
+    """Words that are used more, or less, often than in the references.
 
-    references: for each image its captions.
+    references: the reference captions of each image.
 
     Returns:
-        "word", "rate" and "reference_rate" (occurrences per hundred words), the most over-used first, the
-        most under-used last.
+        "word", "rate" and "reference_rate" (occurrences per hundred words) of each, from the most over-used
+        to the most under-used.
     """
-    own = Counter(word for words in captions for word in words)
-    wanted = Counter(word for several in references for words in several for word in words)
-    own_total, wanted_total = max(own.total(), 1), max(wanted.total(), 1)
+    counts = Counter(word for words in captions for word in words)
+    reference_counts = Counter(word for several in references for words in several for word in words)
+    total, reference_total = max(counts.total(), 1), max(reference_counts.total(), 1)
     rates = [
         {
             "word": word,
-            "rate": 100 * own[word] / own_total,
-            "reference_rate": 100 * wanted[word] / wanted_total,
+            "rate": 100 * counts[word] / total,
+            "reference_rate": 100 * reference_counts[word] / reference_total,
         }
-        for word in own | wanted
+        for word in counts | reference_counts
     ]
     rates.sort(key=lambda row: (row["reference_rate"] - row["rate"], row["word"]))
     if len(rates) > 2 * SHOWN_WORDS:
@@ -66,29 +67,31 @@ def usage(
 
 
 def entropy(attention: np.ndarray) -> np.ndarray:
-    """Entropy in bits of maps (words, height, width): 0 for a single cell, log2(cells) for an even look."""
+    """Entropy of attention maps (words, height, width) in bits: 0 if all is on one cell, log2(cells) if it is
+    even."""
     cells = attention.reshape(len(attention), -1).astype(np.float64)
     return -(cells * np.log2(np.where(cells > 0, cells, 1))).sum(axis=1)
 
 
 def attention_summary(words: Sequence[Sequence[str]], maps: Sequence[np.ndarray]) -> dict:
-    """Where a model looks on the whole.
+    """Where a model looks, over all its captions.
 
     Args:
-        words: of each caption. maps: its attention (words, height, width), of one size for all.
+        words: of each caption.
+        maps: each caption's attention, (words, height, width), with one height and width for all.
 
     Returns:
-        "entropy": the mean in bits; "largest_entropy": that of an even look; "words": "word", "entropy" and
-        "count" of each word, the sharpest first; "mean_maps": mean attention "all words", then that of the
-        beginning, middle and end of the captions, each a nested list (height, width).
+        "entropy": the mean over all words, in bits. "largest_entropy": that of an even map. "words": "word",
+        "entropy" and "count" of each different word, the sharpest first. "mean_maps": the mean attention of
+        "all words", then of the "beginning", "middle" and "end" of captions, as lists (height, width).
     """
     by_word: dict[str, list[float]] = {}
     everything, parts = [], {part: [] for part in PARTS}
-    for own, attention in zip(words, maps):
-        for i, (word, value) in enumerate(zip(own, entropy(attention))):
+    for caption_words, attention in zip(words, maps):
+        for i, (word, value) in enumerate(zip(caption_words, entropy(attention))):
             by_word.setdefault(word, []).append(float(value))
             everything.append(attention[i])
-            parts[PARTS[3 * i // len(own)]].append(attention[i])
+            parts[PARTS[3 * i // len(caption_words)]].append(attention[i])
     if not everything:
         return {}
     rows = [
@@ -96,12 +99,12 @@ def attention_summary(words: Sequence[Sequence[str]], maps: Sequence[np.ndarray]
         for word, values in by_word.items()
     ]
     rows.sort(key=lambda row: (row["entropy"], row["word"]))
-    named = {"all words": everything} | {part: own for part, own in parts.items() if own}
+    maps_of = {"all words": everything} | {part: of_part for part, of_part in parts.items() if of_part}
     return {
         "entropy": float(np.mean([value for values in by_word.values() for value in values])),
         "largest_entropy": float(np.log2(everything[0].size)),
         "words": rows,
-        "mean_maps": {name: np.mean(own, axis=0).tolist() for name, own in named.items()},
+        "mean_maps": {name: np.mean(several, axis=0).tolist() for name, several in maps_of.items()},
     }
 
 
@@ -111,7 +114,7 @@ def caption_quality(
     vocabulary: Collection[str] | None = None,
     training_captions: Collection[tuple[str, ...]] | None = None,
 ) -> dict:
-    """The quality of a model's captions, as quality.json has it.
+    """What a model's captions are like: the content of quality.json.
 
     Args:
         captions: the words of each image's caption.
@@ -120,15 +123,15 @@ def caption_quality(
         training_captions: the words of the captions that it was trained on.
 
     Returns:
-        "captions", "mean_length", "lengths" {words: captions}; "words_used", "words_known"; shares in [0, 1]
-        "distinct", "in_training", "div1", "div2", "repetitions", "bad_endings", "empty"; "usage". What needs
-        an argument that was not given is None.
+        Numbers: "captions", "mean_length", "lengths" {words: captions}, "words_used", "words_known". Shares
+        in [0, 1]: "distinct", "in_training", "div1", "div2", "repetitions", "bad_endings", "empty". And
+        "usage", as `usage` returns it. An entry is None if it needs an argument that was not given.
     """
     texts = list(captions.values())
     used = {word for words in texts for word in words}
 
-    def share(wanted: Sequence[bool]) -> float:
-        return sum(wanted) / max(len(texts), 1)
+    def share(is_so: Sequence[bool]) -> float:
+        return sum(is_so) / max(len(texts), 1)
 
     lengths = Counter(map(len, texts))
     return {
@@ -169,56 +172,57 @@ def caption_diversity(
     """The diversity of a model's captions and of its samples.
 
     Args:
-        captions: of each image the best one.
+        captions: the best one of each image.
         training_captions: the words of the captions that the model was trained on.
-        samples: of each image two or more, as many for one as for another.
+        samples: two or more of each image, the same number for all.
 
     Returns:
-        Of the captions: "distinct", "bad_endings", "repetitions" (shares, as in `caption_quality`), "novel"
-        (share that is not among the training captions; None where these are not known), "words_used". Of the
-        samples, where there are any: what `sample_diversity` returns.
+        Of the captions "distinct", "bad_endings", "repetitions" and "words_used", as in `caption_quality`,
+        and "novel", the share that is not among the training captions (None if these are not known). If there
+        are samples, also what `sample_diversity` returns.
     """
     words = {image_id: tokenize(text) for image_id, text in captions.items()}
     quality = caption_quality(words, training_captions=training_captions)
     quality["novel"] = None if training_captions is None else 1 - quality["in_training"]
-    found = {name: quality[name] for name in COLUMNS}
+    diversity = {name: quality[name] for name in COLUMNS}
     if samples:
-        found |= sample_diversity([[tokenize(text) for text in own] for own in samples.values()])
-    return found
+        diversity |= sample_diversity([[tokenize(text) for text in texts] for texts in samples.values()])
+    return diversity
 
 
 def sample_diversity(samples: Sequence[Sequence[Sequence[str]]]) -> dict[str, float]:
     """How the samples of an image differ from each other.
 
     Args:
-        samples: of each image two or more, each a list of words; as many for one image as for another.
+        samples: two or more of each image, the same number for all; each is a list of words.
 
     Returns:
-        "samples": how many an image has; "div1", "div2": different words (pairs of words) by all of an
-        image's samples, mean over the images; "mbleu": BLEU-4 of each image's k-th sample against its others,
-        computed as of a corpus of all images, mean over k (Shetty et al., 2017). High Div and low mBLEU are
-        diverse.
+        "samples": how many an image has. "div1", "div2": number of different words, or pairs of words, in an
+        image's samples divided by that of all, mean over the images. "mbleu": corpus BLEU-4 of the images'
+        k-th samples against their other ones, mean over k (Shetty et al., 2017). Diverse samples have a high
+        Div and a low mBLEU.
     """
     count = len(samples[0])
 
     def bleu_against_others(k: int) -> float:
-        counts = [bleu_counts([*own[:k], *own[k + 1 :]], own[k]) for own in samples]
-        return named_bleu([sum(column) for column in zip(*counts)])["Bleu_4"]
+        counts = [bleu_counts([*of_image[:k], *of_image[k + 1 :]], of_image[k]) for of_image in samples]
+        return matched_bleu([sum(column) for column in zip(*counts)])["Bleu_4"]
 
     return {
         "samples": count,
-        "div1": fmean(distinct_ngrams(own, 1) for own in samples),
-        "div2": fmean(distinct_ngrams(own, 2) for own in samples),
+        "div1": fmean(distinct_ngrams(of_image, 1) for of_image in samples),
+        "div2": fmean(distinct_ngrams(of_image, 2) for of_image in samples),
         "mbleu": fmean(bleu_against_others(k) for k in range(count)),
     }
 
 
 def print_diversity(first: str, names: Sequence[str], rows: Sequence[dict[str, float | None]]) -> None:
-    """A line for each model or beam size, and the diversity of the samples where there are any.
+    """Print one line for each model or beam size, and the diversity of the samples if there are any.
 
     Args:
-        first: what the names are of.
-        rows: what `caption_diversity` returns, for each name.
+        first: title of the column of names.
+        names: of the models, or the beam sizes.
+        rows: what `caption_diversity` returned for each of them.
     """
     width = max(map(len, [first, *names]))
     print(f"\n{first:{width}} {' '.join(f'{title:>11}' for title in COLUMNS.values())}")

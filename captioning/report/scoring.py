@@ -1,10 +1,11 @@
-"""Captions and the references that they belong to: of a prepared split, of a file of captions."""
+"""Scores of captions against their references: of a file of captions, of a prepared split."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,9 @@ from captioning.data.images import IMAGE_EXTENSIONS
 from captioning.data.prepared import Prepared
 from captioning.data.submissions import ScoredCaption, coco_id, read_submission
 from captioning.decoding.options import DecodingOptions
-from metrics import score_captions, tokenize
-from utils import UserError, parallel_map, processes, progress_bar
+from metrics import Scores, score_captions, tokenize
+from metrics.ngrams import LONGEST_NGRAM, named_bleu
+from utils import UserError, counted, parallel_map, processes, progress_bar
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from captioning.captioners.attention import Captioner
     from captioning.captioners.base import BaseCaptioner
 
+
+# --- scores -------------------------------------------------------------------------------------------------
 
 COLUMNS = {  # scores, and how tables call them
     "Bleu_1": "BLEU-1",
@@ -35,11 +39,39 @@ COLUMNS = {  # scores, and how tables call them
 }
 
 
+def report_scores(references: Mapping[str, Sequence[str]], captions: Mapping[str, str]) -> Scores:
+    """The official scores of captions by image id (`metrics.score_captions`), but with `matched_bleu`, by
+    which BLEU without a match is 0."""
+    scores = score_captions(references, captions)
+    total = [sum(column) for column in zip(*scores.bleu_counts.values())]
+    per_image = {
+        image_id: of_image | matched_bleu(scores.bleu_counts[image_id])
+        for image_id, of_image in scores.per_image.items()
+    }
+    return replace(scores, overall=scores.overall | matched_bleu(total), per_image=per_image)
+
+
+def matched_bleu(counts: Sequence[float]) -> dict[str, float]:
+    """Bleu_1 to Bleu_4 from the counts of `metrics.ngrams.bleu_counts`; 0 where no n-gram matches.
+
+    The official evaluation adds small constants, which leave up to 2e-4 there, and up to 0.03 where captions
+    are too short to have an n-gram. Such numbers say nothing about the captions but differ between models.
+    """
+    matched = counts[-LONGEST_NGRAM:]  # for n = 1 to 4
+    return {
+        name: score if all(matched[:n]) else 0.0
+        for n, (name, score) in enumerate(named_bleu(counts).items(), start=1)
+    }
+
+
+# --- references ---------------------------------------------------------------------------------------------
+
+
 def prepared_records(data_folder: str | Path, split: str) -> list[Record]:
     """The images of a prepared split with all their captions, in the order of the HDF5 file.
 
     Raises:
-        UserError: no such split, or images that share an id.
+        UserError: there is no such split, or two of its images share an id.
     """
     folder, records = Path(data_folder), Prepared(data_folder).records(split)
     if len({record.image_id for record in records}) < len(records):
@@ -49,8 +81,24 @@ def prepared_records(data_folder: str | Path, split: str) -> list[Record]:
     return records
 
 
+def prepared_references(data_folder: str | Path, split: str) -> dict[str, list[str]]:
+    """All captions of each image of a prepared split, by its id, in the order of the HDF5 file.
+
+    Raises:
+        UserError: as in `prepared_records`, or if an image has no caption.
+    """
+    records = prepared_records(data_folder, split)
+    if not all(record.captions for record in records):
+        raise UserError(
+            f"{data_folder}: images of the {split} split have no captions to score against; prepare it with "
+            f"--test_annotations FILE, or caption the folder and give --submission and --references"
+        )
+    return {record.image_id: record.captions for record in records}
+
+
 def training_texts(data_folder: str | Path) -> tuple[set[str] | None, set[tuple[str, ...]] | None]:
-    """The vocabulary and the training captions of prepared data; None where there are none."""
+    """The vocabulary and the training captions of prepared data; None, None if the folder has no such
+    data."""
     folder = Path(data_folder)
     if not (folder / "prepared.json").is_file():
         return None, None
@@ -62,10 +110,10 @@ def training_texts(data_folder: str | Path) -> tuple[set[str] | None, set[tuple[
 def reference_records(
     references: str | Path, split: str = "test", image_folder: str | Path | None = None
 ) -> list[Record]:
-    """The captioned images of annotations in any layout; of the `split` where they name splits.
+    """The captioned images of an annotation file in any layout, of the `split` if the file names splits.
 
     Raises:
-        UserError: damaged annotations, or no caption in them.
+        UserError: the file is damaged, or has no captions of that split.
     """
     records = [record for record in read_annotations(references, image_folder) if record.captions]
     if any(record.split for record in records):
@@ -75,35 +123,95 @@ def reference_records(
     return records
 
 
+def find_image_folder(references: str | Path | None, image_folder: str | None) -> str | None:
+    """The folder of a submission's images: `image_folder` if one is given, else test/test/ beside the
+    references or here, else None.
+
+    Raises:
+        UserError: `image_folder` does not exist.
+    """
+    if image_folder is not None:
+        if not Path(image_folder).is_dir():
+            raise UserError(
+                f"{image_folder}: no such folder of images; give the one that holds the image files"
+            )
+        return image_folder
+    beside = [] if references is None else [Path(references).parent / "test" / "test"]
+    return next((str(folder) for folder in [*beside, Path("test/test")] if folder.is_dir()), None)
+
+
+# --- files of captions --------------------------------------------------------------------------------------
+
+
+def score_submission(
+    submission: str | Path, references: str | Path, split: str = "test", partial: bool = False
+) -> dict:
+    """Score a file of captions against annotations in any layout.
+
+    Args:
+        split: the references' split to score against, if they name splits (Karpathy's JSON).
+        partial: score the images that both files have.
+
+    Returns:
+        "images", "missing" and "unknown" (numbers), "captions" {id: caption}, "scores" (Scores), and
+        "beam_size", which is None.
+
+    Raises:
+        UserError: as in `match_submission` and `reference_records`.
+    """
+    return score_records(submission, reference_records(references, split), references, partial)
+
+
+def score_records(
+    submission: str | Path, records: Sequence[Record], references: str | Path, partial: bool = False
+) -> dict:
+    """`score_submission` for references that have been read already."""
+    texts = {record.image_id: record.captions for record in records}
+    captions, missing, unknown = match_submission(submission, texts, references, partial)
+    if missing or unknown:
+        print(
+            f"PARTIAL: {len(captions)} of {counted(len(texts), 'image')} scored, {len(missing)} missing, "
+            f"{counted(len(unknown), 'unknown row')} left out"
+        )
+    return {
+        "beam_size": None,
+        "images": len(captions),
+        "missing": len(missing),
+        "unknown": len(unknown),
+        "captions": captions,
+        "scores": report_scores({image_id: texts[image_id] for image_id in captions}, captions),
+    }
+
+
 def match_submission(
     submission: str | Path, ids: Collection[str], whose: str | Path, partial: bool = False
 ) -> tuple[dict[str, str], list[str], list[str]]:
-    """The captions of a CSV or COCO results JSON for the images `ids`.
+    """Read a file of captions and find the caption of each of the images `ids`; print how many are empty.
 
-    Ids are compared as they are, else without an image's extension, else by COCO's number.
+    Ids are compared as they stand, then without an image file's extension, then as COCO's numbers.
 
     Args:
-        whose: what has the `ids`, for messages.
-        partial: take what is there.
+        whose: the file that the `ids` are from, for messages.
+        partial: let ids be missing or unknown.
 
     Returns:
-        {image id: caption}; ids that the submission lacks; its ids that are not among `ids`.
+        {image id: caption}; the `ids` that the file lacks; the file's ids that are not among `ids`.
 
     Raises:
-        UserError: a damaged file, or ids that are doubled or, unless `partial`, missing or unknown.
+        UserError: the file is damaged, an id occurs twice or, unless `partial`, is missing or unknown.
     """
     aliases = {alias: known for known in reversed([*ids]) for alias in (str(coco_id(known)), stem(known))}
     aliases.update(zip(ids, ids))
     rows = read_submission(submission)
-    found = [
+    known_ids = [  # of each row; None: of no image
         aliases.get(image_id) or aliases.get(stem(image_id)) or aliases.get(str(coco_id(image_id)))
         for image_id, _ in rows
     ]
-    doubled = [image_id for image_id, count in Counter(filter(None, found)).items() if count > 1]
+    doubled = [image_id for image_id, count in Counter(filter(None, known_ids)).items() if count > 1]
     refuse(submission, doubled, "given more than once", "leave one row of each")
-    captions = {known: caption for known, (_, caption) in zip(found, rows) if known}
+    captions = {known: caption for known, (_, caption) in zip(known_ids, rows) if known}
     missing = [image_id for image_id in ids if image_id not in captions]
-    unknown = [image_id for known, (image_id, _) in zip(found, rows) if not known]
+    unknown = [image_id for known, (image_id, _) in zip(known_ids, rows) if not known]
     if not captions:
         raise UserError(
             f"{submission}: none of its {len(rows)} ids ({', '.join(unknown[:3])}, ...) is among those of "
@@ -112,49 +220,10 @@ def match_submission(
     if not partial:
         refuse(submission, missing, "missing", f"add what {whose} has, or give --partial")
         refuse(submission, unknown, f"unknown to {whose}", "remove them, or give --partial")
-    return captions, missing, unknown
-
-
-def score_submission(
-    submission: str | Path, references: str | Path, split: str = "test", partial: bool = False
-) -> dict:
-    """Score a CSV or COCO results JSON against annotations in any layout.
-
-    Args:
-        split: of the references, where they name splits (Karpathy's JSON).
-        partial: score what both files have.
-
-    Returns:
-        "beam_size" (None), "images", "missing", "unknown" (numbers), "captions" {id: caption}, "scores".
-
-    Raises:
-        UserError: as `match_submission` and `reference_records`.
-    """
-    return score_records(submission, reference_records(references, split), references, partial)
-
-
-def score_records(
-    submission: str | Path, records: Sequence[Record], references: str | Path, partial: bool = False
-) -> dict:
-    """`score_submission` with references that are read already."""
-    wanted = {record.image_id: record.captions for record in records}
-    captions, missing, unknown = match_submission(submission, wanted, references, partial)
-    if missing or unknown:
-        print(
-            f"PARTIAL: {len(captions)} of {len(wanted)} images scored, {len(missing)} missing, "
-            f"{len(unknown)} unknown rows left out"
-        )
     empty = sum(not caption.strip() for caption in captions.values())
     if empty:
-        print(f"{empty} of {len(captions)} captions are empty; they count as wrong")
-    return {
-        "beam_size": None,
-        "images": len(captions),
-        "missing": len(missing),
-        "unknown": len(unknown),
-        "captions": captions,
-        "scores": score_captions({image_id: wanted[image_id] for image_id in captions}, captions),
-    }
+        print(f"{submission}: {empty} of {len(captions)} captions are empty; they count as wrong")
+    return captions, missing, unknown
 
 
 def stem(image_id: str) -> str:
@@ -164,29 +233,35 @@ def stem(image_id: str) -> str:
 
 
 def refuse(file: str | Path, ids: Sequence[str], what: str, remedy: str) -> None:
-    """Raise UserError where there are `ids`."""
+    """Raise UserError if there are any `ids`, naming the first ten."""
     if ids:
         some = ", ".join(ids[:10]) + (", ..." if len(ids) > 10 else "")
-        raise UserError(f"{file}: {len(ids)} ids {what} ({some}); {remedy}")
+        raise UserError(f"{file}: {counted(len(ids), 'id')} {what} ({some}); {remedy}")
 
 
-def find_image_folder(references: str | Path | None, given: str | None) -> str | None:
-    """Where a submission's images are: as given, else test/test/ here or beside the references, else unknown.
+# --- captions of a prepared split ---------------------------------------------------------------------------
 
-    Raises:
-        UserError: the folder given does not exist.
+Decoded = dict[Any, list[list[ScoredCaption]]]  # by the name of the options: the captions of each image
+
+
+def open_split(
+    captioner: Captioner, data_folder: str | Path, split: str, cache_features: bool
+) -> tuple[list[Rows], str]:
+    """Open a prepared split's images, or its cached features.
+
+    cache_features: use the cache if it has the features of every encoder.
+
+    Returns:
+        The images and "computed", or the features for each encoder and "cached".
     """
-    if given is not None:
-        if not Path(given).is_dir():
-            raise UserError(f"{given}: no such folder of images; give the one that holds the image files")
-        return given
-    beside = [] if references is None else [Path(references).parent / "test" / "test"]
-    return next((str(folder) for folder in [*beside, Path("test/test")] if folder.is_dir()), None)
+    from captioning.data.features import cached_features, open_features  # here, as they import torch
 
-
-# --- captions of a split ------------------------------------------------------------------------------------
-
-Decoded = dict[Any, list[list[ScoredCaption]]]  # by the options' name: the captions of each image
+    data = Prepared(data_folder)
+    if cache_features:
+        caches = [cached_features(encoder, data_folder, split) for encoder in captioner.encoders]
+        if None not in caches:
+            return [open_features(file, data, split) for file in caches], "cached"
+    return [data.images(split)], "computed"
 
 
 def decode_split(
@@ -197,14 +272,16 @@ def decode_split(
     options: Mapping[Any, DecodingOptions],
     batch_size: int,
 ) -> tuple[Decoded, dict[Any, float]]:
-    """The captions of some images of a split, and the seconds of "encoding" and of each search.
-
-    Each image is encoded once for all options.
+    """Caption some images of a split with each of several decoding options; each image is encoded once.
 
     Args:
         ids: of all images of the split.
         indices: of the images to caption.
         stored: the split's images, or its features for each of the captioner's encoders.
+        options: by names of your choice.
+
+    Returns:
+        By those names the captions of each image; the seconds that "encoding" and each search took.
     """
     import torch  # here, as it takes longer than all that a file of captions needs
 
@@ -220,27 +297,27 @@ def decode_split(
     with progress_bar(
         total=len(indices), desc="evaluation", unit="image", disable=not processes().is_main_process
     ) as progress:
-        for now, values in read_batches(indices, stored, batch_size):
+        for batch_indices, values in read_batches(indices, stored, batch_size):
             began = clock()
             is_images = values[0].dtype == torch.uint8
             grids = captioner.encode(values[0]) if is_images else [features.to(device) for features in values]
             ended = clock()
             seconds["encoding"] += ended - began
-            for name, own in options.items():
+            batch_ids = [ids[index] for index in batch_indices]
+            for name, options_of_name in options.items():
                 began = ended
-                found = captioner.decode(grids, own, [ids[index] for index in now])
-                decoded[name] += captioner.scored(found)
+                decoded[name] += captioner.scored(captioner.decode(grids, options_of_name, batch_ids))
                 ended = clock()
                 seconds[name] += ended - began
-            progress.update(len(now))
+            progress.update(len(batch_indices))
     return decoded, seconds
 
 
 def read_batches(
     indices: Sequence[int], stored: Sequence[Rows], batch_size: int
 ) -> Iterator[tuple[Sequence[int], list[torch.Tensor]]]:
-    """Batches of indices with their rows of each of `stored`, which are closed at the end; a thread reads
-    ahead."""
+    """Yield batches of indices with their rows of each of `stored`. A thread reads ahead; the files are
+    closed at the end."""
     import torch
 
     batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
@@ -262,18 +339,18 @@ def decode_files(
     batch_size: int,
     with_scores: bool = False,
 ) -> tuple[Decoded, dict[Any, float]]:
-    """The same from image files, for a captioner that prepares them itself; each is encoded anew for each of
-    the options."""
+    """Do what `decode_split` does from image files, for a captioner that prepares them itself. Each image is
+    encoded anew for each of the options."""
     import torch  # here, as it takes longer than all that a file of captions needs
 
     decoded: Decoded = {name: [] for name in options}
     seconds = dict.fromkeys(("encoding", *options), 0.0)
     batches = [records[start : start + batch_size] for start in range(0, len(records), batch_size)]
-    for name, own in options.items():
+    for name, options_of_name in options.items():
         began = time.perf_counter()
         for batch in progress_bar(batches, desc=f"evaluation, {name}", unit="batch"):
             images = torch.stack([captioner.prepare(record.path) for record in batch])
             ids = [record.image_id for record in batch]
-            decoded[name] += captioner.decode_prepared(images, own, ids, with_scores)
+            decoded[name] += captioner.decode_prepared(images, options_of_name, ids, with_scores)
         seconds[name] = time.perf_counter() - began
     return decoded, seconds

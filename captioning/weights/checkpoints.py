@@ -26,7 +26,7 @@ from captioning.files import Number, OutputFile, find_mismatch
 from captioning.weights.pretrained import build_encoder
 from captioning.weights.tutorial_checkpoint import read_tutorial_checkpoint
 from models import Attention, DecoderWithAttention, Encoder, HardAttention
-from utils import UserError, atomic_write, pick_device, read_json
+from utils import UserError, atomic_write, pick_device, read_json, readable_size
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
@@ -124,7 +124,7 @@ def check_room(
     if room < wanted:
         log(
             f"{folder}: room for the checkpoints of {room} epochs, and {wanted} are to be kept, "
-            f"{checkpoint / 1e9:.2f} GB each: give --keep_checkpoints {max(1, room - 1)}"
+            f"{readable_size(checkpoint)} each: give --keep_checkpoints {max(1, room - 1)}"
         )
 
 

@@ -56,7 +56,7 @@ def test_captions_are_those_of_the_plain_loop(trained, demo, captioner, pixels, 
     model = transformers.BlipForConditionalGeneration.from_pretrained(trained)
     plain = []
     for path in list_images(demo / "test" / "test"):
-        inputs = processor(Image.open(path).convert("RGB"), *[prompt] * bool(prompt), return_tensors="pt")
+        inputs = processor(Image.open(path).convert("RGB"), prompt or None, return_tensors="pt")
         found = model.generate(**inputs, num_beams=3, max_new_tokens=30)
         plain.append(processor.decode(found[0], skip_special_tokens=True))
     assert len(set(plain)) > 1

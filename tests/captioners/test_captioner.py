@@ -1,6 +1,8 @@
 """Captioner.load and .caption: one way for attention models, ensembles and BLIP."""
 
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from captioning.captioners.attention import Captioner
+import captioning
+from captioning import Captioner
 from captioning.data.annotations import END, START
 from captioning.data.images import list_images
 from utils import UserError
@@ -27,6 +30,13 @@ def captioner(request, models, blip_folder):
 @pytest.fixture(scope="module")
 def paths(demo):
     return list_images(demo / "test" / "test")
+
+
+def test_the_package_loads_its_captioner_on_first_use():
+    code = "import sys, captioning; assert 'torch' not in sys.modules; captioning.Captioner.load"
+    subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' in sys.modules"], cwd=ROOT, check=True)
+    with pytest.raises(AttributeError, match="has no attribute 'Captoner'"):
+        captioning.Captoner  # noqa: B018
 
 
 def test_all_forms_of_an_image_have_the_same_caption(captioner, paths):

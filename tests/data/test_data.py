@@ -381,7 +381,7 @@ def test_interrupted_preparation_keeps_the_earlier_one(demo, tmp_path, monkeypat
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(preparation, "write_captions", interrupt)
+    monkeypatch.setattr(preparation, "write_encoded_captions", interrupt)
     with pytest.raises(KeyboardInterrupt):
         preparation.create_input_files(settings)
     assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()} == before

@@ -244,7 +244,7 @@ def test_what_cannot_be_is_refused(script, options, part):
         parse_settings(script.Settings, options)
 
 
-def test_rows_of_captions_come_back(tmp_path):
+def test_the_best_of_several_captions_come_back(tmp_path, capsys):
     captions = [
         ("a", [ScoredCaption("x, y", -1.23456, -0.4), ScoredCaption("z", -2.0, -1.0)]),
         ("b", [ScoredCaption("")]),
@@ -253,10 +253,16 @@ def test_rows_of_captions_come_back(tmp_path):
     assert rows[0] == ("a", "x, y", 1, -1.2346, -0.4) and rows[2] == ("b", "", 1, None, None)
     for extension in (".csv", ".jsonl", ".json"):
         write_submission(tmp_path / f"x{extension}", rows, columns)
-        assert read_submission(tmp_path / f"x{extension}") == [row[:2] for row in rows]
-    (tmp_path / "x.csv").write_text("image_id,caption,colour\na,b,c\n")
-    with pytest.raises(UserError, match="other columns"):
-        read_submission(tmp_path / "x.csv")
+        assert read_submission(tmp_path / f"x{extension}") == [("a", "x, y"), ("b", "")]
+        assert "those of rank 1 count, 1 do not" in capsys.readouterr().out
+    for text, part in (
+        ("image_id,caption,colour\na,b,c\n", "line 2: other columns"),
+        ("image_id,caption,rank\na,b,first\n", "line 2: its rank is 'first'"),
+        ("image_id,caption,rank\na,b,2\n", "no captions of rank 1"),
+    ):
+        (tmp_path / "x.csv").write_text(text)
+        with pytest.raises(UserError, match=part):
+            read_submission(tmp_path / "x.csv")
 
 
 def test_the_pipeline_passes_the_options_on_and_keeps_one_caption():

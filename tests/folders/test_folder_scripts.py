@@ -189,18 +189,18 @@ def test_a_figure_of_each_image(models, blip_model, demo, tmp_path, monkeypatch,
     same_name = shutil.copy(second, tmp_path / "b" / first.name)
     monkeypatch.chdir(tmp_path)
     images = (str(first), str(same_name))
-    assert caption.main(caption.Settings(images, model=str(models / "best_checkpoint.pth"))) == 0
+    assert caption.main(caption.Settings(images=images, model=str(models / "best_checkpoint.pth"))) == 0
     attention = capsys.readouterr()
-    assert direct_caption.main(direct_caption.Settings(images, model_path=str(blip_model))) == 0
+    assert direct_caption.main(direct_caption.Settings(images=images, model_path=str(blip_model))) == 0
     names = ["attention_test_0001.png", "attention_test_0001_2.png"]
     for printed in (attention, capsys.readouterr()):
         assert [line.split(": ")[0] for line in printed.out.splitlines()] == list(images)
         assert [line.removeprefix("figure: ") for line in printed.err.splitlines()] == names
     assert sorted(os.listdir(tmp_path)) == [*names, "b"] and np.ptp(read_image(names[1])) > 100
     with pytest.raises(UserError, match="--figure names the figure of one image"):
-        caption.Settings(images, figure="x.png")
+        caption.Settings(images=images, figure="x.png")
     with pytest.raises(UserError, match=r"nowhere\.jpg: no such image"):
-        direct_caption.main(direct_caption.Settings(("nowhere.jpg",)))
+        direct_caption.main(direct_caption.Settings(images=("nowhere.jpg",)))
 
 
 def test_plain_arguments_may_stand_anywhere():

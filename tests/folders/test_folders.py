@@ -128,7 +128,7 @@ def test_subfolders(tmp_path, capsys):
     (folder / "b" / "notes.md").write_text("no image")
     (folder / "b" / "up").symlink_to(folder)
     run(ColourCaptioner(), folder, tmp_path / "out.csv")
-    assert f"3 images in subfolders of {folder} are left out; --recursive" in capsys.readouterr().out
+    assert f"left out: 3 images in subfolders of {folder}; --recursive" in capsys.readouterr().out
     assert [row[0] for row in read_submission(tmp_path / "out.csv")] == ["img0", "img1"]
     run(ColourCaptioner(), folder, tmp_path / "out.jsonl", recursive=True, sidecars=True, prefix="{folder}")
     rows = read_submission(tmp_path / "out.jsonl")

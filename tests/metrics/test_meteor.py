@@ -1,7 +1,5 @@
 """METEOR compared with the official program: its recorded scores, worked examples, and the program itself."""
 
-import csv
-import json
 import math
 import random
 import shutil
@@ -11,14 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SHARED, make_meteor_data
+from conftest import ROOT, make_meteor_data
+from ground_truth import golden, real_captions
 
 from metrics import Meteor, meteor
 from metrics.meteor import java_hash, normalize
-
-GOLDEN = SHARED / "golden" / "captions_a.json"
-FLICKR8K = SHARED / "flickr8k_small" / "captions.txt"
-COCO = SHARED / "coco_small" / "captions_train2017.json"
 
 # Hypothesis, references, statistics of the kept reference in the order of the program, score
 WORKED_EXAMPLES = [
@@ -76,25 +71,6 @@ NORMALIZED = {
 }  # fmt: skip
 
 
-def golden() -> dict:
-    if not GOLDEN.exists():
-        pytest.skip("needs the recorded official scores")
-    return json.loads(GOLDEN.read_text())
-
-
-def real_captions() -> list[list[str]]:
-    """The captions of each image, in lower case."""
-    if not (FLICKR8K.exists() and COCO.exists()):
-        pytest.skip("needs real captions")
-    images: dict = {}
-    with FLICKR8K.open(newline="") as file:
-        for row in csv.DictReader(file):
-            images.setdefault(row["image"], []).append(row["caption"].lower())
-    for annotation in json.loads(COCO.read_text())["annotations"]:
-        images.setdefault(annotation["image_id"], []).append(annotation["caption"].lower())
-    return list(images.values())
-
-
 # -------------------------------------------------------------------------------------------- official scores
 
 
@@ -150,7 +126,7 @@ def run_java(data_dir: Path, images: list[tuple[list[str], str]]) -> tuple[float
 def test_beside_the_java_program(scorer, data_dir, tmp_path):
     if not shutil.which("java"):
         pytest.skip("needs java")
-    captions = real_captions()
+    captions = [[caption.lower() for caption in group] for group in real_captions()]
     generator = random.Random(0)
     images = []
     for number in range(1000):

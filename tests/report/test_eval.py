@@ -167,16 +167,20 @@ def test_checkpoints_are_chosen(prepared, demo, models, other, tmp_path, run_scr
     command += ["--test_folder", demo / "test" / "test", "--output_csv", tmp_path / "out.csv"]
     result = run_script(*command)
     assert result.returncode == 0 and "best_checkpoint.pth" in result.stdout
+    (tmp_path / "empty").mkdir()
+    nowhere = run_script(*command, "--test_folder", tmp_path / "empty")
+    assert_one_line(nowhere, "empty", "no images in it")
+    assert not nowhere.stdout, "a checkpoint is announced when there is an image for it"
     result = run_script(*command, "--ensemble_mode")
     names = [f"checkpoint_epoch_{number}.pth" for number in (1, 2, 3)]
     assert result.returncode == 0 and all(result.stdout.count(name) <= 1 for name in names)
     assert result.stdout.splitlines()[0].count(".pth") == 3, "the best one is one of the three"
     assert_one_line(run_script(*command, "--checkpoint", "a.pth"), "a.pth", "no such checkpoint")
     with pytest.raises(UserError, match="--ensemble_mode"):
-        caption_from_checkpoint.Settings(("a.pth", "b.pth"))
+        caption_from_checkpoint.Settings(checkpoint=("a.pth", "b.pth"))
     for file in folder.glob("checkpoint_*"):
         file.unlink()
-    with pytest.raises(UserError, match="1 checkpoints"):
+    with pytest.raises(UserError, match="1 checkpoint in it"):
         caption_from_checkpoint.choose_checkpoints(
             caption_from_checkpoint.Settings(ensemble_mode=True, checkpoint_folder=str(folder))
         )
@@ -197,6 +201,23 @@ def test_submission_layouts_score_alike(demo, captions, tmp_path):
     assert scores[0]["scores"].overall["Bleu_4"] == pytest.approx(1)
     for other_scores in scores[1:]:
         assert other_scores["scores"].overall == pytest.approx(scores[0]["scores"].overall)
+
+
+def test_of_several_captions_the_best_is_scored(demo, captions, tmp_path, capsys):
+    references, columns = demo / "test_captions.csv", ("rank", "log_prob", "log_prob_per_word")
+    several = [
+        (image_id, text, rank, -float(rank), -0.1 * rank)
+        for image_id, best in captions.items()
+        for rank, text in enumerate([best, "a worse one"], start=1)
+    ]
+    for name in ("several.csv", "several.jsonl"):
+        write_submission(tmp_path / name, several, columns)
+        row = evaluation.score_submission(tmp_path / name, references)
+        assert row["captions"] == captions
+        assert f"those of rank 1 count, {len(captions)} do not" in capsys.readouterr().out
+    write_submission(tmp_path / "second.csv", [line for line in several if line[2] == 2], columns)
+    with pytest.raises(UserError, match="no captions of rank 1"):
+        evaluation.score_submission(tmp_path / "second.csv", references)
 
 
 def test_coco_numbers(tmp_path):
@@ -227,7 +248,7 @@ def test_incomplete_submissions_are_refused_by_name(demo, captions, tmp_path, ru
         ([*rows, ("nobody", "a dog")], "nobody"),
     ):
         write_submission(tmp_path / "s.csv", wrong)
-        with pytest.raises(UserError, match=f"s.csv: 1 ids .*{name}"):
+        with pytest.raises(UserError, match=f"s.csv: 1 id .*{name}"):
             evaluation.score_submission(tmp_path / "s.csv", references)
     write_submission(tmp_path / "s.csv", [*rows[2:], ("nobody", "a dog")])
     row = evaluation.score_submission(tmp_path / "s.csv", references, partial=True)

@@ -14,8 +14,18 @@ from PIL import Image
 
 import eval as evaluation
 from captioning.captioners.base import Caption
+from captioning.data.images import read_image
 from captioning.data.submissions import write_submission
-from captioning.report.comparison import bootstrap_difference, compare_files, compare_models, verdict
+from captioning.report.comparison import (
+    Interval,
+    bootstrap_difference,
+    compare_files,
+    compare_models,
+    compare_pairs,
+    print_intervals,
+    verdict,
+)
+from captioning.report.figures import draw_attention
 from captioning.report.pointing import inside, named_objects, pointing_score, read_boxes
 from captioning.report.quality import (
     attention_summary,
@@ -24,6 +34,7 @@ from captioning.report.quality import (
     entropy,
     has_repetition,
 )
+from captioning.report.scoring import report_scores
 from captioning.weights.checkpoints import load_checkpoint, save_checkpoint
 from metrics import score_captions
 from utils import UserError
@@ -71,6 +82,53 @@ def test_differences_are_those_of_the_tables():
     assert 0.5 < found["overlap"] < 1
 
 
+def test_a_bleu_without_a_match_is_zero_and_no_difference():
+    """The official evaluation's small constants differ from model to model where no 4-gram matches."""
+    references = {str(i): [f"a dog number {i} runs on the grass"] for i in range(8)}
+    first = {key: "a dog on the sofa and it sleeps" for key in references}
+    second = {key: "the dog is red" for key in references}
+    official = [score_captions(references, captions).overall["Bleu_4"] for captions in (first, second)]
+    assert 0 < official[1] < official[0] < 1e-3
+    scores = [report_scores(references, captions) for captions in (first, second)]
+    assert [of_model.overall["Bleu_4"] for of_model in scores] == [0, 0]
+    assert {of_image["Bleu_4"] for of_model in scores for of_image in of_model.per_image.values()} == {0}
+    assert scores[0].overall["Bleu_2"] == score_captions(references, first).overall["Bleu_2"] > 0
+    found = compare_models(references, [first, second], scores)["intervals"]
+    assert found["Bleu_4"] == (0, 0, 0) and not found["Bleu_4"].more_than_chance
+    assert found["Bleu_1"].more_than_chance
+    # too short for any 4-gram
+    assert report_scores(references, dict.fromkeys(references, "a dog runs")).overall["Bleu_4"] == 0
+
+
+def test_what_rounds_to_zero_is_no_difference(capsys):
+    interval = Interval(-2e-5, -4e-5, -1e-5)
+    assert not interval.more_than_chance and "may be chance (+0.0000, " in verdict(
+        interval, "CIDEr", "a", "b"
+    )
+    print_intervals({"Bleu_4": interval})
+    assert capsys.readouterr().out == "  BLEU-4    +0.0000  [+0.0000, +0.0000]  may be chance\n"
+    assert Interval(-2e-4, -3e-4, -1e-4).more_than_chance
+
+
+def test_pairs_are_compared_on_the_images_that_both_have(capsys):
+    references = {str(i): [f"a dog number {i} runs on grass"] for i in range(6)}
+    whole = {key: texts[0] for key, texts in references.items()}
+    captions = [whole, {key: f"{whole[key]} today" for key in "0123"}, {"5": whole["5"]}]
+    scores = [report_scores({key: references[key] for key in own}, own) for own in captions]
+    (pair,) = compare_pairs(references, ["a", "b", "c"], captions, scores)
+    assert (pair["first"], pair["second"], pair["images"]) == (0, 1, 4)
+    on_four = {key: references[key] for key in "0123"}
+    difference = (
+        report_scores(on_four, captions[1]).overall["CIDEr"]
+        - report_scores(on_four, {key: whole[key] for key in "0123"}).overall["CIDEr"]
+    )
+    assert pair["intervals"]["CIDEr"].difference == pytest.approx(difference) and pair["losses"] == 4
+    assert capsys.readouterr().out.splitlines() == [
+        "a and c: 1 scored image in common, not compared",
+        "b and c: 0 scored images in common, not compared",
+    ]
+
+
 # --- quality ------------------------------------------------------------------------------------------------
 
 
@@ -103,6 +161,23 @@ def test_attention_summary():
     assert np.array(found["mean_maps"]["all words"]) == pytest.approx((2 * even + sharp) / 3)
     assert found["largest_entropy"] == 4
     assert attention_summary([], []) == {}
+
+
+# --- figures ------------------------------------------------------------------------------------------------
+
+
+def test_a_figure_of_whatever_a_captioner_takes(demo, tmp_path):
+    path = demo / "test" / "test" / "test_0001.jpg"
+    image = Image.open(path)
+    array = np.asarray(image)
+    maps = torch.rand(2, 14, 14)
+    forms = (path, str(path), image, array, torch.from_numpy(array.copy()).permute(2, 0, 1))
+    for number, form in enumerate(forms):
+        draw_attention(tmp_path / f"{number}.png", form, ["a", "dog"], maps if number % 2 else maps.numpy())
+    figures = [read_image(tmp_path / f"{number}.png") for number in range(len(forms))]
+    assert np.ptp(figures[0]) > 100 and all((figure == figures[0]).all() for figure in figures)
+    with pytest.raises(UserError, match="taken as uint8"):
+        draw_attention(tmp_path / "a.png", array / 255, ["a"], maps)
 
 
 # --- pointing -----------------------------------------------------------------------------------------------

@@ -20,7 +20,10 @@ const Charts = (() => {
   }
   const color = (model) => `var(--m${model % 6})`;
   const percent = (share) => `${(100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0)} %`;
-  const signed = (value, digits = 3) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(digits)}`;
+  const signed = (value, digits) => {
+    const text = Math.abs(value).toFixed(digits);
+    return `${value < 0 && Number(text) ? "−" : "+"}${text}`;
+  };
 
   // Grouped bars: `series` of {model, values}, one label a group.
   function bars(labels, series, { format = percent, width = 460, height = 190, title = "" } = {}) {
@@ -71,10 +74,10 @@ const Charts = (() => {
     return chart;
   }
 
-  // A difference with its interval, on an axis from -reach to reach.
+  // A difference with its interval, on an axis from -reach to reach, in the colour of the better model; null: grey.
   function interval(difference, low, high, reach, model) {
     const width = 300, height = 26, x = (value) => width / 2 + (value / reach) * (width / 2 - 8);
-    const chance = low <= 0 && high >= 0, tint = chance ? "var(--faint)" : color(model);
+    const tint = model === null ? "var(--faint)" : color(model);
     return svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${difference} in [${low}, ${high}]` },
       svg("line", { x1: 0, x2: width, y1: 13, y2: 13, class: "grid-line" }),
       svg("line", { x1: x(0), x2: x(0), y1: 2, y2: 24, class: "zero" }),

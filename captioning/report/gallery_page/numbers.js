@@ -13,7 +13,7 @@ const Numbers = (() => {
     const best = scores.map((_, k) => Math.max(...models.map((model) => model.overall?.[k] ?? -Infinity)));
     return table(["model", ...scores.map(([, label]) => label)], models.map(({ overall }, m) => [modelName(m), ...scores.map((_, k) => {
       const value = overall?.[k];
-      return make("td", { className: !single && value === best[k] ? "best" : "" }, value == null ? "–" : value.toFixed(4));
+      return make("td", { className: !single && value?.toFixed(4) === best[k].toFixed(4) ? "best" : "" }, value == null ? "–" : value.toFixed(4));
     })]));
   }
 
@@ -43,15 +43,15 @@ const Numbers = (() => {
   function comparison(root) {
     root.append(panel("Scores", "Of the whole set; the best of each is bold.", scoreTable()));
     for (const pair of window.GALLERY.comparisons) {
-      const reach = (rows) => Math.max(...rows.flatMap(([, ...numbers]) => numbers.map(Math.abs))) || 1;
+      const reach = (rows) => Math.max(...rows.flatMap(([, ...numbers]) => numbers.slice(0, 3).map(Math.abs))) || 1;
       const cider = pair.intervals.filter(([label]) => label === "CIDEr"), others = pair.intervals.filter(([label]) => label !== "CIDEr");
-      const rows = [[others, reach(others)], [cider, reach(cider)]].flatMap(([own, most]) => own.map(([label, difference, low, high]) => {
+      const rows = [[others, reach(others)], [cider, reach(cider)]].flatMap(([own, most]) => own.map(([label, difference, low, high, moreThanChance]) => {
         const chart = make("td", { className: "chart" });
-        chart.append(interval(difference, low, high, most, difference > 0 ? pair.second : pair.first));
-        return [label, signed(difference), `${signed(low)} to ${signed(high)}`, chart];
+        chart.append(interval(difference, low, high, most, moreThanChance ? (difference > 0 ? pair.second : pair.first) : null));
+        return [label, signed(difference, 4), `${signed(low, 4)} to ${signed(high, 4)}`, chart];
       }));
       root.append(panel(`${models[pair.second].name} less ${models[pair.first].name}`,
-        `The 95 % interval of a paired bootstrap over the ${pair.images} images. Where it crosses zero, grey, the difference may be chance. BLEU of the whole set, the others as means over the images; CIDEr has its own scale.`,
+        `The 95 % interval of a paired bootstrap over the ${pair.images} images. Where it is grey, as it reaches zero, the difference may be chance. BLEU of the whole set, the others as means over the images; CIDEr has its own scale.`,
         make("p", { className: "verdict" }, pair.verdict), table(["score", "difference", "95 % interval", ""], rows)));
       root.append(panel("Image by image", `By the CIDEr of each image. ${percent(pair.identical)} of the captions are the same in both; on the mean, ROUGE-L of one against the other is ${pair.overlap.toFixed(2)}.`, ...split(pair)));
       root.append(panel("Where they differ most", "", differ(pair)));
