@@ -26,7 +26,7 @@ class Energies(Function):
         tensors = att1.unsqueeze(1), att2.unsqueeze(2), energies
         for pixels, captions, out in zip(*(tensor.split(ctx.size) for tensor in tensors)):
             torch.add(pixels, captions, out=hidden)
-            torch.matmul(hidden.relu_(), weight, out=out)
+            torch.mv(hidden.relu_().flatten(0, 2), weight, out=out.view(-1))
         return energies.add_(bias)
 
     @staticmethod
