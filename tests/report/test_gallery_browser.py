@@ -16,11 +16,11 @@ from captioning.report.gallery import ShownCaption, ShownModel, write_gallery
 from captioning.report.quality import attention_summary, caption_quality
 from captioning.report.scoring import report_scores
 
+CHROME = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(
-        not (shutil.which("chromium") and shutil.which("chromedriver")),
-        reason="needs Debian's chromium and chromium-driver",
+        not (CHROME and shutil.which("chromedriver")), reason="needs Chromium or Chrome, and its driver"
     ),
 ]
 
@@ -32,7 +32,7 @@ STRANGE_ID = "a\"b'c<d>&amp;"
 def browser():
     webdriver = pytest.importorskip("selenium.webdriver")
     options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
+    options.binary_location = CHROME
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1300,900"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
