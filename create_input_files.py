@@ -46,16 +46,19 @@ REMEDY = "free some disk space, or lower --image_size"
 
 @dataclass
 class Settings:
+    # what to read
     annotations: str = "train.csv"  # captions to train on, in any of the four layouts
     image_folder: str = "train/train"  # their images
     test_annotations: str | None = None  # None: test_captions.csv or test.csv beside a Kaggle train.csv
     test_image_folder: str | None = None  # None: test/test beside the test annotations
+    # what to write
     output_folder: str = "data_output"  # where the prepared files go
     val_fraction: float = 0.1  # share of the images to validate on, where the file names no splits
     captions_per_image: int = 5  # captions sampled from each image; where it has fewer, some are repeated
     min_word_freq: int = 5  # words that occur less often in the training captions become <unk>
     max_len: int = 50  # words; longer captions are left out
     image_size: int = 256  # pixels, width and height
+    # the run
     workers: int = min(os.cpu_count() or 1, 64)  # threads that read images
     strict: bool = False  # stop at the first missing or unreadable image
     seed: int = 123  # for the validation split and the sampling of captions

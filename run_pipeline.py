@@ -50,17 +50,21 @@ from utils import Device, UserError, check_output, printable, read_json, write_j
 
 @dataclass
 class Settings:
+    # what to train, and on what
     model: Literal["attention", "blip", "both"] = "attention"  # what to train and to caption with
     annotations: str = "train.csv"  # captions to train on, any layout
     image_folder: str = "train/train"  # their images
     test_annotations: str | None = None  # None: the test_captions.csv or test.csv beside a Kaggle train.csv
     test_folder: str = "test/test"  # images to caption
+    # what to write
     data_folder: str = "data_output"  # prepared data goes here
     output_folder: str = "output_models"  # checkpoints go here
     output_csv: str = "submission.csv"  # captions go here
+    # BLIP
     blip_base: str | None = None  # hub id or folder to fine-tune; None: the hub's; tiny for the demonstration
     blip_folder: str = "blip_finetuned_model"  # the fine-tuned BLIP goes here
     blip_csv: str = "blip_submission.csv"  # its captions go here
+    # the run
     device: Device = "auto"  # auto: a GPU where there is one
     demo_images: int = 0  # training scenes that the demonstration draws; 0: make_demo_data.py's own number
 

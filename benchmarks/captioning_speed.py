@@ -39,7 +39,7 @@ from captioning.data.features import encode_images
 from captioning.data.images import read_image
 from captioning.decoding.beam_search import beam_search
 from captioning.decoding.fused_decoder import caption_logits
-from captioning.decoding.word_rules import NO_RULES, WordRules
+from captioning.decoding.options import NO_RULES, WordRules
 from captioning.folders.journal import Journal
 from models import DecoderWithAttention, Encoder, normalize_images
 from tests.reference import TextbookDecoder, TextbookEncoder, textbook_search

@@ -172,16 +172,18 @@ def parse_settings(
         decided = {*settings_class.__dataclass_fields__, *step.decided}
         _add_options(parser, step.settings_class, step.prefix, decided, step.title)
     argv = list(sys.argv[1:] if argv is None else argv)
-    if any(field.metadata.get("positional") for field in settings_class.__dataclass_fields__.values()):
+    fields = settings_class.__dataclass_fields__
+    positional = [name for name in fields if fields[name].metadata.get("positional")]
+    if positional:
         argv = _separate_flags(argv, flags)
+    parser.usage = " ".join(["%(prog)s", *(f"[{name} ...]" for name in positional), "[--setting value ...]"])
     values = vars(parser.parse_intermixed_args(argv))  # plain arguments may stand between the options
     for name, value in values.items():
         if isinstance(value, list):  # a list for each argument
             values[name] = tuple(item for items in value for item in items)
-    names = settings_class.__dataclass_fields__
-    settings = make_settings(settings_class, {name: values[name] for name in values if name in names})
+    settings = make_settings(settings_class, {name: values[name] for name in values if name in fields})
     if hasattr(settings_class, "pipeline_steps"):
-        settings.step_values = {name: values[name] for name in values if name not in names}
+        settings.step_values = {name: values[name] for name in values if name not in fields}
     return settings
 
 

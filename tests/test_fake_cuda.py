@@ -14,8 +14,8 @@ from captioning.data.features import encode_images
 from captioning.decoding import teacher_forcing
 from captioning.decoding.beam_search import beam_search
 from captioning.decoding.fast_energies import use_fast_energies
+from captioning.decoding.options import WordRules
 from captioning.decoding.sampling import sample_captions
-from captioning.decoding.word_rules import WordRules
 from captioning.training.loop import Run
 from captioning.training.self_critical import Reward, SelfCritical, draw_samples
 from models import DecoderWithAttention, Encoder, normalize_images

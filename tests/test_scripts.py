@@ -1,6 +1,8 @@
 """The scripts as users type them: what they write, and what they say of wrong input."""
 
 import csv
+import importlib
+import re
 import shutil
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -12,7 +14,7 @@ from conftest import ROOT, assert_one_line
 from PIL import Image
 
 from caption import caption_image_beam_search, caption_images
-from captioning.command_line import parse_settings
+from captioning.command_line import parse_settings, read_field_comments
 from captioning.data.images import read_image
 from captioning.weights.checkpoints import load_models
 from utils import UserError, check_output, write_json
@@ -58,11 +60,22 @@ def test_settings_come_from_the_dataclass(capsys):
 
 @pytest.mark.parametrize(
     "script",
-    sorted(path.name for path in ROOT.glob("*.py") if "run_script(main, Settings)" in path.read_text()),
+    sorted(path.stem for path in ROOT.glob("*.py") if "run_script(main, Settings)" in path.read_text()),
 )
-def test_help_lists_every_setting(script, run_script):
-    result = run_script(script, "--help")
-    assert result.returncode == 0 and "--" in result.stdout and "(default:" in result.stdout
+def test_help_lists_every_setting_under_its_heading(script, run_script):
+    result = run_script(f"{script}.py", "--help")
+    assert result.returncode == 0 and len(result.stdout.splitlines()[0]) < 80
+    headings = re.split(r"^(\S.*):\n(?=  )", result.stdout, flags=re.MULTILINE)
+    listed = {
+        name: heading
+        for heading, options in zip(headings[1::2], headings[2::2])
+        for name in re.findall(r"^  (?:--)?(\w+)", options, flags=re.MULTILINE)
+    }
+    comments = read_field_comments(importlib.import_module(script).Settings)
+    assert len(comments) > 2
+    for name, comment in comments.items():
+        in_front = name == "images"  # without a name
+        assert listed[name] == ("positional arguments" if in_front else comment.heading or "options"), name
 
 
 # --- captions -----------------------------------------------------------------------------------------------

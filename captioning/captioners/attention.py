@@ -27,9 +27,8 @@ from captioning.data.images import read_image, to_array
 from captioning.data.submissions import ScoredCaption
 from captioning.decoding.beam_search import Hypothesis, beam_search_n_best
 from captioning.decoding.fast_energies import use_fast_energies
-from captioning.decoding.options import UNFINISHED, DecodingOptions
+from captioning.decoding.options import UNFINISHED, DecodingOptions, WordRules
 from captioning.decoding.sampling import image_seed, sample_captions
-from captioning.decoding.word_rules import WordRules
 from captioning.weights.checkpoints import load_models
 from models import DecoderWithAttention, Encoder
 from utils import UserError, pick_device

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from captioning.decoding.options import NO_RULES, WordMasks, WordRules
 from captioning.decoding.pooled_grid import encoder_out_of
-from captioning.decoding.word_rules import NO_RULES, WordMasks, WordRules
 from models import ENCODED_SIZE, DecoderWithAttention
 from utils import UserError, copy_to_device
 

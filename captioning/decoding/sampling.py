@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from captioning.decoding.beam_search import Hypothesis, next_words, search_states
-from captioning.decoding.word_rules import NO_RULES, WordMasks, WordRules
+from captioning.decoding.options import NO_RULES, WordMasks, WordRules
 from models import DecoderWithAttention
 from utils import UserError, copy_to_device
 

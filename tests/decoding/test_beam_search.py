@@ -5,7 +5,7 @@ import torch
 
 from captioning.decoding.beam_search import beam_search, beam_search_n_best
 from captioning.decoding.fast_energies import use_fast_energies
-from captioning.decoding.word_rules import WordRules
+from captioning.decoding.options import WordRules
 from models import DecoderWithAttention, pool_grid
 from tests.reference import TextbookDecoder
 from utils import UserError

@@ -8,9 +8,9 @@ import torch
 from test_beam_search import END, START, VOCABULARY, make_decoder, plain_beam_search
 
 from captioning.decoding.beam_search import beam_search, beam_search_n_best
+from captioning.decoding.options import WordMasks, WordRules
 from captioning.decoding.sampling import draw_words, image_seed, sample_captions, uniform_numbers
 from captioning.decoding.teacher_forcing import token_logits
-from captioning.decoding.word_rules import WordMasks, WordRules
 from tests.reference import TextbookDecoder
 from utils import UserError
 

@@ -11,16 +11,16 @@ from PIL import Image
 
 import view_captions
 from captioning.data.annotations import Record
-from captioning.report.comparison import compare_models
+from captioning.report.comparison import compare_pairs
 from captioning.report.gallery import ShownCaption, ShownModel, write_gallery
 from captioning.report.quality import attention_summary, caption_quality
-from metrics import score_captions
+from captioning.report.scoring import report_scores
 
+CHROME = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(
-        not (shutil.which("chromium") and shutil.which("chromedriver")),
-        reason="needs Debian's chromium and chromium-driver",
+        not (CHROME and shutil.which("chromedriver")), reason="needs Chromium or Chrome, and its driver"
     ),
 ]
 
@@ -32,7 +32,7 @@ STRANGE_ID = "a\"b'c<d>&amp;"
 def browser():
     webdriver = pytest.importorskip("selenium.webdriver")
     options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
+    options.binary_location = CHROME
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1300,900"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
@@ -66,16 +66,15 @@ def make_gallery(folder: Path, count: int) -> Path:
             captions[record.image_id] = ShownCaption(" ".join(words), words, sum(log_probs), log_probs, maps)
         models.append(ShownModel(name, captions))
     references = {record.image_id: record.captions for record in records}
-    own = [{key: caption.text for key, caption in model.captions.items()} for model in models]
-    for model, captions in zip(models, own):
-        model.scores = score_captions(references, captions)
+    texts = [{key: caption.text for key, caption in model.captions.items()} for model in models]
+    for model, captions in zip(models, texts):
+        model.scores = report_scores(references, captions)
         words = {key: text.split() for key, text in captions.items()}
         model.quality = caption_quality(words, {key: [t.split() for t in r] for key, r in references.items()})
-        shown = list(model.captions.values())
-        model.quality["attention"] = attention_summary([c.words for c in shown], [c.attention for c in shown])
-    pair = compare_models(references, own, [model.scores for model in models])
-    pair |= {"first": 0, "second": 1, "images": count, "verdict": "a is better than b"}
-    index, problems = write_gallery(folder / "gallery", records, models, [pair], "a test")
+        both = zip(*((caption.words, caption.attention) for caption in model.captions.values()))
+        model.quality["attention"] = attention_summary(*both)
+    pairs = compare_pairs(references, ["a", "b"], texts, [model.scores for model in models])
+    index, problems = write_gallery(folder / "gallery", records, models, pairs, "a test")
     assert len(problems) == 1
     return index
 
@@ -267,6 +266,28 @@ def test_the_pages_of_numbers(page):
     find(page, "#tab-quality")[0].click()
     assert "vocabulary used" in find(page, "#quality")[0].text
     assert len(find(page, "#quality svg")) >= 6 and len(find(page, "#quality canvas")) == 8
+
+
+def test_no_difference_is_neither_bold_nor_coloured(browser, tmp_path):
+    """Neither model has a pair of words right: BLEU-2 to 4 are 0 for both."""
+    records = [Record(str(n), None, [f"a dog runs on grass {n}"]) for n in range(6)]
+    models = [
+        ShownModel(name, {record.image_id: ShownCaption(text, text.split()) for record in records})
+        for name, text in (("a", "dog a red sofa"), ("b", "grass on runs dog"))
+    ]
+    view_captions.score_models(models, records)
+    view_captions.judge_captions(models, records, view_captions.Settings(data_folder=str(tmp_path)))
+    index, _ = write_gallery(tmp_path / "g", records, models, view_captions.compare_all(models, records))
+    browser.get(index.as_uri())
+    find(browser, "#tab-comparison")[0].click()
+    scores, differences = find(browser, "#comparison table")
+    first, second = ([*find(row, "td")] for row in find(scores, "tbody tr"))
+    assert ["best" in cell.get_attribute("class") for cell in second[1:5]] == [True, False, False, False]
+    assert [cell.text for cell in [*first[2:5], *second[2:5]]] == ["0.0000"] * 6
+    rows = {row.text.split()[0]: row for row in find(differences, "tbody tr")}
+    assert "+0.0000" in rows["BLEU-4"].text
+    fills = {name: find(row, "circle")[0].get_attribute("fill") for name, row in rows.items()}
+    assert fills["BLEU-4"] == "var(--faint)" != fills["BLEU-1"]
 
 
 def test_light_and_dark(page):

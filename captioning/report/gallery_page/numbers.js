@@ -10,11 +10,13 @@ const Numbers = (() => {
   }
 
   function scoreTable() {
-    const best = scores.map((_, k) => Math.max(...models.map((model) => model.overall?.[k] ?? -Infinity)));
-    return table(["model", ...scores.map(([, label]) => label)], models.map(({ overall }, m) => [modelName(m), ...scores.map((_, k) => {
-      const value = overall?.[k];
-      return make("td", { className: !single && value?.toFixed(4) === best[k].toFixed(4) ? "best" : "" }, value == null ? "–" : value.toFixed(4));
-    })]));
+    const texts = models.map(({ overall }) => scores.map((_, k) => overall?.[k]?.toFixed(4) ?? "–"));
+    const best = scores.map((_, k) => {
+      const different = new Set(texts.map((row) => row[k]));
+      return different.size > 1 ? Math.max(...[...different].map(Number).filter((value) => !Number.isNaN(value))).toFixed(4) : null;
+    });
+    return table(["model", ...scores.map(([, label]) => label)], models.map((_, m) => [modelName(m), ...scores.map((_, k) =>
+      make("td", { className: texts[m][k] === best[k] ? "best" : "" }, texts[m][k]))]));
   }
 
   function split(pair) {
