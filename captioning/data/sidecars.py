@@ -218,22 +218,22 @@ def join(body: str, caption: str, prefix: str, suffix: str, trigger: str, in_fro
     """
     opening, inner = _cut_opening(body, prefix or trigger)
     inner, closing = _cut_closing(inner, suffix)
-    if prefix and not (opening and inner):
-        opening = f"{prefix} "
-    elif opening and not inner:
-        opening = f"{opening.rstrip(STOPS + ' ')}, "
-    if suffix and not closing:
-        closing = suffix if suffix[0] in STOPS else f" {suffix}"
     if not _has_part(inner, caption):
         first, second = (caption, inner) if in_front else (inner, caption)
         between = "" if not (first and second) else " " if first[-1] in STOPS else ", "
         inner = f"{first}{between}{second}"
+    if prefix and not (opening and body != opening):
+        opening = f"{prefix} "
+    elif opening and body == opening:
+        opening = f"{opening.rstrip(STOPS + ' ')}, "
+    if suffix and not closing and not (inner.endswith(suffix) and not suffix.strip(STOPS)):
+        closing = suffix if suffix[0] in STOPS else f" {suffix}"
     return f"{opening}{inner}{closing}".strip(" ")
 
 
 def _cut_opening(text: str, words: str) -> tuple[str, str]:
     """(`words` with the comma and the spaces behind them, the rest); ("", text) where it begins otherwise."""
-    core = words.rstrip(STOPS + " ") or words
+    core = words.rstrip(STOPS + " ")
     if not core or not text.startswith(core) or re.match(r"\w", text[len(core) :]):
         return "", text
     rest = text[len(core) :].lstrip(STOPS + " ")
@@ -241,7 +241,8 @@ def _cut_opening(text: str, words: str) -> tuple[str, str]:
 
 
 def _cut_closing(text: str, words: str) -> tuple[str, str]:
-    core = words.lstrip(STOPS + " ") or words
+    """(the rest, `words` with the comma and the spaces before them); (text, "") where it ends otherwise."""
+    core = words.lstrip(STOPS + " ")
     if not core or not text.endswith(core) or re.search(r"\w$", text[: -len(core)]):
         return text, ""
     rest = text[: -len(core)].rstrip(STOPS + " ")

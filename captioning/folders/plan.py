@@ -257,7 +257,7 @@ def _read_done(options: FolderOptions, plan: Plan) -> None:
     if plan.done:
         print(printable(f"going on: {len(plan.done)} captions are in {journal} already"))
     if changed:
-        print(f"{changed} sidecars were changed since they were written; they are left as they are")
+        print(f"sidecars that were changed since they were written and are left as they are: {changed}")
     if different:
         what = [
             "another model" if name == "model" else f"another {name}" for name in dict.fromkeys(different)
