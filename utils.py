@@ -13,6 +13,7 @@ import json
 import os
 import re
 import signal
+import stat
 import sys
 import typing
 from collections import deque
@@ -117,27 +118,32 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         UserError: `path` is a device or the like. OSError: with `path` as its filename.
     """
     path = Path(path)
-    _check_kind(path)
+    if _check_kind(path):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     tmp_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        tmp_path.unlink(missing_ok=True)  # a link of this name is not written through either
+        with suppress(FileNotFoundError):
+            os.unlink(tmp_path)  # a link of this name is not written through either
         yield tmp_path
-        if path.is_dir():  # also one that a link leads to
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         os.replace(tmp_path, path)
-    except OSError as error:
-        if error.filename in (None, str(tmp_path)):
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename in (None, str(tmp_path)):
             error.filename = str(path)
-        raise
-    finally:
         with suppress(OSError):  # its folder may be gone
-            tmp_path.unlink(missing_ok=True)
+            os.unlink(tmp_path)
+        raise
 
 
-def _check_kind(path: Path) -> None:
-    if path.exists() and not path.is_file() and not path.is_dir():
+def _check_kind(path: Path) -> bool:
+    """Whether it is a folder, or leads to one. Raises UserError where it is neither file nor folder."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # there is none, or a link that leads nowhere
+        return False
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise UserError(f"{path}: is a device or pipe; give the name of a file to write")
+    return stat.S_ISDIR(mode)
 
 
 def check_output(path: str | Path, folder: bool = False) -> None:

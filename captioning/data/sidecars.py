@@ -174,14 +174,13 @@ class Sidecars:
 
     def _around(self, image: str) -> list[str]:
         """Prefix and suffix of an image."""
-        path = Path(image).absolute()
-        # a name that is not UTF-8 has its odd bytes as \xe9
-        names = {"{name}": path.stem, "{folder}": path.parent.name}
-        around = []
-        for words in (self.prefix, self.suffix):
-            for placeholder, name in names.items():
-                words = words.replace(placeholder, os.fsencode(name).decode("utf-8", "backslashreplace"))
-            around.append(words.strip())
+        around = [self.prefix.strip(), self.suffix.strip()]
+        if any("{" in words for words in around):
+            path = Path(image).absolute()
+            for placeholder, name in (("{name}", path.stem), ("{folder}", path.parent.name)):
+                # a name that is not UTF-8 has its odd bytes as \xe9
+                shown = os.fsencode(name).decode("utf-8", "backslashreplace")
+                around = [words.replace(placeholder, shown).strip() for words in around]
         return around
 
 
@@ -252,8 +251,8 @@ def _cut_closing(text: str, words: str) -> tuple[str, str]:
 def _has_part(text: str, caption: str) -> bool:
     """Whether the caption is one of the parts of the text, or several in a row."""
     core = caption.strip(STOPS + " ")
-    if not core:
-        return True
+    if core not in text:
+        return False
     stop = f"[{re.escape(STOPS)}\\r\\n]"
     return re.search(rf"(?:\A|{stop})\s*{re.escape(core)}\s*(?:{stop}|\Z)", text) is not None
 
@@ -264,8 +263,8 @@ def _has_part(text: str, caption: str) -> bool:
 class Backup:
     """Keeps what sidecars say before they are changed: in one folder, under their names, once.
 
-    What was changed by hand after that is kept too, with a number behind the name. What a captioning run has
-    written is not: of this the folder has a record, `.written-0`, ... of each process.
+    What was changed by hand after that is kept too, with a number behind the name. What a run of ours wrote
+    is not: of this the folder has a record, a file `.written-N` for each process.
 
     Args:
         root: the folder of all images. process: the number of this process.
@@ -274,8 +273,10 @@ class Backup:
     FOLDER = ".sidecar_backup"
 
     def __init__(self, root: str | Path, process: int = 0):
-        self.root, self.folder, self.process = Path(root), Path(root) / self.FOLDER, process
+        self.root, self.folder = Path(root), Path(root) / self.FOLDER
+        self.record_file = self.folder / f".written-{process}"
         self.written: set[str] | None = None
+        self.unrecorded: list[str] = []
 
     def check(self) -> None:
         """Raise UserError where the folder cannot be, and remove what killed runs left unfinished in it."""
@@ -286,16 +287,37 @@ class Backup:
             remove_unfinished(Path(place))
 
     def keep(self, path: str, content: bytes, new: bytes) -> None:
-        """Keep the content of a sidecar that is about to become `new`.
+        """Keep the content of a sidecar that is about to become `new`; `record` is to be called before it
+        does.
 
         Raises:
             UserError: it cannot be kept. OSError: nothing can be written, as on a full disk.
         """
         name = os.path.relpath(path, self.root)
+        if self.written is None:
+            self.written = self._read_record()
         with _named_alone(path):
-            if self._digest(name, content) not in self._read_written():
+            if self._digest(name, content) not in self.written:
                 self._copy(name, content)
-            self._add_written(self._digest(name, new))
+        digest = self._digest(name, new)
+        self.written.add(digest)
+        self.unrecorded.append(digest)
+
+    def record(self) -> None:
+        """Note what is about to be written. Raises OSError, and UserError where the record is no file."""
+        if self.unrecorded:
+            self.folder.mkdir(exist_ok=True)
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | NOT_THROUGH_LINKS
+            with open(open_regular(self.record_file, flags), "ab") as stream:
+                stream.write("".join(f"{digest}\n" for digest in self.unrecorded).encode("ascii"))
+            self.unrecorded = []
+
+    def _read_record(self) -> set[str]:
+        written: set[str] = set()
+        for file in self.folder.glob(".written-*"):
+            with suppress(OSError, UserError), open(open_regular(file), "rb") as stream:
+                written.update(stream.read().decode("ascii", "replace").split())
+        return written
 
     def _copy(self, name: str, content: bytes) -> None:
         place = self.folder / name
@@ -310,24 +332,9 @@ class Backup:
             with atomic_write(place) as tmp_path:
                 tmp_path.write_bytes(content)
 
-    def _digest(self, name: str, content: bytes) -> str:
+    @staticmethod
+    def _digest(name: str, content: bytes) -> str:
         return hashlib.sha256(os.fsencode(name) + b"\0" + content).hexdigest()[:32]
-
-    def _read_written(self) -> set[str]:
-        if self.written is None:
-            self.written = set()
-            for file in self.folder.glob(".written-*"):
-                with suppress(OSError, UserError), open(open_regular(file), "rb") as stream:
-                    self.written.update(stream.read().decode("ascii", "replace").split())
-        return self.written
-
-    def _add_written(self, digest: str) -> None:
-        self._read_written().add(digest)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / f".written-{self.process}"
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | NOT_THROUGH_LINKS
-        with open(open_regular(file, flags), "ab") as stream:
-            stream.write(digest.encode("ascii") + b"\n")
 
 
 def _contains(file: Path, content: bytes) -> bool:

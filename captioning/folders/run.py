@@ -200,6 +200,7 @@ class Share:
                     self.changes.prepare(item.row.path, entry)
         self.journal.append(self.process, self.key, entries)
         if self.changes:
+            self.changes.record()
             for item, entry in zip(batch, entries):
                 with self._reported(item.row):
                     self.changes.make(item.row.path, entry)
@@ -268,8 +269,8 @@ def write_output(options: FolderOptions, plan: Plan, problems: Sequence[Problem]
     """Write the output of the journals, remove these, and say where the captions are."""
     sidecars, journal = options.as_sidecars, options.journal()
     entries = journal.read(plan.depends_on)[0] if plan.depends_on else {}
-    failed = {problem.image_id for problem in problems}
-    missing = [row.image_id for row in plan.pending if row.image_id not in failed | entries.keys()]
+    known = {problem.image_id for problem in problems} | entries.keys()
+    missing = [row.image_id for row in plan.pending if row.image_id not in known]
     if missing:
         raise UserError(
             f"{len(missing)} captions, such as that of {missing[0]}, are not in {journal} and its like: they "

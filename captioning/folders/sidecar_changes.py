@@ -18,22 +18,30 @@ class SidecarChanges:
         self.sidecars, self.backup, self.trigger = sidecars, backup, trigger
 
     def prepare(self, image: str, entry: Entry) -> None:
-        """Put into a new entry what the sidecar contains and what is to be written.
+        """Put into a new entry what the sidecar contains and what is to be written; keep the former.
 
         Raises:
             UserError: it cannot be written; the entry then leaves it as it is.
         """
         entry.before = self.sidecars.read(image)
         if entry.before is None or self.sidecars.existing != "skip":
-            entry.after = self.sidecars.compose(image, entry.caption, entry.before, self.trigger)
+            after = self.sidecars.compose(image, entry.caption, entry.before, self.trigger)
+            self._keep(image, entry.before, after)
+            entry.after = after
+
+    def _keep(self, image: str, before: bytes | None, after: bytes) -> None:
+        if self.backup is not None and before not in (None, after):
+            self.backup.keep(self.sidecars.path(image), before, after)
+
+    def record(self) -> None:
+        """To be called between `prepare` and `make`, for any number of entries."""
+        if self.backup is not None:
+            self.backup.record()
 
     def make(self, image: str, entry: Entry) -> None:
         """Write the sidecar of an entry that is in the journal. Raises UserError where that cannot be."""
-        if entry.after is None or entry.after == entry.before:
-            return
-        if entry.before is not None and self.backup is not None:
-            self.backup.keep(self.sidecars.path(image), entry.before, entry.after)
-        self.sidecars.write(image, entry.after)
+        if entry.after not in (None, entry.before):
+            self.sidecars.write(image, entry.after)
 
     def finish(self, image: str, entry: Entry) -> bool:
         """Write the sidecar of an earlier run's entry where that run was killed before it did.
@@ -53,6 +61,9 @@ class SidecarChanges:
             self.prepare(image, entry)  # it was removed since, or there was something in its place
         elif skip or content != entry.before:
             return False
+        else:
+            self._keep(image, entry.before, entry.after)
+        self.record()
         self.make(image, entry)
         return True
 
