@@ -277,6 +277,7 @@ class Backup:
         self.record_file = self.folder / f".written-{process}"
         self.written: set[str] | None = None
         self.unrecorded: list[str] = []
+        self.inside: set[str] = set()  # its folders that were found to be no links
 
     def check(self) -> None:
         """Raise UserError where the folder cannot be, and remove what killed runs left unfinished in it."""
@@ -320,11 +321,12 @@ class Backup:
         return written
 
     def _copy(self, name: str, content: bytes) -> None:
-        place = self.folder / name
-        inside = os.path.join(os.path.realpath(self.folder), os.path.dirname(name)).rstrip("/")
-        if os.path.realpath(place.parent) != inside:
-            raise UserError(f"{place.parent}: leads out of {self.folder}; remove it")
-        number = 1
+        place, folder, number = self.folder / name, os.path.dirname(name), 1
+        if folder not in self.inside:
+            inside = os.path.join(os.path.realpath(self.folder), folder).rstrip("/")
+            if os.path.realpath(place.parent) != inside:
+                raise UserError(f"{place.parent}: leads out of {self.folder}; remove it")
+            self.inside.add(folder)
         while os.path.lexists(place) and not _contains(place, content):
             number += 1
             place = self.folder / f"{name}.{number}"
