@@ -6,12 +6,14 @@ Nothing here knows about captions or models; every other module may import this 
 from __future__ import annotations
 
 import csv
+import errno
 import gc
 import hashlib
 import json
 import os
 import re
 import signal
+import stat
 import sys
 import typing
 from collections import deque
@@ -109,32 +111,45 @@ class Messages:
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; it takes `path`'s place only when the block ends well.
 
-    A crash or Ctrl-C leaves the old file as it was. Where `path` is a link, the file that it leads to is
-    written.
+    A crash or Ctrl-C leaves the old file as it was. Where `path` is a link, the file takes the link's place,
+    and what the link leads to stays as it is: in a folder from elsewhere it may lead anywhere.
 
     Raises:
         UserError: `path` is a device or the like. OSError: with `path` as its filename.
     """
-    shown, path = path, Path(os.path.realpath(path))
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise UserError(f"{shown}: is a device or pipe; give the name of a file to write")
+    path = Path(path)
+    if _check_kind(path):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     tmp_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            os.unlink(tmp_path)  # a link of this name is not written through either
         yield tmp_path
         os.replace(tmp_path, path)
-    except OSError as error:
-        if error.filename in (None, str(tmp_path)):
-            error.filename = str(shown)
-        raise
-    finally:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename in (None, str(tmp_path)):
+            error.filename = str(path)
         with suppress(OSError):  # its folder may be gone
-            tmp_path.unlink(missing_ok=True)
+            os.unlink(tmp_path)
+        raise
+
+
+def _check_kind(path: Path) -> bool:
+    """Whether it is a folder, or leads to one. Raises UserError where it is neither file nor folder."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # there is none, or a link that leads nowhere
+        return False
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise UserError(f"{path}: is a device or pipe; give the name of a file to write")
+    return stat.S_ISDIR(mode)
 
 
 def check_output(path: str | Path, folder: bool = False) -> None:
     """Raise UserError, before any work, where no file, or folder, of this name can be written."""
     path = Path(path)
+    _check_kind(path)
     if path.is_dir() and not folder:
         raise UserError(f"{path}: is a folder; give the name of a file to write")
     for place in (path, *path.parents) if folder else path.parents:
@@ -144,16 +159,30 @@ def check_output(path: str | Path, folder: bool = False) -> None:
 
 def write_json(path: str | Path, value) -> None:
     with atomic_write(path) as tmp_path:
-        tmp_path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+        # half a character (an unpaired surrogate) is \ud800 in JSON
+        tmp_path.write_text(json.dumps(value, ensure_ascii=False), "utf-8", errors="backslashreplace")
 
 
 def write_table(path: str | Path, rows: list[dict]) -> None:
     """Write rows as a CSV, their keys as its header; what a row lacks is left empty."""
-    with atomic_write(path) as tmp_path, tmp_path.open("w", encoding="utf-8", newline="") as stream:
-        columns = dict.fromkeys(name for row in rows for name in row)
-        writer = csv.DictWriter(stream, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    columns = dict.fromkeys(name for row in rows for name in row)
+    with atomic_write(path) as tmp_path:
+        write_csv(tmp_path, [[*columns], *([row.get(name, "") for name in columns] for row in rows)])
+
+
+def write_csv(path: str | Path, rows: Iterable[Iterable]) -> None:
+    """Write rows as a CSV in UTF-8; carriage returns in them are quoted, as every reader expects.
+
+    The csv module before Python 3.13 quotes only those line ends that it writes itself: it is let write both,
+    and one is taken off again.
+    """
+
+    class LineFeeds:
+        def write(self, row: str) -> None:
+            stream.write(row.removesuffix("\r\n") + "\n")
+
+    with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as stream:
+        csv.writer(LineFeeds(), lineterminator="\r\n").writerows(rows)
 
 
 def read_json(path: str | Path, digest: str | None = None):

@@ -28,10 +28,10 @@ from utils import (
     use_device,
 )
 
-# errors of files that the user can mend: permissions, a full disk or quota, a share that is gone, names
+# errors of files that the user can mend: permissions, a full disk or quota, names, what was removed meanwhile
 OF_THE_USER = {
     "EACCES", "EDQUOT", "EEXIST", "EFBIG", "EHOSTDOWN", "EIO", "EISDIR", "ELOOP", "ENAMETOOLONG",
-    "ENODEV", "ENOLCK", "ENOSPC", "ENOTCONN", "ENOTDIR", "ENXIO", "EPERM", "EROFS", "ESTALE",
+    "ENODEV", "ENOENT", "ENOLCK", "ENOSPC", "ENOTCONN", "ENOTDIR", "ENXIO", "EPERM", "EROFS", "ESTALE",
     "ETIMEDOUT",
 }  # fmt: skip
 

@@ -9,13 +9,14 @@ import math
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils import UserError, atomic_write, is_main_process
+from utils import UserError, atomic_write, is_main_process, tell
 
 try:
     import fcntl
@@ -23,6 +24,16 @@ except ImportError:  # Windows: there two runs at once are not noticed
     fcntl = None
 
 LOCK_FILE = ".lock"
+# errors that concern the whole disk, or this process, and not the one file that met them
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EMFILE,
+               errno.ENFILE, errno.ESTALE)  # fmt: skip
+HELD = (errno.EACCES, errno.EAGAIN)  # what locking says where another process has the lock
+NO_LOCKS = (
+    errno.ENOLCK,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+)  # and where the file system, as of some clouds, has none
+NOT_THROUGH_LINKS = getattr(os, "O_NOFOLLOW", 0)  # opening fails with ELOOP where the name is a link's
 
 
 @contextmanager
@@ -37,33 +48,67 @@ def lock_folder(folder: str | Path, reading: bool = False) -> Iterator[None]:
         UserError: another run holds the folder.
     """
     folder = Path(folder)
-    if fcntl is None or not is_main_process():
-        yield
-        return
-    new = not folder.exists()
-    if not reading:
-        folder.mkdir(parents=True, exist_ok=True)
-    descriptor = _lock(folder, reading)
-    try:
-        if not reading:
+    what = "writing to it" if reading else "at work with it"
+    refusal = f"{folder}: another run is {what}; wait for its end, or give another folder"
+    with nullcontext() if reading else _folder_for(folder), _locked(folder / LOCK_FILE, refusal, reading):
+        if not reading and is_main_process():
             remove_unfinished(folder)
+        yield
+
+
+@contextmanager
+def lock_output(path: str | Path, refusal: str) -> Iterator[None]:
+    """Hold the name of a file that is being made, alone, by the empty file `.NAME.lock` beside it; as
+    `lock_folder` holds a folder.
+
+    Raises:
+        UserError: another run holds it; `refusal` is the message.
+    """
+    with _folder_for(Path(path).parent), _locked(lock_file_of(path), refusal):
+        yield
+
+
+def lock_file_of(path: str | Path) -> Path:
+    return Path(path).with_name(f".{Path(path).name.removeprefix('.')}.lock")
+
+
+@contextmanager
+def _folder_for(folder: Path) -> Iterator[None]:
+    """In the main process, create a folder for the block; remove it again, with the parents that it needed,
+    where it stays empty."""
+    new = []
+    if is_main_process():
+        new = [place for place in (folder, *folder.parents) if not place.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # it is not empty
+            for place in new:
+                place.rmdir()
+
+
+@contextmanager
+def _locked(path: Path, refusal: str, reading: bool = False) -> Iterator[None]:
+    descriptor = None
+    if fcntl is not None and is_main_process():
+        descriptor = _lock(path, refusal, reading)
+    try:
         yield
     finally:
         if descriptor is not None:
-            _unlock(folder, descriptor)
-        if new and not reading:
-            with suppress(OSError):  # it is not empty
-                folder.rmdir()
+            _unlock(path, descriptor)
 
 
-def _lock(folder: Path, reading: bool) -> int | None:
-    """The descriptor of the locked file; None in a folder that nobody can write to."""
+def _lock(path: Path, refusal: str, reading: bool) -> int | None:
+    """The descriptor of the locked file; None in a folder that nobody can write to, and where there are no
+    locks."""
     kind = fcntl.LOCK_SH if reading else fcntl.LOCK_EX
     while True:
         try:
-            descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError:
-            if reading:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | NOT_THROUGH_LINKS | os.O_NONBLOCK, 0o666)
+        except OSError as error:
+            if reading and error.errno != errno.ELOOP:
                 return None
             raise
         try:
@@ -71,23 +116,41 @@ def _lock(folder: Path, reading: bool) -> int | None:
             fcntl.lockf(descriptor, kind | fcntl.LOCK_NB)
         except OSError as error:
             os.close(descriptor)
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
+            if error.errno in NO_LOCKS:
+                path.unlink(missing_ok=True)
+                tell(f"{path.parent}: this file system has no locks; start no second run that writes there")
+                return None
+            if error.errno not in HELD:
                 raise
-            what = "writing to it" if reading else "at work with it"
-            raise UserError(
-                f"{folder}: another run is {what}; wait for its end, or give another folder"
-            ) from None
-        if is_in_place(descriptor, folder / LOCK_FILE):
+            raise UserError(refusal) from None
+        if is_in_place(descriptor, path):
             return descriptor
         os.close(descriptor)  # its last holder has just removed it
 
 
-def _unlock(folder: Path, descriptor: int) -> None:
+def _unlock(path: Path, descriptor: int) -> None:
     with suppress(OSError):  # others are still reading
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if is_in_place(descriptor, folder / LOCK_FILE):
-            (folder / LOCK_FILE).unlink()
+        if is_in_place(descriptor, path):
+            path.unlink()
     os.close(descriptor)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether another process holds this lock file."""
+    if fcntl is None:
+        return False
+    try:
+        descriptor = os.open(path, os.O_RDONLY | NOT_THROUGH_LINKS | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in HELD
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def is_in_place(file: int | io.FileIO, path: Path) -> bool:
@@ -106,16 +169,16 @@ def lock_file(stream: io.FileIO, waiting: str) -> None:
     try:
         fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
+        if error.errno not in HELD:
             raise
         print(waiting, flush=True)
         fcntl.lockf(stream, fcntl.LOCK_EX)
 
 
-def remove_unfinished(folder: Path, name: str = "") -> None:
+def remove_unfinished(folder: Path, name: str = "", extension: str = "") -> None:
     """Remove what `utils.atomic_write` and the like left when their process was killed; of files whose names
-    begin with `name`."""
-    for path in folder.glob(f".{glob.escape(name)}*.partial"):
+    begin with `name` and end with `extension`."""
+    for path in folder.glob(f".{glob.escape(name)}*{glob.escape(extension)}.*.partial"):
         number = re.search(r"\.(\d{1,9})\.partial$", path.name)
         if number and not is_alive(int(number[1])):
             if path.is_dir() and not path.is_symlink():
@@ -133,6 +196,21 @@ def is_alive(process: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
+    """`os.open` of a file, created where `flags` say so; not of a pipe, for which one would wait for ever, or
+    of a device.
+
+    Raises:
+        UserError: there is something else of this name. OSError: it cannot be opened.
+    """
+    with suppress(FileNotFoundError):
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+            raise UserError(f"{path}: a {kinds.get(stat.S_IFMT(mode), 'device')}, not a file; remove it")
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
 @contextmanager
@@ -156,7 +234,7 @@ def write_encoded(path: str | Path, encode: Callable[[io.BytesIO], object]) -> N
 
 
 def _open_or_create(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CREAT, 0o666)
+    return os.open(path, flags | os.O_CREAT | NOT_THROUGH_LINKS, 0o666)
 
 
 class OutputFile(io.FileIO):

@@ -74,7 +74,5 @@ def add_unreadable_files(folder) -> int:
     (folder / "loop.jpg").symlink_to("loop.jpg")
     (folder / "device.jpg").symlink_to("/dev/zero")
     os.mkfifo(folder / "pipe.jpg")
-    with open(os.fsencode(folder) + b"/caf\xe9.png", "wb") as stream:
-        stream.write(good)
     (folder / "two\nlines.png").write_text("x")
     return len(os.listdir(folder)) - before

@@ -1,5 +1,9 @@
 """Files under attack: two runs at once, killed runs, full disks, links and devices."""
 
+import csv
+import errno
+import io
+import json
 import os
 import subprocess
 import sys
@@ -10,8 +14,26 @@ from conftest import ROOT, assert_one_line
 
 import create_input_files as preparation
 from captioning.data.hdf5 import ResumableRowWriter, RowWriter, open_dataset
-from captioning.files import LOCK_FILE, OutputFile, lock_folder, remove_unfinished
-from utils import UserError, atomic_write, counted, readable_size
+from captioning.files import (
+    LOCK_FILE,
+    OutputFile,
+    is_locked,
+    lock_file_of,
+    lock_folder,
+    lock_output,
+    open_regular,
+    remove_unfinished,
+)
+from utils import (
+    UserError,
+    atomic_write,
+    check_output,
+    counted,
+    readable_size,
+    write_csv,
+    write_json,
+    write_table,
+)
 
 fcntl = pytest.importorskip("fcntl")
 
@@ -71,6 +93,37 @@ def test_locks_leave_no_folder_behind_and_see_a_removed_lock(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_output_has_one_run(tmp_path):
+    output = tmp_path / "new" / "deeper" / "out.csv"
+    code = HOLD.replace(
+        "lock_folder(sys.argv[1], reading=sys.argv[2] == 'reading')", "lock_output(*sys.argv[1:3])"
+    )
+    holder = start_python(code.replace("lock_folder", "lock_output"), output, "taken", 60)
+    assert holder.stdout.readline() == "held\n" and is_locked(lock_file_of(output))
+    with pytest.raises(UserError, match="mine is taken"), lock_output(output, "mine is taken"):
+        pass
+    with lock_output(output.with_name("other.csv"), "taken"):
+        assert not is_locked(lock_file_of(output.with_name("third.csv")))
+    holder.kill()
+    holder.wait()
+    assert lock_file_of(output).exists() and not is_locked(lock_file_of(output))
+    with lock_output(output, "taken"):
+        pass
+    with lock_output(tmp_path / "a" / "b" / "out.csv", "taken"):
+        assert (tmp_path / "a" / "b").is_dir()
+    assert not list(output.parent.iterdir()) and os.listdir(tmp_path) == ["new"]
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("captioning.files.fcntl.lockf", refuse)
+    with lock_output(tmp_path / "out.csv", "taken"), lock_folder(tmp_path):
+        pass
+    assert capsys.readouterr().err.count("this file system has no locks") == 2 and not os.listdir(tmp_path)
+
+
 def test_what_killed_runs_left_is_removed(tmp_path):
     dead = start_python("")
     dead.wait()
@@ -93,24 +146,86 @@ def test_preparing_during_a_training_is_refused(demo, tmp_path, run_main):
 # --- links and devices --------------------------------------------------------------------------------------
 
 
-def test_links_are_written_through_and_devices_refused(tmp_path):
+def test_links_are_replaced_and_devices_refused(tmp_path):
+    """A link in a folder from elsewhere may lead anywhere: what it leads to stays as it is."""
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "file").write_text("old")
-    (tmp_path / "link").symlink_to(tmp_path / "real" / "file")
-    (tmp_path / "new").symlink_to(tmp_path / "real" / "other")
-    for name in ("link", "new"):
+    links = {"link": "real/file", "new": "real/other", f".plain.{os.getpid()}.partial": "real/file"}
+    for name, target in links.items():
+        (tmp_path / name).symlink_to(tmp_path / target)
+    for name in ("link", "new", "plain"):
         with atomic_write(tmp_path / name) as tmp:
             tmp.write_text("written")
-        assert (tmp_path / name).is_symlink() and (tmp_path / name).read_text() == "written"
+        assert (tmp_path / name).read_text() == "written" and not (tmp_path / name).is_symlink()
+    assert os.listdir(tmp_path / "real") == ["file"] and (tmp_path / "real" / "file").read_text() == "old"
     os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path / "pipe", "/dev/null"):
+    (tmp_path / "device").symlink_to("/dev/null")
+    for path in (tmp_path / "pipe", tmp_path / "device", "/dev/null"):
         with pytest.raises(UserError, match="device or pipe"), atomic_write(path) as tmp:
             tmp.write_text("written")
+        with pytest.raises(UserError, match="device or pipe"):  # before any work
+            check_output(path)
     assert (tmp_path / "pipe").is_fifo() and not os.path.isfile("/dev/null")
+    (tmp_path / "folder").symlink_to(tmp_path / "real")
+    with pytest.raises(IsADirectoryError) as error, atomic_write(tmp_path / "folder") as tmp:
+        tmp.write_text("written")
+    assert error.value.filename == str(tmp_path / "folder") and (tmp_path / "folder").is_symlink()
     with pytest.raises(OSError) as error, atomic_write(tmp_path / "a") as tmp:
         (tmp.parent / "b" / "c").write_text("")
     assert error.value.filename == str(tmp_path / "b" / "c")
-    assert sorted(os.listdir(tmp_path)) == ["link", "new", "pipe", "real"]
+    assert sorted(os.listdir(tmp_path)) == ["device", "folder", "link", "new", "pipe", "plain", "real"]
+
+
+def test_what_libraries_write_goes_through_no_link(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / ".rows.partial").symlink_to(tmp_path / "mine")
+    with pytest.raises(OSError), ResumableRowWriter(tmp_path / "rows", "rows", 1, {}, "") as writer:
+        writer.append(np.zeros((1, 4), np.uint8))
+    with (
+        pytest.raises(OSError),
+        lock_folder(make_link(tmp_path / "new" / LOCK_FILE, tmp_path / "mine").parent),
+    ):
+        pass
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def make_link(place, target):
+    place.parent.mkdir()
+    place.symlink_to(target)
+    return place
+
+
+def test_what_is_no_file_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "device", "folder"):
+        with pytest.raises(UserError, match=f"a {name}, not a file"):
+            open_regular(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        open_regular(tmp_path / "none")
+    os.close(open_regular(tmp_path / "new", os.O_WRONLY | os.O_CREAT))
+    assert (tmp_path / "new").is_file()
+
+
+# --- tables -------------------------------------------------------------------------------------------------
+
+
+def test_line_ends_in_a_table_come_back(tmp_path):
+    """The csv module before Python 3.13 leaves a carriage return unquoted, which then ends a row."""
+    values = ["a\rb", "a\nb", "a\r\nb", "\r", "\r\n", 'a"\r', "a,b", "", " ", "plain", "\ud800"]
+    rows = [["name", "text"], *([value, f"{value}{number}"] for number, value in enumerate(values))]
+    write_csv(tmp_path / "a.csv", rows)
+    write_table(tmp_path / "b.csv", [dict(zip(rows[0], row)) for row in rows[1:]])
+    for name in ("a.csv", "b.csv"):
+        with (tmp_path / name).open(encoding="utf-8", newline="") as stream:
+            text = stream.read()
+        assert list(csv.reader(io.StringIO(text, newline=""))) == [
+            [value.replace("\ud800", "\\ud800") for value in row] for row in rows
+        ]
+        assert "\nplain,plain9\n" in text  # as a row without line ends always was
+    write_json(tmp_path / "c.json", ["\ud800 é"])
+    assert json.loads((tmp_path / "c.json").read_text("utf-8")) == ["\ud800 é"]
 
 
 # --- full disks ---------------------------------------------------------------------------------------------

@@ -1,19 +1,32 @@
-"""Sidecar files: the caption of photo.jpg in photo.txt, as trainings of image generators want it."""
+"""Sidecar files: the caption of photo.jpg in photo.txt, as trainings of image generators want it.
+
+The text that a user has in one is never damaged: it is read and written in its own encoding, and what it was
+before a change is kept (`Backup`).
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
 from captioning.data.images import IMAGE_EXTENSIONS, PACKAGES
-from utils import UserError, atomic_write
+from captioning.data.text_files import BYTE_ORDER_MARKS, decode_text, encode_text
+from captioning.files import NOT_THROUGH_LINKS, OF_THE_DISK, open_regular, remove_unfinished
+from utils import UserError, atomic_write, check_output
 
 EXISTING = Literal["skip", "overwrite", "append", "prepend"]
+LARGEST = 2**20  # bytes of a sidecar; more is no caption
+BLANKS = " \t\r\n\v\f\0"  # in every encoding alike, as a space without a break is not
+STOPS = ",.;:!?"  # end a part of a caption
+TRIGGER_WORDS = 3  # of a trigger, at most, where none is named
 
 
 @dataclass
@@ -23,9 +36,9 @@ class Sidecars:
     Attributes:
         extension: of the sidecars, such as ".txt".
         existing: what happens to a sidecar that is there before: its image is not captioned, or the caption
-            takes its place, or goes behind or in front of its text.
-        prefix, suffix: words around each caption; {name} and {folder} in them stand for the image file's
-            name without extension and the name of the folder that it is in.
+            takes its place, or goes behind or in front of its text. An empty or blank one counts as none.
+        prefix, suffix: words with which a sidecar begins and ends; {name} and {folder} in them stand for the
+            image file's name without extension and the name of the folder that it is in.
     """
 
     extension: str = ".txt"
@@ -41,8 +54,11 @@ class Sidecars:
     def path(self, image: str) -> str:
         return os.path.splitext(image)[0] + self.extension
 
-    def check(self, images: Sequence[str]) -> None:
-        """Raise UserError where two images would share a sidecar, or no sidecar can be written."""
+    def check(self, images: Sequence[str], root: str | Path) -> None:
+        """Raise UserError where two images would share a sidecar, or no sidecar can be written.
+
+        root: the folder of all images; the links in it may lead images in from elsewhere, but no sidecar out.
+        """
         owners: dict[str, str] = {}
         for image in images:
             other = owners.setdefault(self.path(image), image)
@@ -51,43 +67,279 @@ class Sidecars:
                     f"{self.path(image)} would be the sidecar of {other} and of {image}: rename one of them, "
                     f"or give --output_csv in place of --sidecars"
                 )
+        inside = Path(os.path.realpath(root))
         for folder in {os.path.dirname(image) for image in images}:
             if not os.access(folder or ".", os.W_OK):
                 raise UserError(f"{folder}: no sidecars can be written there; change its permissions")
+            if not Path(os.path.realpath(folder)).is_relative_to(inside):
+                raise UserError(
+                    f"{folder}: leads out of {root}, where no sidecars are written; copy it there"
+                )
 
-    def exist(self, images: Sequence[str]) -> set[str]:
-        """Those of `images` that have a sidecar; each folder is listed once."""
+    def exist(self, images: Iterable[str]) -> list[str]:
+        """Those of `images` that have a file of their sidecar's name; each folder is listed once."""
         names = cache(lambda folder: set(os.listdir(folder or ".")))
         sidecars = {image: os.path.split(self.path(image)) for image in images}
-        return {image for image, (folder, name) in sidecars.items() if name in names(folder)}
+        return [image for image, (folder, name) in sidecars.items() if name in names(folder)]
 
-    def read(self, image: str) -> str:
-        """What is in the image's sidecar, "" where it has none."""
-        with suppress(FileNotFoundError):
-            return Path(self.path(image)).read_text(encoding="utf-8", errors="surrogateescape").strip()
-        return ""
+    def read(self, image: str) -> bytes | None:
+        """What is in the image's sidecar; None where it has none, or a blank one.
+
+        Raises:
+            UserError: it is no file, cannot be read, or is too large for a caption.
+        """
+        path = self.path(image)
+        try:
+            with open(open_regular(path), "rb") as stream:
+                content = stream.read(LARGEST + 1)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        if len(content) > LARGEST:
+            raise UserError(f"{path}: larger than {LARGEST} bytes, which is no caption; left as it is")
+        return None if _is_blank(content) else content
+
+    def read_text(self, image: str) -> str:
+        """Its text, "" where there is none. Raises UserError, also where the encoding cannot be told."""
+        content = self.read(image)
+        return decode_text(content, self.path(image))[0].strip(BLANKS) if content else ""
 
     def keeps(self) -> bool:
         """Whether the text of a sidecar that is there becomes part of the new one."""
         return self.existing in ("append", "prepend")
 
-    def write(self, image: str, caption: str, before: str = "") -> None:
-        """Write the image's sidecar, unless it says the same already. before: the text that is kept in it."""
-        text = self.text(image, caption, before)
-        if self.read(image) != text:
-            with atomic_write(self.path(image)) as tmp_path:
-                tmp_path.write_text(text + "\n", encoding="utf-8", errors="surrogateescape")
+    def find_trigger(self, images: Iterable[str]) -> str:
+        """The words before the first comma with which most of the sidecars begin, "" where they differ.
 
-    def text(self, image: str, caption: str, before: str = "") -> str:
-        """The caption between prefix and suffix, behind or in front of `before`."""
-        name, folder = Path(image).stem, Path(image).absolute().parent.name
-        around = [
-            words.replace("{name}", name).replace("{folder}", folder).strip()
-            for words in (self.prefix, self.suffix)
-        ]
-        text = " ".join(part for part in (around[0], " ".join(caption.split())) if part)
-        text += around[1] if around[1][:1] in ",.;:!?" else f" {around[1]}"
-        first, second = (text, before) if self.existing == "prepend" else (before, text)
-        if not (first and second):
-            return first or second
-        return f"{first}{' ' if first[-1] in '.,;:!?' else ', '}{second}"
+        That is how the trigger word of a concept is taught to an image generator. One sidecar alone is taken
+        to begin with such a word where there is a single one before its comma.
+        """
+        starts, texts = Counter[str](), 0
+        for image in self.exist(images):
+            with suppress(UserError):
+                start, comma, _ = self.read_text(image).partition(",")
+                texts += bool(start)
+                starts[start.strip()] += bool(comma)
+        if not texts:
+            return ""
+        (start, count), *_ = starts.most_common(1)
+        longest = TRIGGER_WORDS if texts > 1 else 1
+        return start if count > texts / 2 and len(start.split()) <= longest else ""
+
+    def compose(self, image: str, caption: str, before: bytes | None, trigger: str = "") -> bytes:
+        """What the image's sidecar is to contain.
+
+        Args:
+            before: what it contains; kept, in its encoding, where the caption is appended or prepended.
+            trigger: words that stay first, where there is no prefix.
+
+        Raises:
+            UserError: the encoding of `before` cannot be told, or lacks a character of the caption.
+        """
+        path, around = self.path(image), self._around(image)
+        text, codec = ("\n", "utf-8")
+        if before is not None and self.keeps():
+            text, codec = decode_text(before, path)
+        body = text.strip(BLANKS)
+        start = text[: len(text) - len(text.lstrip(BLANKS))] if body else ""
+        end = text[len(start) + len(body) :]
+        joined = join(body, " ".join(caption.split()), *around, trigger, self.existing == "prepend")
+        if body and joined == body:
+            return before
+        try:
+            return encode_text(start + joined + end, codec)
+        except UnicodeEncodeError as error:
+            character = error.object[error.start]
+            raise UserError(
+                f"{path}: left as it is, as its encoding, {codec}, has no {character!a}; save it as UTF-8"
+            ) from None
+
+    def write(self, image: str, content: bytes) -> None:
+        """Write the image's sidecar; a link of its name is replaced.
+
+        Raises:
+            UserError: it cannot be written. OSError: nothing can be written, as on a full disk.
+        """
+        path = self.path(image)
+        with _named_alone(path):
+            os.stat(os.path.dirname(path) or ".")  # a folder that is gone is not made anew
+            with atomic_write(path) as tmp_path:
+                tmp_path.write_bytes(content)
+
+    def remove(self, image: str) -> None:
+        """Remove the image's sidecar. Raises UserError where it cannot be removed."""
+        with _named_alone(self.path(image)):
+            os.unlink(self.path(image))
+
+    def _around(self, image: str) -> list[str]:
+        """Prefix and suffix of an image."""
+        around = [self.prefix.strip(), self.suffix.strip()]
+        if any("{" in words for words in around):
+            path = Path(image).absolute()
+            for placeholder, name in (("{name}", path.stem), ("{folder}", path.parent.name)):
+                # a name that is not UTF-8 has its odd bytes as \xe9
+                shown = os.fsencode(name).decode("utf-8", "backslashreplace")
+                around = [words.replace(placeholder, shown).strip() for words in around]
+        return around
+
+
+@contextmanager
+def _named_alone(path: str) -> Iterator[None]:
+    """An OSError of the block that concerns this one file becomes a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in OF_THE_DISK:
+            raise
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def _is_blank(content: bytes) -> bool:
+    if content.startswith(tuple(BYTE_ORDER_MARKS.values())):
+        with suppress(UserError):
+            return not decode_text(content, "")[0].strip(BLANKS)
+        return False
+    return not content.strip(BLANKS.encode("ascii"))
+
+
+# --- the text -----------------------------------------------------------------------------------------------
+
+
+def join(body: str, caption: str, prefix: str, suffix: str, trigger: str, in_front: bool) -> str:
+    """The text of a sidecar: prefix or trigger, then what it said and the caption, then the suffix.
+
+    Each is there once: a prefix, suffix or caption that `body` has already is not added again.
+
+    Args:
+        trigger: words with which `body` may begin and which then stay first.
+        in_front: whether the caption goes in front of what `body` says.
+    """
+    opening, inner = _cut_opening(body, prefix or trigger)
+    inner, closing = _cut_closing(inner, suffix)
+    if not _has_part(inner, caption):
+        first, second = (caption, inner) if in_front else (inner, caption)
+        between = "" if not (first and second) else " " if first[-1] in STOPS else ", "
+        inner = f"{first}{between}{second}"
+    if prefix and not (opening and body != opening):
+        opening = f"{prefix} "
+    elif opening and body == opening:
+        opening = f"{opening.rstrip(STOPS + ' ')}, "
+    if suffix and not closing and not (inner.endswith(suffix) and not suffix.strip(STOPS)):
+        closing = suffix if suffix[0] in STOPS else f" {suffix}"
+    return f"{opening}{inner}{closing}".strip(" ")
+
+
+def _cut_opening(text: str, words: str) -> tuple[str, str]:
+    """(`words` with the comma and the spaces behind them, the rest); ("", text) where it begins otherwise."""
+    core = words.rstrip(STOPS + " ")
+    if not core or not text.startswith(core) or re.match(r"\w", text[len(core) :]):
+        return "", text
+    rest = text[len(core) :].lstrip(STOPS + " ")
+    return text[: len(text) - len(rest)], rest
+
+
+def _cut_closing(text: str, words: str) -> tuple[str, str]:
+    """(the rest, `words` with the comma and the spaces before them); (text, "") where it ends otherwise."""
+    core = words.lstrip(STOPS + " ")
+    if not core or not text.endswith(core) or re.search(r"\w$", text[: -len(core)]):
+        return text, ""
+    rest = text[: -len(core)].rstrip(STOPS + " ")
+    return rest, text[len(rest) :]
+
+
+def _has_part(text: str, caption: str) -> bool:
+    """Whether the caption is one of the parts of the text, or several in a row."""
+    core = caption.strip(STOPS + " ")
+    if core not in text:
+        return False
+    stop = f"[{re.escape(STOPS)}\\r\\n]"
+    return re.search(rf"(?:\A|{stop})\s*{re.escape(core)}\s*(?:{stop}|\Z)", text) is not None
+
+
+# --- what was there before ----------------------------------------------------------------------------------
+
+
+class Backup:
+    """Keeps what sidecars say before they are changed: in one folder, under their names, once.
+
+    What was changed by hand after that is kept too, with a number behind the name. What a run of ours wrote
+    is not: of this the folder has a record, a file `.written-N` for each process.
+
+    Args:
+        root: the folder of all images. process: the number of this process.
+    """
+
+    FOLDER = ".sidecar_backup"
+
+    def __init__(self, root: str | Path, process: int = 0):
+        self.root, self.folder = Path(root), Path(root) / self.FOLDER
+        self.record_file = self.folder / f".written-{process}"
+        self.written: set[str] | None = None
+        self.unrecorded: list[str] = []
+        self.inside: set[str] = set()  # its folders that were found to be no links
+
+    def check(self) -> None:
+        """Raise UserError where the folder cannot be, and remove what killed runs left unfinished in it."""
+        if self.folder.is_symlink():
+            raise UserError(f"{self.folder}: a link; remove it, or give --backup False")
+        check_output(self.folder, folder=True)
+        for place, _, _ in os.walk(self.folder):
+            remove_unfinished(Path(place))
+
+    def keep(self, path: str, content: bytes, new: bytes) -> None:
+        """Keep the content of a sidecar that is about to become `new`; `record` is to be called before it
+        does.
+
+        Raises:
+            UserError: it cannot be kept. OSError: nothing can be written, as on a full disk.
+        """
+        name = os.path.relpath(path, self.root)
+        if self.written is None:
+            self.written = self._read_record()
+        with _named_alone(path):
+            if self._digest(name, content) not in self.written:
+                self._copy(name, content)
+        digest = self._digest(name, new)
+        self.written.add(digest)
+        self.unrecorded.append(digest)
+
+    def record(self) -> None:
+        """Note what is about to be written. Raises OSError, and UserError where the record is no file."""
+        if self.unrecorded:
+            self.folder.mkdir(exist_ok=True)
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | NOT_THROUGH_LINKS
+            with open(open_regular(self.record_file, flags), "ab") as stream:
+                stream.write("".join(f"{digest}\n" for digest in self.unrecorded).encode("ascii"))
+            self.unrecorded = []
+
+    def _read_record(self) -> set[str]:
+        written: set[str] = set()
+        for file in self.folder.glob(".written-*"):
+            with suppress(OSError, UserError), open(open_regular(file), "rb") as stream:
+                written.update(stream.read().decode("ascii", "replace").split())
+        return written
+
+    def _copy(self, name: str, content: bytes) -> None:
+        place, folder, number = self.folder / name, os.path.dirname(name), 1
+        if folder not in self.inside:
+            inside = os.path.join(os.path.realpath(self.folder), folder).rstrip("/")
+            if os.path.realpath(place.parent) != inside:
+                raise UserError(f"{place.parent}: leads out of {self.folder}; remove it")
+            self.inside.add(folder)
+        while os.path.lexists(place) and not _contains(place, content):
+            number += 1
+            place = self.folder / f"{name}.{number}"
+        if not os.path.lexists(place):
+            with atomic_write(place) as tmp_path:
+                tmp_path.write_bytes(content)
+
+    @staticmethod
+    def _digest(name: str, content: bytes) -> str:
+        return hashlib.sha256(os.fsencode(name) + b"\0" + content).hexdigest()[:32]
+
+
+def _contains(file: Path, content: bytes) -> bool:
+    with suppress(OSError, UserError), open(open_regular(file), "rb") as stream:
+        return stream.read(len(content) + 1) == content
+    return False

@@ -17,7 +17,7 @@ from itertools import compress
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from utils import UserError, atomic_write, read_json, write_json
+from utils import UserError, atomic_write, read_json, write_csv, write_json
 
 FORMATS = (".csv", ".json", ".jsonl")
 MORE_COLUMNS = ("rank", "log_prob", "log_prob_per_word")
@@ -69,17 +69,17 @@ def write_submission(
     if Path(path).suffix.lower() == ".json":
         write_json(path, [dict(zip(columns, (coco_id(image_id), *rest))) for image_id, *rest in rows])
         return
-    with atomic_write(path) as tmp_path, tmp_path.open("w", encoding="utf-8", newline="") as stream:
+    with atomic_write(path) as tmp_path:
         if Path(path).suffix.lower() == ".jsonl":
-            for row in rows:
-                stream.write(json.dumps(dict(zip(columns, row)), ensure_ascii=False) + "\n")
-            return
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(map(escape_formula, row) if escape_formulas else row for row in rows)
+            lines = (json.dumps(dict(zip(columns, row)), ensure_ascii=False) + "\n" for row in rows)
+            with tmp_path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as stream:
+                stream.writelines(lines)
+        else:
+            cells = (map(escape_formula, row) for row in rows) if escape_formulas else rows
+            write_csv(tmp_path, [columns, *cells])
 
 
-FORMULAS = ("=", "+", "-", "@")  # how a cell begins that spreadsheets take for a formula
+FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n")  # how a cell begins that spreadsheets take for a formula
 
 
 def escape_formula(value: object) -> object:

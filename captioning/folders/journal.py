@@ -1,8 +1,8 @@
 """The captions of a folder as far as they have come, kept where a kill does not reach them.
 
 Beside the output file stands a journal for each process, OUTPUT.journal-0, OUTPUT.journal-1, ...: JSON lines,
-the first with what the captions depend on, then one for each image. A run reads the journals that an
-earlier one left, in whatever number, and removes its own when the output is written.
+the first with the run and what the captions depend on, then one for each image. A run reads the journals that
+an earlier one left, in whatever number, and removes its own when the output is written.
 """
 
 from __future__ import annotations
@@ -11,13 +11,22 @@ import glob
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from captioning.data.submissions import ScoredCaption
-from captioning.files import named_in_errors, remove_unfinished
-from utils import atomic_write
+from captioning.files import (
+    NOT_THROUGH_LINKS,
+    AnyOf,
+    find_mismatch,
+    named_in_errors,
+    open_regular,
+    remove_unfinished,
+)
+from utils import UserError, atomic_write
 
 
 @dataclass
@@ -27,20 +36,47 @@ class Entry:
     Attributes:
         captions: the best one first, or in the order in which they were drawn.
         file: path, size and time of the image file; another file of the same name is captioned anew.
-        before: what the image's sidecar said before this run, where it is kept in the new one.
+        before: what the image's sidecar contained before this run; None where it had none.
+        after: what this run writes there; None where it leaves the sidecar as it is.
     """
 
     image_id: str
     captions: list[ScoredCaption]
     file: list
-    before: str = ""
-
-    def __post_init__(self):  # JSON knows no tuples
-        self.captions = [ScoredCaption(*caption) for caption in self.captions]
+    before: bytes | None = None
+    after: bytes | None = None
 
     @property
     def caption(self) -> str:
         return self.captions[0].text
+
+    def to_line(self) -> str:
+        contents = [content and content.decode("latin-1") for content in (self.before, self.after)]
+        names = ("image_id", "captions", "file", "before", "after")
+        return json.dumps(dict(zip(names, (self.image_id, self.captions, self.file, *contents)))) + "\n"
+
+    @classmethod
+    def from_line(cls, line: bytes) -> Entry | None:
+        """None where the line is no entry, such as the last one, which a kill cut short."""
+        values = _parse(line)
+        if not isinstance(values, dict) or find_mismatch(values, ENTRY) or set(values) != set(ENTRY):
+            return None
+        try:
+            contents = [values[name] and values[name].encode("latin-1") for name in ("before", "after")]
+            captions = [ScoredCaption(*caption) for caption in values["captions"]]
+        except (TypeError, UnicodeEncodeError):
+            return None
+        if not captions or any(
+            find_mismatch(list(caption[1:]), [AnyOf(float, None)]) for caption in captions
+        ):
+            return None
+        if not all(isinstance(caption.text, str) for caption in captions):
+            return None
+        return cls(values["image_id"], captions, values["file"], *contents)
+
+
+CONTENT = AnyOf(str, None)
+ENTRY = {"image_id": str, "captions": [list], "file": list, "before": CONTENT, "after": CONTENT}
 
 
 class Journal:
@@ -60,7 +96,12 @@ class Journal:
         return self.output.with_name(f"{self.output.name}.journal-{process}")
 
     def files(self) -> list[Path]:
-        return sorted(self.output.parent.glob(f"{glob.escape(self.output.name)}.journal-*"))
+        """The journals that there are; no links, pipes or folders of such a name."""
+        return [path for path in self._names() if path.is_file() and not path.is_symlink()]
+
+    def _names(self) -> list[Path]:
+        found = self.output.parent.glob(f"{glob.escape(self.output.name)}.journal-*")
+        return sorted(path for path in found if re.fullmatch(r".*\.journal-\d{1,9}", path.name, re.DOTALL))
 
     def read(self, depends_on: dict) -> tuple[dict[str, Entry], list[str]]:
         """The entries whose journals began with the same `depends_on`, by image id, and what differs in the
@@ -70,63 +111,80 @@ class Journal:
         for file in self.files():
             header, *lines = file.read_bytes().split(b"\n")
             known = _parse(header)
-            if known != depends_on:
-                known = known if isinstance(known, dict) else {}
-                names = {**depends_on, **known}
-                different += [name for name in names if known.get(name) != depends_on.get(name)]
-                continue
-            for line in lines:
-                try:
-                    entry = Entry(**_parse(line))
-                except TypeError:  # no entry, or the last one, which a kill cut short
-                    continue
-                entries[entry.image_id] = entry
+            known = known if isinstance(known, dict) else {}
+            names = [name for name in {**depends_on, **known} if name != "run"]
+            other = [name for name in names if known.get(name) != depends_on.get(name)]
+            different += other
+            for entry in map(Entry.from_line, lines if not other else ()):
+                if entry is not None:
+                    entries[entry.image_id] = entry
         return entries, different
 
     def begin(self, depends_on: dict, entries: Iterable[Entry]) -> None:
         """One journal with these entries in place of all that there are."""
-        earlier = self.files()
+        earlier = self._names()
         with atomic_write(self.path(0)) as tmp_path, tmp_path.open("w", encoding="ascii") as stream:
-            stream.write(json.dumps(depends_on) + "\n")
-            stream.writelines(json.dumps(asdict(entry)) + "\n" for entry in entries)
+            stream.write(_header(depends_on))
+            stream.writelines(entry.to_line() for entry in entries)
         for file in earlier:
             if file != self.path(0):
                 file.unlink()
 
     def append(self, process: int, depends_on: dict, entries: Sequence[Entry]) -> None:
-        """Add entries to the journal of a process; when this returns, a kill can no longer lose them."""
-        file = self.path(process)
-        text = "".join(json.dumps(asdict(entry)) + "\n" for entry in entries)
-        if not file.exists():
-            text = json.dumps(depends_on) + "\n" + text
-        with named_in_errors(file), file.open("a", encoding="ascii") as stream:
-            stream.write(text)
+        """Add entries to the journal of a process; when this returns, a kill can no longer lose them.
+
+        Raises:
+            UserError: the run's journal is no longer there, or another run's has taken its place.
+        """
+        header, text = _header(depends_on), "".join(entry.to_line() for entry in entries)
+        try:
+            with open(open_regular(self.path(0)), encoding="ascii", errors="replace") as stream:
+                ours = stream.readline() == header
+        except FileNotFoundError:
+            ours = False
+        if not ours:
+            raise UserError(
+                f"{self}: removed while this run was at work, or written by another run, or not in a folder "
+                f"that all machines share; the same command starts anew"
+            )
+        file, flags = self.path(process), os.O_WRONLY | os.O_APPEND | os.O_CREAT | NOT_THROUGH_LINKS
+        with named_in_errors(file), open(open_regular(file, flags), "a", encoding="ascii") as stream:
+            stream.write(text if os.fstat(stream.fileno()).st_size else header + text)
 
     def count(self) -> int:
         """Entries in all journals."""
-        return sum(file.read_bytes().count(b'\n{"image_id"') for file in self.files())
+        total = 0
+        for file in self.files():
+            with suppress(FileNotFoundError):  # the main process has just removed it
+                total += file.read_bytes().count(b'\n{"image_id"')
+        return total
 
     def end_early(self) -> None:
         """Note that the main process was interrupted and has said so."""
-        with self.path(0).open("a", encoding="ascii") as stream:
-            stream.write("\ninterrupted\n")
+        flags = os.O_WRONLY | os.O_APPEND
+        with suppress(OSError, UserError), open(open_regular(self.path(0), flags), "ab") as stream:
+            stream.write(b"\ninterrupted\n")
 
     def ended_early(self) -> bool:
-        return self.path(0).read_bytes().endswith(b"\ninterrupted\n")
+        return any(file.read_bytes().endswith(b"\ninterrupted\n") for file in self.files()[:1])
 
     def remove_unfinished(self) -> None:
         """Remove what killed processes left of the output and its journals."""
         remove_unfinished(self.output.parent, self.output.name)
 
     def remove(self) -> None:
-        for file in self.files():
+        for file in self._names():
             file.unlink()
+
+
+def _header(depends_on: dict) -> str:
+    return json.dumps(depends_on) + "\n"
 
 
 def _parse(line: bytes) -> object:
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,11 +13,13 @@ from typing import Any, NamedTuple
 from captioning.command_line import check_at_least
 from captioning.data.annotations import ImageFinder, read_annotations, require_image
 from captioning.data.images import IMAGE_EXTENSIONS, read_image, walk_images
-from captioning.data.sidecars import EXISTING, Sidecars
+from captioning.data.sidecars import EXISTING, Backup, Sidecars
 from captioning.data.submissions import FORMATS
 from captioning.decoding.options import DecodingOptions
+from captioning.files import is_locked, lock_file_of, lock_output, remove_unfinished
 from captioning.folders.journal import Entry, Journal, file_stamp, files_digest
-from utils import Messages, UserError, check_output, counted
+from captioning.folders.sidecar_changes import SidecarChanges
+from utils import Messages, UserError, check_output, counted, printable
 
 
 @dataclass
@@ -36,8 +39,9 @@ class FolderOptions:
     sidecars: bool = False  # write each caption beside its image: photo.txt for photo.jpg
     sidecar_extension: str = ".txt"  # file extension of the sidecars
     existing: EXISTING = "skip"  # where a sidecar exists already
-    prefix: str = ""  # words before each caption in a sidecar; {name}, {folder}: the image's
-    suffix: str = ""  # words after each caption in a sidecar
+    backup: bool = True  # keep what sidecars said before they are changed, in .sidecar_backup
+    prefix: str = ""  # words with which a sidecar begins; {name}, {folder}: the image's
+    suffix: str = ""  # words with which it ends
     batch_size: int = 32  # images captioned at a time
     workers: int = 4  # threads that read and prepare images
 
@@ -77,7 +81,51 @@ class FolderOptions:
             )
 
     def journal(self) -> Journal:
-        return Journal(self.output_csv or Path(self.test_folder) / ".captions")
+        return Journal(self.output_csv or self._sidecar_name(self.test_folder))
+
+    def _sidecar_name(self, folder: str | Path, tree: str = "") -> Path:
+        """What stands for all sidecars of a folder, or `tree`, in the names of journals and locks."""
+        return Path(folder) / f".captions{self.as_sidecars.extension}{tree}"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the output and the sidecars. Raises UserError where another run does."""
+        with ExitStack() as held:
+            if self.output_csv is not None:
+                refusal = (
+                    f"{self.output_csv}: another run is writing it; wait for its end, or give another file"
+                )
+                held.enter_context(lock_output(self.output_csv, refusal))
+            if self.sidecars and Path(self.test_folder).is_dir():
+                refusal = self._sidecar_refusal(self.test_folder)
+                held.enter_context(lock_output(self._sidecar_name(self.test_folder), refusal))
+                if self.recursive or self.test_csv:
+                    held.enter_context(lock_output(self._sidecar_name(self.test_folder, ".tree"), refusal))
+                for folder in Path(self.test_folder).resolve().parents:
+                    self.check_unlocked(folder, ".tree")
+            yield
+
+    def check_unlocked(self, folder: str | Path, tree: str = "") -> None:
+        """Raise UserError where another run writes sidecars in this folder, or `tree`."""
+        if is_locked(lock_file_of(self._sidecar_name(folder, tree))):
+            raise UserError(self._sidecar_refusal(folder))
+
+    def _sidecar_refusal(self, folder: str | Path) -> str:
+        extension = self.as_sidecars.extension
+        return (
+            f"{folder}: another run is writing {extension} sidecars there; wait for its end, or give another "
+            f"--sidecar_extension"
+        )
+
+    def sidecar_changes(self, process: int, trigger: str) -> SidecarChanges | None:
+        """What writes the sidecars; None where none are asked for."""
+        if not self.as_sidecars:
+            return None
+        backup = Backup(self.test_folder, process) if self.keeps_backup() else None
+        return SidecarChanges(self.as_sidecars, backup, trigger)
+
+    def keeps_backup(self) -> bool:
+        return self.sidecars and self.backup and self.existing != "skip"
 
     def described(self) -> dict:
         """Those that decide what the captions and sidecars say, in the terms of JSON."""
@@ -107,19 +155,21 @@ class Plan:
 
     Attributes:
         rows: of the output.
-        skipped: images that have a sidecar, which is left as it is.
+        skipped: what the sidecars say that are left as they are, by image file; "" where no output needs it.
         done: what an earlier run left in its journal, by image id.
         pending: rows still to be captioned.
         problems: what is known already to have no caption.
         depends_on: what the captions depend on; empty where there is nothing to do.
+        trigger: words that stay first in the sidecars.
     """
 
     rows: list[Row]
-    skipped: set[str]
-    done: dict[str, Entry]
-    pending: list[Row]
+    skipped: dict[str, str] = field(default_factory=dict)
+    done: dict[str, Entry] = field(default_factory=dict)
+    pending: list[Row] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     depends_on: dict = field(default_factory=dict)
+    trigger: str = ""
 
 
 def plan_folder(
@@ -131,58 +181,103 @@ def plan_folder(
     """
     rows, left_out, unreadable = _find_rows(options.test_folder, options.test_csv, options.recursive)
     if left_out:
-        images = counted(left_out, "image")
-        print(f"left out: {images} in subfolders of {options.test_folder}; --recursive takes them too")
-    skipped: set[str] = set()
+        places = f"{counted(left_out, 'image')} in subfolders of {options.test_folder}"
+        print(printable(f"left out: {places}; --recursive takes them too"))
+    plan = Plan(rows, problems=[Problem(None, text) for text in unreadable])
     if options.as_sidecars:
-        images = [row.path for row in rows if row.path is not None]
-        options.as_sidecars.check(images)
-        if options.existing == "skip":
-            skipped = options.as_sidecars.exist(images)
-
-    plan = Plan(rows, skipped, {}, [])
-    journal = options.journal()
+        _check_sidecars(options, plan)
 
     def describe() -> None:
         name = model if isinstance(model, str) else files_digest(model)
         plan.depends_on = {"model": name} | options.described() | search
 
-    if journal.files():
+    if options.journal().files():
         describe()
-        plan.done = _read_done(journal, plan)
-    plan.pending = [row for row in rows if row.image_id not in plan.done and row.path not in skipped]
-    plan.problems = [Problem(None, text) for text in unreadable]
+        _read_done(options, plan)
+    if options.as_sidecars and options.existing == "skip":
+        _find_skipped(options, plan)
+    failed = {problem.image_id for problem in plan.problems}
+    plan.pending = [
+        row
+        for row in rows
+        if row.image_id not in plan.done and row.path not in plan.skipped and row.image_id not in failed
+    ]
     # no model is loaded before there is an image for it
     while plan.pending and (problem := read_row(plan.pending[0], options, read_image).problem):
         plan.problems.append(Problem(plan.pending.pop(0).image_id, problem))
     for problem in plan.problems:
         messages.add(problem.text)
-    if not plan.pending and not plan.done and not skipped:
+    if not (plan.pending or plan.done or plan.skipped or failed - {None}):
         raise UserError(f"{options.test_folder}: not one readable image among {len(rows)}")
     if plan.pending and not plan.depends_on:
         describe()
     return plan
 
 
-def _read_done(journal: Journal, plan: Plan) -> dict[str, Entry]:
-    """The journal's entries whose image files are as they were."""
+def _check_sidecars(options: FolderOptions, plan: Plan) -> None:
+    """See to it that sidecars can be written, and that no other run writes them; find the trigger."""
+    sidecars, images = options.as_sidecars, [row.path for row in plan.rows if row.path is not None]
+    sidecars.check(images, options.test_folder)
+    for folder in {os.path.dirname(image) or "." for image in images}:
+        if not os.path.samefile(folder, options.test_folder):
+            options.check_unlocked(folder)
+        remove_unfinished(Path(folder), extension=sidecars.extension)
+    if options.keeps_backup():
+        Backup(options.test_folder).check()
+    if options.existing == "prepend" and not options.prefix:
+        plan.trigger = sidecars.find_trigger(images)
+        if plan.trigger:
+            print(printable(f'captions go behind "{plan.trigger}", with which most sidecars begin'))
+
+
+def _read_done(options: FolderOptions, plan: Plan) -> None:
+    """Take the journal's entries whose image files are as they were, and let their sidecars be as these
+    entries say, unless they were changed since."""
+    journal, changes = options.journal(), options.sidecar_changes(0, plan.trigger)
     entries, different = journal.read(plan.depends_on)
-    paths = dict(plan.rows)
-    done = {}
+    paths, changed = dict(plan.rows), 0
     for image_id, entry in entries.items():
+        path = paths.get(image_id)
+        if path is None:
+            continue
         try:
-            if paths.get(image_id) is not None and file_stamp(paths[image_id]) == entry.file:
-                done[image_id] = entry
+            is_same = file_stamp(path) == entry.file
         except OSError:
             continue
-    if done:
-        print(f"going on: {len(done)} captions are in {journal} already")
+        try:
+            if not is_same and changes:
+                changes.undo(path, entry)
+            if is_same and changes and not changes.finish(path, entry):
+                changed += 1
+                is_same = options.existing != "skip"  # which then finds the text of the user
+        except UserError as error:
+            plan.problems.append(Problem(image_id, str(error)))
+        if is_same:
+            plan.done[image_id] = entry
+    if plan.done:
+        print(printable(f"going on: {len(plan.done)} captions are in {journal} already"))
+    if changed:
+        print(f"sidecars that were changed since they were written and are left as they are: {changed}")
     if different:
         what = [
             "another model" if name == "model" else f"another {name}" for name in dict.fromkeys(different)
         ]
-        print(f"{journal}: from a run with {' and '.join(what)}; not used, starting anew")
-    return done
+        print(printable(f"{journal}: from a run with {' and '.join(what)}; not used, starting anew"))
+
+
+def _find_skipped(options: FolderOptions, plan: Plan) -> None:
+    """The images whose sidecars have a text already."""
+    sidecars, ids = options.as_sidecars, {row.path: row.image_id for row in plan.rows}
+    for image in sidecars.exist(path for path in ids if path is not None):
+        if ids[image] in plan.done:
+            continue
+        try:
+            if not options.output_csv:
+                plan.skipped |= {image: ""} if sidecars.read(image) else {}
+            elif text := sidecars.read_text(image):
+                plan.skipped[image] = text
+        except UserError as error:
+            plan.problems.append(Problem(ids[image], str(error)))
 
 
 def find_images(
@@ -215,14 +310,15 @@ def _find_rows(
     if not names:
         inside = f"; {left_out} in its subfolders, which --recursive takes" if left_out else ""
         raise UserError(f"{folder}: no images in it ({', '.join(IMAGE_EXTENSIONS)}){inside}")
-    stems = Counter(os.path.splitext(name)[0] for name in names)
+    # a name that is not UTF-8 has its odd bytes as \xe9
+    shown = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in names]
+    for name in (name for name, count in Counter(shown).items() if count > 1):
+        raise UserError(f"{folder}: two files whose names are written {name}; rename one")
+    stems = Counter(os.path.splitext(name)[0] for name in shown)
     rows = []
-    for name in names:
-        stem = os.path.splitext(name)[0]
-        image_id = stem if stems[stem] == 1 and not recursive else name
-        # a name that is not UTF-8 has its odd bytes as \xe9
-        image_id = os.fsencode(image_id).decode("utf-8", "backslashreplace")
-        rows.append(Row(image_id, str(folder / name)))
+    for name, own in zip(names, shown):
+        stem = os.path.splitext(own)[0]
+        rows.append(Row(stem if stems[stem] == 1 and not recursive else own, str(folder / name)))
     return rows, left_out, unreadable
 
 
@@ -252,10 +348,6 @@ class ReadRow(NamedTuple):
 def read_row(row: Row, options: FolderOptions, prepare: Callable[[str], Any]) -> ReadRow:
     try:
         path = require_image(row.image_id, row.path, options.test_folder)
-        try:
-            str(Path(path).relative_to(options.test_folder)).encode("utf-8")
-        except UnicodeEncodeError:
-            raise UserError(f"{row.image_id}: the file's name is not UTF-8; rename it") from None
         image = prepare(path)
         return ReadRow(row, image, file_stamp(path), "")
     except UserError as error:

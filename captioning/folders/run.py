@@ -1,16 +1,17 @@
 """Captions for a folder of images, by any captioner: what caption.py, caption_from_checkpoint.py and
 direct_caption.py do with one.
 
-The main process plans (folder_plan.py). Every process captions its share into a journal (journal.py). The
-main process makes the output of the journals.
+The main process plans (plan.py). Every process captions its share into a journal (journal.py) and writes the
+sidecars (sidecar_changes.py). The main process makes the output of the journals.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from captioning.data.sidecars import Sidecars
+from captioning.data.sidecars import Backup
 from captioning.data.submissions import ScoredCaption, caption_rows, write_submission
 from captioning.decoding.options import DecodingOptions
 from captioning.files import is_alive
@@ -83,106 +84,138 @@ def caption_folder(
     options.check(decoding)
     plan, search, messages = None, search or {}, Messages("no caption")
     journal = options.journal()
+    with ExitStack() as held:
 
-    def prepare() -> tuple[list[Row], list[Problem], dict, int]:
-        nonlocal plan
-        journal.remove_unfinished()
-        plan = plan_folder(options, model, asdict(decoding) | search | (depends_on or {}), messages)
-        return plan.pending, plan.problems, plan.depends_on, os.getpid()
+        def prepare() -> tuple[list[Row], list[Problem], dict, str, int]:
+            nonlocal plan
+            held.enter_context(options.lock())
+            journal.remove_unfinished()
+            plan = plan_folder(options, model, asdict(decoding) | search | (depends_on or {}), messages)
+            key = {"run": secrets.token_hex(8)} | plan.depends_on
+            return plan.pending, plan.problems, key, plan.trigger, os.getpid()
 
-    pending, problems, key, main_process = on_main_process(prepare)
-    if pending:
-        captioner = load()
-        on_main_process(lambda: journal.begin(key, plan.done.values()))
-        bar = None
-        if is_main_process():
-            total = len(plan.done) + len(pending)
-            bar = progress_bar(total=total, initial=len(plan.done), desc="captioning", unit="image")
-        try:
+        pending, problems, key, trigger, main_process = on_main_process(prepare)
+        if pending:
+            captioner = load()
+            on_main_process(lambda: journal.begin(key, plan.done.values()))
+            total = len(plan.done) + len(pending) if is_main_process() else 0
             how = {"options": decoding, "with_scores": options.with_scores} | search
             decode = partial(captioner.decode_prepared, **how)
-            found = caption_share(decode, captioner.prepare, pending, options, key, bar, messages)
-        except KeyboardInterrupt as interrupt:
-            kept = f"{journal.count()} captions are kept in {journal}; the same command goes on from there"
-            interrupt.args = (kept,)
-            if is_main_process():
-                journal.end_early()
-            elif not is_alive(main_process) and not journal.ended_early():  # it can no longer say so
-                print(f"interrupted: {kept}", file=sys.stderr)
-            raise
-        finally:
-            if bar is not None:
-                bar.close()
-        problems = problems + _gather(found, journal)
-    messages.finish(f"; their rows in {options.output_csv} are empty" if options.output_csv else "")
-    on_main_process(lambda: write_output(options, plan, problems, decoding.num_captions > 1))
+            with _interruptions(journal, main_process), _progress(total, total - len(pending)) as bar:
+                share = Share(options, key, trigger, bar, messages)
+                share.caption(decode, captioner.prepare, pending)
+            problems = problems + _gather(share.problems, journal)
+        messages.finish(f"; their rows in {options.output_csv} are empty" if options.output_csv else "")
+        on_main_process(lambda: write_output(options, plan, problems, decoding.num_captions > 1))
     return [problem.text for problem in problems]
+
+
+@contextmanager
+def _interruptions(journal: Journal, main_process: int) -> Iterator[None]:
+    """Say at Ctrl-C and SIGTERM how many captions are kept; in the main process's stead where it is gone."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        kept = f"{journal.count()} captions are kept in {journal}; the same command goes on from there"
+        interrupt.args = (kept,)
+        if is_main_process():
+            journal.end_early()
+        elif not is_alive(main_process) and not journal.ended_early():  # it can no longer say so
+            print(printable(f"interrupted: {kept}"), file=sys.stderr)
+        raise
+
+
+@contextmanager
+def _progress(total: int, initial: int) -> Iterator[tqdm | None]:
+    """The progress of all processes, in the main one."""
+    if not is_main_process():
+        yield None
+        return
+    with progress_bar(total=total, initial=initial, desc="captioning", unit="image") as bar:
+        yield bar
 
 
 # --- a process's share -------------------------------------------------------------------------------------
 
 
-def caption_share(
-    decode: Decode,
-    prepare: Callable[[str], Tensor],
-    pending: list[Row],
-    options: FolderOptions,
-    depends_on: dict,
-    bar: tqdm | None,
-    messages: Messages,
-) -> list[Problem]:
-    """Caption this process's share of the pending rows into its journal and, where asked for, sidecars.
+class Share:
+    """What this process has of the pending rows: captioned into its journal and, where asked for, sidecars.
 
-    bar: the progress of all processes, which is reckoned by that of this one. messages: get the problems.
+    Args:
+        key: the journal's first line, what the captions depend on.
+        trigger: words that stay first in the sidecars.
+        bar: the progress of all processes, which is reckoned by that of this one.
+        messages: get the problems.
+
+    Attributes:
+        problems: the rows without a caption, or without a sidecar.
     """
-    state = processes()
-    share = pending[state.process_index :: state.num_processes]
-    journal, sidecars = options.journal(), options.as_sidecars
-    caption = HalvingCaptioner(decode, options.batch_size)
-    problems: list[Problem] = []
 
-    def report(problem: Problem) -> None:
-        messages.add(problem.text)
-        problems.append(problem)
+    def __init__(self, options: FolderOptions, key: dict, trigger: str, bar: tqdm | None, messages: Messages):
+        self.options, self.key, self.bar, self.messages = options, key, bar, messages
+        state = processes()
+        self.process, self.num_processes = state.process_index, state.num_processes
+        self.journal = options.journal()
+        self.changes = options.sidecar_changes(self.process, trigger)
+        self.problems: list[Problem] = []
 
-    def finish(batch: list[ReadRow]) -> None:
-        captions = caption([item.image for item in batch], [item.row.image_id for item in batch])
-        entries = []
-        for item, own in zip(batch, captions, strict=True):
-            before = sidecars.read(item.row.path) if sidecars and sidecars.keeps() else ""
-            entries.append(Entry(item.row.image_id, own, item.file, before))
-        journal.append(state.process_index, depends_on, entries)
-        if sidecars:
-            for item, entry in zip(batch, entries):
-                if problem := _write_sidecar(sidecars, item.row.path, entry):
-                    report(problem)
+    def caption(self, decode: Decode, prepare: Callable[[str], Tensor], pending: list[Row]) -> None:
+        caption = HalvingCaptioner(decode, self.options.batch_size)
+        batch: list[ReadRow] = []
+        with closing(self._read(prepare, pending[self.process :: self.num_processes])) as items:
+            for item in items:
+                batch.append(item)
+                if len(batch) == self.options.batch_size:
+                    self._finish(batch, caption)
+                    batch = []
+            if batch:
+                self._finish(batch, caption)
 
-    def readable() -> Iterator[ReadRow]:
+    def _read(self, prepare: Callable[[str], Tensor], share: list[Row]) -> Iterator[ReadRow]:
+        """The rows whose images can be read, with these."""
         read = parallel_map(
-            lambda row: read_row(row, options, prepare),
+            lambda row: read_row(row, self.options, prepare),
             share,
-            options.workers,
-            ahead=2 * options.batch_size,
+            self.options.workers,
+            ahead=2 * self.options.batch_size,
         )
         with closing(read):
             for item in read:
-                if bar is not None:
-                    bar.update(min(state.num_processes, bar.total - bar.n))
+                if self.bar is not None:
+                    self.bar.update(min(self.num_processes, self.bar.total - self.bar.n))
                 if item.problem:
-                    report(Problem(item.row.image_id, item.problem))
+                    self._report(item.row, item.problem)
                 else:
                     yield item
 
-    batch: list[ReadRow] = []
-    with closing(readable()) as items:
-        for item in items:
-            batch.append(item)
-            if len(batch) == options.batch_size:
-                finish(batch)
-                batch = []
-        if batch:
-            finish(batch)
-    return problems
+    def _finish(self, batch: list[ReadRow], caption: HalvingCaptioner) -> None:
+        """Caption a batch; first into the journal, so that a kill loses nothing, then into sidecars."""
+        captions = caption([item.image for item in batch], [item.row.image_id for item in batch])
+        entries = [
+            Entry(item.row.image_id, own, item.file) for item, own in zip(batch, captions, strict=True)
+        ]
+        if self.changes:
+            for item, entry in zip(batch, entries):
+                with self._reported(item.row):
+                    self.changes.prepare(item.row.path, entry)
+        self.journal.append(self.process, self.key, entries)
+        if self.changes:
+            self.changes.record()
+            for item, entry in zip(batch, entries):
+                with self._reported(item.row):
+                    self.changes.make(item.row.path, entry)
+
+    @contextmanager
+    def _reported(self, row: Row) -> Iterator[None]:
+        """A UserError of the block is a problem of this row, and of no other."""
+        try:
+            yield
+        except UserError as error:
+            self._report(row, str(error))
+
+    def _report(self, row: Row, text: str) -> None:
+        self.messages.add(text)
+        self.problems.append(Problem(row.image_id, text))
 
 
 class HalvingCaptioner:
@@ -214,16 +247,6 @@ class HalvingCaptioner:
         return captions
 
 
-def _write_sidecar(sidecars: Sidecars, image: str, entry: Entry) -> Problem | None:
-    """Returns what was wrong with the place, if anything was."""
-    try:
-        sidecars.write(image, entry.caption, entry.before)
-    except (PermissionError, IsADirectoryError) as error:
-        text = f"{sidecars.path(image)}: cannot be written ({error.strerror})"
-        return Problem(entry.image_id, text)
-    return None
-
-
 def _gather(problems: list[Problem], journal: Journal) -> list[Problem]:
     """The problems of all processes, in all of them."""
     if processes().num_processes == 1:
@@ -246,22 +269,22 @@ def write_output(options: FolderOptions, plan: Plan, problems: Sequence[Problem]
     """Write the output of the journals, remove these, and say where the captions are."""
     sidecars, journal = options.as_sidecars, options.journal()
     entries = journal.read(plan.depends_on)[0] if plan.depends_on else {}
-    failed = {problem.image_id for problem in problems}
-    missing = [row.image_id for row in plan.pending if row.image_id not in failed | entries.keys()]
+    known = {problem.image_id for problem in problems} | entries.keys()
+    missing = [row.image_id for row in plan.pending if row.image_id not in known]
     if missing:
         raise UserError(
-            f"{len(missing)} captions, such as that of {missing[0]}, are not in {journal} and its like: all "
-            f"machines must write to one shared folder; the same command goes on from there"
+            f"{len(missing)} captions, such as that of {missing[0]}, are not in {journal} and its like: they "
+            f"were removed, or the machines do not write to one shared folder; the same command goes on"
         )
-    captions = []
     for image_id, path in plan.rows:
-        entry = entries.get(image_id)
-        # an earlier run may have been killed before it wrote this
-        problem = _write_sidecar(sidecars, path, entry) if sidecars and image_id in plan.done else None
-        if problem:
-            tell(f"no caption: {problem.text}")
-        kept = sidecars.read(path) if options.output_csv and path in plan.skipped and not entry else ""
-        captions.append((image_id, entry.captions if entry else [ScoredCaption(kept)]))
+        if path in plan.skipped:
+            entries.pop(image_id, None)  # the user has changed its sidecar since
+    captions = [
+        (row.image_id, entries[row.image_id].captions)
+        if row.image_id in entries
+        else (row.image_id, [ScoredCaption(plan.skipped.get(row.path, ""))])
+        for row in plan.rows
+    ]
     places = []
     if options.output_csv:
         rows, columns = caption_rows(captions, with_ranks, options.with_scores)
@@ -273,12 +296,14 @@ def write_output(options: FolderOptions, plan: Plan, problems: Sequence[Problem]
     made = [entries[row.image_id].caption for row in plan.rows if row.image_id in entries]
     _warn_of_bad_captions(made)
     counts = [f"{counted(len(made), 'image')} captioned"]
-    skipped = sum(row.path in plan.skipped and row.image_id not in entries for row in plan.rows)
-    if skipped:
-        counts.append(f"{skipped} had a sidecar before")
+    if plan.skipped:
+        counts.append(f"{len(plan.skipped)} had a sidecar before")
     if problems:
         counts.append(f"{len(problems)} without a caption")
     print(printable(f"{', '.join(counts)}: captions in {' and '.join(places)}"))
+    backup = Path(options.test_folder, Backup.FOLDER)
+    if options.keeps_backup() and backup.is_dir():
+        print(printable(f"what the sidecars said before they were changed is in {backup}"))
 
 
 def _warn_of_bad_captions(captions: list[str]) -> None:

@@ -101,6 +101,8 @@ def write_gallery(
     folder.mkdir(parents=True, exist_ok=True)
     remove_unfinished(folder)
     tmp_path = folder / f".gallery.{os.getpid()}.partial"
+    if tmp_path.is_symlink():
+        tmp_path.unlink()
     try:
         with named_in_errors(folder):
             problems = write_files(tmp_path, records, models, comparisons, title)
@@ -173,6 +175,9 @@ def page() -> str:
 def check_folder(folder: str | Path) -> None:
     """Raise UserError, before any work, if a gallery cannot be written to the folder."""
     check_output(folder, folder=True)
+    for part in (Path(folder) / name for name in ("images", "attention")):
+        if part.is_symlink():  # what it leads to might be cleared
+            raise UserError(f"{part}: a link to another folder; remove it, or give another --output_folder")
     index = Path(folder) / "index.html"
     if index.is_file() and MARK not in index.read_text(encoding="utf-8", errors="replace")[:2000]:
         raise UserError(f"{index}: another page; give an --output_folder of its own for the gallery")

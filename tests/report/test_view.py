@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 import shutil
 
@@ -14,6 +15,7 @@ import view_captions
 from captioning.captioners.attention import Captioner
 from captioning.data.annotations import read_annotations
 from captioning.data.submissions import write_submission
+from captioning.report import gallery
 from utils import UserError
 
 
@@ -180,6 +182,32 @@ def test_an_earlier_gallery_is_replaced_and_nothing_else(demo, submission, tmp_p
     settings.output_folder = str(tmp_path / "other")
     with pytest.raises(UserError, match="another page"):
         view_captions.main(settings)
+
+
+def test_links_in_a_gallery_s_folder_lead_nothing_out_of_it(demo, submission, tmp_path):
+    outside, folder = tmp_path / "outside", tmp_path / "g"
+    outside.mkdir(), folder.mkdir()
+    names = ("00000.jpg", "000.js", "index.html", "data.js", "quality.json")
+    for name in names:
+        (outside / name).write_text(gallery.MARK)
+    settings = view_captions.Settings(
+        submission=(str(submission),),
+        references=str(demo / "test_captions.csv"),
+        image_folder=str(demo / "test" / "test"),
+        output_folder=str(folder),
+    )
+    for part in ("images", "attention"):
+        (folder / part).symlink_to(outside)
+        with pytest.raises(UserError, match=f"{folder}/{part}: a link to another folder"):
+            view_captions.main(settings)
+        (folder / part).unlink()
+    for name in names[2:]:
+        (folder / name).symlink_to(outside / name)
+    (folder / f".gallery.{os.getpid()}.partial").symlink_to(outside)
+    view_captions.main(settings)
+    assert sorted(os.listdir(outside)) == sorted(names)
+    assert all((outside / name).read_text() == gallery.MARK for name in names)
+    assert len(os.listdir(folder / "images")) == 12 and not (folder / "index.html").is_symlink()
 
 
 def test_wrong_input_gets_one_line(demo, models, submission, tmp_path, run_script):
