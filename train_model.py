@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 from captioning import HUB_MODEL
 from captioning.command_line import check_above_zero, check_at_least, check_share, run_script
-from captioning.data.annotations import Record, read_training_splits
+from captioning.data.annotations import read_training_splits
+from captioning.data.prepared import Record
 from captioning.files import lock_folder, named_in_errors
 from captioning.training.interruption import Saver
 from captioning.training.loop import (

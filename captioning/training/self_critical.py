@@ -19,8 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captioning.data.annotations import END, START
-from captioning.data.prepared import Prepared
+from captioning.data.prepared import END, START, Prepared
 from captioning.decoding.sampling import draw_captions
 from captioning.decoding.teacher_forcing import token_logits
 from captioning.training.averaging import WeightAverage

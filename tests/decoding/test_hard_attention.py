@@ -11,7 +11,7 @@ from conftest import assert_one_line, read_history, small_settings
 import models
 import train
 from captioning.captioners.attention import Captioner
-from captioning.data.annotations import UNK
+from captioning.data.prepared import UNK
 from captioning.decoding import fused_decoder, plain_decoder
 from captioning.decoding.beam_search import beam_search
 from captioning.training import hard_attention

@@ -13,8 +13,8 @@ from conftest import small_settings
 from torch.utils.data import DataLoader
 
 import train
-from captioning.data.annotations import UNK
 from captioning.data.features import cache_features, encode_images
+from captioning.data.prepared import UNK
 from captioning.training.averaging import WeightAverage
 from captioning.training.loop import Run
 from captioning.training.losses import (

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train
-from captioning.data.annotations import END, START, UNK
+from captioning.data.prepared import END, START, UNK
 from captioning.training import self_critical
 from captioning.training.averaging import WeightAverage
 from captioning.training.curves import REWARD
