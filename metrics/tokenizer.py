@@ -107,7 +107,8 @@ def tokenize(caption: str, lowercase: bool = True) -> list[str]:
     These are the tokens of the official evaluation (Stanford's PTBTokenizer of CoreNLP 3.4.1, `-preserveLines
     -lowerCase`, without the punctuation in pycocoevalcap's list), including its oddities: brackets stay, as
     `-lrb-`, since that list has them in capitals; `dog?!` keeps `?!` and `dog.,` its dot; `red,blue-green`
-    stays whole. Marks that belong to a letter, such as Hindi's and Arabic's vowel signs, stay with it.
+    stays whole. Marks that belong to a letter, such as Hindi's and Arabic's vowel signs, stay with it;
+    Persian's non-joiner (U+200C) separates, as in the original.
 
     Known differences, none of them seen in captions of Flickr8k or COCO:
 
@@ -116,7 +117,7 @@ def tokenize(caption: str, lowercase: bool = True) -> list[str]:
     * a letter with a dot (`plan b.`) keeps its dot, where the original drops it before `A`, `The` and the
       like; `no.` keeps its dot before a number; both also where the next caption begins so;
     * emoticons such as `^_^`, curly quotes side by side, `>>`, `5.x`, numeric character references
-      (`&#39;`).
+      (`&#39;`); the original tears apart words of scripts that it does not know (Malayalam, Sinhala).
 
     Args:
         lowercase: False keeps capitals, which scores never do.
@@ -163,17 +164,15 @@ def _lex(text: str, lowercase: bool) -> list[str]:
 
 
 def _is_mark(character: str) -> bool:
-    """Whether this belongs to the letter before it: vowel signs, tones, points, the joiners of Persian and of
-    the scripts of India; not what follows symbols and emoji."""
-    if character in "\u200c\u200d":
-        return True
+    """Whether this belongs to the letter before it: vowel signs, tones, points, and the joiner (U+200D) of the
+    scripts of India; not what follows symbols and emoji."""
     is_of_symbols = "\u20d0" <= character <= "\u20ff" or "\ufe00" <= character <= "\ufe0f"
-    return unicodedata.category(character) in ("Mn", "Mc") and not is_of_symbols
+    return unicodedata.category(character) in ("Mn", "Mc") and not is_of_symbols or character == "\u200d"
 
 
 @lru_cache(1)
 def _lexer_with_all_marks() -> re.Pattern:
     """The lexer for text with marks of any script; it takes longer to compile than the one for other text."""
-    marks = "".join(filter(_is_mark, map(chr, range(0x300, 0x20000)))).replace("\u200c\u200d", "")
-    all_marks = rf"(?:[{marks}]|[\u200c\u200d](?=[^\W_]))"
+    marks = "".join(filter(_is_mark, map(chr, range(0x300, 0x20000)))).replace("\u200d", "")
+    all_marks = rf"(?:[{marks}]|\u200d(?=[^\W_]))"
     return re.compile(_LEXER.pattern.replace(_MARKS, all_marks), re.IGNORECASE)
