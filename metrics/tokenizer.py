@@ -164,10 +164,11 @@ def _lex(text: str, lowercase: bool) -> list[str]:
 
 
 def _is_mark(character: str) -> bool:
-    """Whether this belongs to the letter before it: vowel signs, tones, points, and the joiner (U+200D) of the
+    """Whether this belongs to the letter before it: vowel signs, tones, points, the joiner (U+200D) of the
     scripts of India; not what follows symbols and emoji."""
-    is_of_symbols = "\u20d0" <= character <= "\u20ff" or "\ufe00" <= character <= "\ufe0f"
-    return unicodedata.category(character) in ("Mn", "Mc") and not is_of_symbols or character == "\u200d"
+    if "\u20d0" <= character <= "\u20ff" or "\ufe00" <= character <= "\ufe0f":
+        return False
+    return character == "\u200d" or unicodedata.category(character) in ("Mn", "Mc")
 
 
 @lru_cache(1)
