@@ -1,7 +1,4 @@
-"""Text files from anywhere: which encoding they have.
-
-UTF-8, what a byte order mark says, UTF-16 without one, and else the likeliest of the encodings in `LETTERS`.
-"""
+"""Text in whatever encoding it comes, and back again in the same one."""
 
 from __future__ import annotations
 
@@ -12,15 +9,23 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from utils import UserError, printable
+from utils import UserError
 
-BOMS = {  # the longest first; the codecs write the mark again (UTF-16 with the low byte first)
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
+WITH_MARK = "-sig"  # ends the name of a codec whose file begins with a byte order mark
+BYTE_ORDER_MARKS = {  # those of UTF-32 first, as one of them begins as one of UTF-16
+    "utf-32-le": codecs.BOM_UTF32_LE,
+    "utf-32-be": codecs.BOM_UTF32_BE,
+    "utf-16-le": codecs.BOM_UTF16_LE,
+    "utf-16-be": codecs.BOM_UTF16_BE,
+    "utf-8": codecs.BOM_UTF8,
 }
+CONTROL_BYTES = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # of no text in an encoding of single bytes
+# the older encodings whose texts may look like UTF-16
+LIKE_UTF16 = ("gb18030", "big5", "cp932", "euc_kr", "euc_jp", "cp1251", "koi8_r")
+# a Latin letter or digit beside one of another script, as where halves of characters are read as whole ones
+MIXED = re.compile(r"[0-9A-Za-z][\u0400-\uffef]|[\u0400-\uffef][0-9A-Za-z]")
+UNDECODED = re.compile("[\udc80-\udcff]")
+SAMPLE = 10_000  # characters that are looked at, of a long text
 NO_TEXT = {  # by how they begin, what people give where text is expected
     b"PK\x03\x04": "an Excel workbook or ZIP archive; save the table as CSV, or unpack it",
     b"\xd0\xcf\x11\xe0": "an old Excel workbook; save the table as CSV",
@@ -59,20 +64,16 @@ SCRIPTS = {  # without an alphabet: the first and last character, those of what 
     "hangul": ("\uac00\ud7a3", "\uac00\ud7a3"),
     "thai": ("\u0e01\u0e5b", "\u0e30\u0e4e"),  # vowels and tones
 }
-COMMON = {
-    "gb18030": "gb2312",
-    "cp949": "iso2022_kr",
-}  # for those that take nearly any bytes: the usual characters
+COMMON = {"gb18030": "gb2312", "cp949": "iso2022_kr"}  # of those that take nearly any bytes, the usual part
 CASED = ("cp1251", "cp1253", "koi8_r")  # in which a text is nearly all beyond ASCII, and has capitals
-LONGEST_SAMPLE = 2**16  # bytes from which the encoding is told
 LARGEST_DOUBT = 0.4  # share of a text's characters that look wrong above which it is not told
 
 
 def read_text(path: str | Path) -> tuple[str, str]:
-    """A text file's content, its line ends as they are, and the codec that `decode_text` finds.
+    """A text file's content and codec, as `decode_text` gives them.
 
     Raises:
-        UserError: no such file, or as `decode_text` does.
+        UserError: there is no such file, or as `decode_text` does.
     """
     path = Path(path)
     if not path.is_file():  # nor a pipe, from which reading might never end
@@ -81,65 +82,123 @@ def read_text(path: str | Path) -> tuple[str, str]:
 
 
 def decode_text(data: bytes, name: str | Path) -> tuple[str, str]:
-    """Text of any encoding, and the codec to write it with again: one of UTF-8, "utf-8-sig", "utf-16" and
-    "utf-32", which write the byte order mark too, "utf-16-le" and "utf-16-be" without one, or one of
-    `LETTERS`.
+    """The text of a file, and the codec with which `encode_text` gives the same bytes again.
+
+    UTF-8, a byte order mark, and UTF-16 and UTF-32 without one are recognized by their bytes. Of older
+    encodings the likeliest is taken; ASCII text is written alike in all of them.
 
     Args:
-        name: for messages.
+        name: of the file, for the message.
+
+    Returns:
+        The text, without a byte order mark and with its line ends as they are; the codec's name, which ends
+        in "-sig" where the file begins with a mark.
 
     Raises:
-        UserError: this is no text, or damaged, or it cannot be told which encoding it has.
+        UserError: it is no text, or damaged, or its encoding cannot be told.
     """
-    codec = next((codec for mark, codec in BOMS.items() if data.startswith(mark)), None)
     for start, reason in NO_TEXT.items():
         if data.startswith(start):
             raise UserError(f"{name}: {reason}")
-    if codec is None and b"\0" in data:
-        codec = _utf16_without_bom(data)
+    for codec, mark in BYTE_ORDER_MARKS.items():
+        if data.startswith(mark):
+            text = _decode(data[len(mark) :], codec)
+            if text is None:
+                raise UserError(f"{name}: begins as {codec.upper()} text, but is damaged; save it as UTF-8")
+            return text, codec + WITH_MARK
+    text = _decode(data, "utf-8")
+    control = CONTROL_BYTES.search(data)
+    if text is not None and not control:
+        return text, "utf-8"
+    codec = _wide_codec(data)
+    if codec is None and control and (text is None or b"\0" in data):
+        line = data.count(b"\n", 0, control.start()) + 1
+        place = f"byte {control.start()}, in line {line}, is a control character"
+        raise UserError(f"{name}: not a text file ({place}); replace it, or save it as UTF-8")
+    if codec is None and text is not None:
+        return text, "utf-8"
+    if codec is None and (error := _damage(data)):
+        raise UserError(f"{name}: damaged UTF-8 text ({error}); mend it, and save it as UTF-8")
+    codec = codec or _older_codec(data)
+    if codec is None:
+        raise UserError(f"{name}: not UTF-8, and its encoding cannot be told; save it as UTF-8")
+    return data.decode(codec), codec
+
+
+def encode_text(text: str, codec: str) -> bytes:
+    """The bytes of a text in a codec that `decode_text` gave. Raises UnicodeEncodeError where it lacks a
+    character."""
+    plain = codec.removesuffix(WITH_MARK)
+    mark = BYTE_ORDER_MARKS[plain] if codec.endswith(WITH_MARK) else b""
+    return mark + text.encode(plain)
+
+
+def _decode(data: bytes, codec: str) -> str | None:
     try:
-        text, codec = data.decode(codec or "utf-8"), codec or "utf-8"
-    except UnicodeDecodeError as error:
-        if codec or _is_mostly_utf8(data):
-            what = f"not {(codec or 'utf-8').upper()}, as the rest of the file is ({error.reason})"
-            line = data.count(b"\n", 0, error.start) + 1
-            raise UserError(f"{name}, line {line}: {what}; mend the line, or replace the file") from None
-        text, codec = _decode_by_likelihood(data, name)
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise UserError(f"{name}, line {line}: a NUL byte: no text, or damaged; mend or replace the file")
-    return text, codec
+        return data.decode(codec)
+    except UnicodeDecodeError:
+        return None
+
+
+def _damage(data: bytes) -> str | None:
+    """Where text that is UTF-8 for the most part is not; None where it is in an older encoding."""
+    text = data.decode("utf-8", "surrogateescape")
+    wrong = UNDECODED.findall(text)
+    right = sum(character > "\x7f" for character in text) - len(wrong)
+    if right < 3 * len(wrong):
+        return None
+    before = text.partition(wrong[0])[0]
+    return f"at byte {len(before.encode('utf-8'))}, in line {before.count(chr(10)) + 1}"
+
+
+def _wide_codec(data: bytes) -> str | None:
+    """UTF-16 or UTF-32 without a mark: where that reading, and no older encoding's, has common characters.
+
+    Nearly any bytes are UTF-16, but the characters of a wrong reading are rare ones.
+    """
+    shares = {}
+    for codec in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"):
+        text = _decode(data, codec)
+        shares[codec] = _share_of_common(text) if text else 0.0
+    best = max(shares, key=shares.__getitem__)
+    if shares[best] < 0.9:
+        return None
+    if not CONTROL_BYTES.search(data):
+        for codec in LIKE_UTF16:
+            text = _decode(data, codec)
+            if text and _share_of_common(text) >= 0.9 and not MIXED.search(text):
+                return None
+    return best
+
+
+def _share_of_common(text: str) -> float:
+    sample = text[:SAMPLE]
+    return sum(map(_is_common, sample)) / len(sample)
 
 
 @cache
-def note_encoding(path: str | Path, codec: str) -> None:
-    """Say once which encoding a file was read with, where it is not UTF-8."""
-    if codec not in ("utf-8", "utf-8-sig"):
-        print(printable(f"{path}: not UTF-8; read as {codec}"), flush=True)
+def _is_common(character: str) -> bool:
+    """Whether the character is among those that most texts are made of."""
+    number = ord(character)
+    if number < 0x1100:  # alphabets
+        return character.isprintable() or character in "\t\n\r\f\v\x1b"
+    if 0x2010 <= number <= 0x2030 or character in "€™":
+        return True
+    if 0x3000 <= number <= 0x30FF or 0xAC00 <= number <= 0xD7A3 or 0xFF01 <= number <= 0xFF5E:
+        return True  # Japanese syllables, Korean ones, wide forms
+    for codec, last in (("gb2312", 0xD7), ("big5", 0xC6), ("shift_jis", 0x97)):
+        try:  # the standards give their commoner ideographs the lower numbers
+            encoded = character.encode(codec)
+        except UnicodeEncodeError:
+            continue
+        if len(encoded) == 2 and encoded[0] <= last:
+            return True
+    return False
 
 
-def _utf16_without_bom(data: bytes) -> str | None:
-    """The codec of text whose bytes 0 are halves of characters, None of other text."""
-    blanks = sum(map(data.count, (b" ", b"\n", b"\r", b"\t")))  # each must be half of a blank
-    found = {}
-    for codec in ("utf-16-le", "utf-16-be"):
-        with suppress(UnicodeDecodeError):
-            text = data.decode(codec)
-            if "\0" not in text and 2 * sum(map(text.count, " \n\r\t")) >= blanks:
-                found[codec] = sum(map(str.isascii, text))  # some are in any text: blanks, digits, line ends
-    best = max(found, key=found.__getitem__, default=None)
-    return best if best and found[best] else None
-
-
-def _is_mostly_utf8(data: bytes) -> bool:
-    """Whether UTF-8 is what the text was meant to be: in other encodings its sequences are rare."""
-    text = data.decode("utf-8", errors="replace")
-    wrong = text.count("\ufffd")
-    return sum(not character.isascii() for character in text) - wrong > 4 * wrong
-
-
-def _decode_by_likelihood(data: bytes, name: str | Path) -> tuple[str, str]:
-    """The text and codec of `LETTERS` by which the least of it looks wrong.
+def _older_codec(data: bytes) -> str | None:
+    """The encoding in which the least of a text looks wrong, None where much does in all, and where the text
+    would not give the same bytes again.
 
     That is as charset-normalizer sees it, which cannot tell the languages of Europe apart in a few lines, and
     the share of characters beyond ASCII that do not belong to one language of the encoding.
@@ -147,18 +206,18 @@ def _decode_by_likelihood(data: bytes, name: str | Path) -> tuple[str, str]:
     sample = b""
     for line in data.splitlines(keepends=True):
         first = re.search(rb"[\x80-\xff]", line)
-        if first and len(sample) < LONGEST_SAMPLE:
-            sample += line[first.start() if len(line) > LONGEST_SAMPLE else 0 :][:LONGEST_SAMPLE]
+        if first and len(sample) < SAMPLE:
+            sample += line[first.start() if len(line) > SAMPLE else 0 :][:SAMPLE]
     doubts = {}
     for codec in LETTERS:
         with suppress(UnicodeDecodeError):
             text = codecs.getincrementaldecoder(codec)().decode(sample)  # which may end within a character
             doubts[codec] = round(_doubt(text, codec), 1)
     for codec in sorted(doubts, key=doubts.__getitem__):
-        if doubts[codec] <= LARGEST_DOUBT:
-            with suppress(UnicodeDecodeError):
-                return data.decode(codec), codec
-    raise UserError(f"{name}: it cannot be told which encoding this text has; save it as UTF-8")
+        text = _decode(data, codec) if doubts[codec] <= LARGEST_DOUBT else None
+        if text is not None and encode_text(text, codec) == data:
+            return codec
+    return None
 
 
 def _doubt(text: str, codec: str) -> float:
@@ -170,7 +229,7 @@ def _doubt(text: str, codec: str) -> float:
     wrong = _wrong_letters(letters, LETTERS[codec])
     wrong += sum(map(_is_out_of_place, " " + text, text, text[1:] + " "))
     if codec in COMMON:
-        wrong += "".join(letters).encode(COMMON[codec], errors="replace").count(b"?")
+        wrong += sum(not letter.encode(COMMON[codec], errors="ignore") for letter in letters)
     one_case = codec in CASED and text in (text.lower(), text.upper())  # rather Hebrew, or Thai
     return wrong / max(len(beyond), 1) + mess_ratio(text, 1.0) + 0.1 * one_case
 
