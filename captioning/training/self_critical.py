@@ -84,7 +84,7 @@ class SelfCritical:
     ):
         self.encoder, self.decoder, self.settings, self.run = encoder, decoder, settings, run
         self.word_map, self.reward, self.longest, self.epoch = word_map, reward, longest, epoch
-        self.words = {index: word for word, index in word_map.items()}
+        self.words = {index: word.lower() for word, index in word_map.items()}  # as the references are
         self.totals = {} if totals is None else totals
         self.totals |= {"rewards": 0.0, "samples": 0} | self.totals
 
