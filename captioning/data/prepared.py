@@ -61,6 +61,7 @@ class Record:
         captions: as written, in file order; the references that scores are computed against.
         tokens: the words of each caption, as `metrics.tokenize` finds them; Karpathy's JSON brings its own.
         split: "train", "val" or "test" where the file says so, else None.
+        file_name: the name of the image file, where the annotations give it beside the id.
     """
 
     image_id: str
@@ -68,6 +69,7 @@ class Record:
     captions: list[str] = field(default_factory=list)
     tokens: list[list[str]] = field(default_factory=list)
     split: str | None = None
+    file_name: str | None = None
 
 
 def read_prepared(data_folder: str | Path) -> dict:

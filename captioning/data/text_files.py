@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import codecs
+import csv
+import io
+import json
 import re
 import unicodedata
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from utils import UserError
+from utils import UserError, is_main_process, parse_json, printable
 
 WITH_MARK = "-sig"  # ends the name of a codec whose file begins with a byte order mark
 BYTE_ORDER_MARKS = {  # those of UTF-32 first, as one of them begins as one of UTF-16
@@ -81,6 +86,15 @@ def read_text(path: str | Path) -> tuple[str, str]:
     return decode_text(path.read_bytes(), path)
 
 
+def read_told(path: str | Path) -> str:
+    """A text file's content; a line says which encoding it has where that is not UTF-8. Raises UserError as
+    `read_text` does."""
+    text, codec = read_text(path)
+    if not codec.startswith("utf-8"):
+        say_once(f"{path}: not UTF-8; read as {codec}")
+    return text
+
+
 def decode_text(data: bytes, name: str | Path) -> tuple[str, str]:
     """The text of a file, and the codec with which `encode_text` gives the same bytes again.
 
@@ -123,6 +137,69 @@ def decode_text(data: bytes, name: str | Path) -> tuple[str, str]:
     if codec is None:
         raise UserError(f"{name}: not UTF-8, and its encoding cannot be told; save it as UTF-8")
     return data.decode(codec), codec
+
+
+def split_rows(text: str, name: str | Path, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """(number of its first line, fields) of each row that is not blank.
+
+    Raises:
+        UserError: no such text, or a row over several lines whose quotes do not match: a quote that is not
+            closed would swallow the lines up to the next one.
+    """
+    lines: list[str] = []  # of the row that is being read
+
+    def remember() -> Iterator[str]:
+        for line in io.StringIO(text, newline=""):
+            lines.append(line)
+            yield line
+
+    reader = csv.reader(remember(), delimiter=separator)
+    try:
+        for row in reader:
+            if len(lines) > 1 or lines[0].count('"') % 2:
+                list(csv.reader(lines, delimiter=separator, strict=True))
+            first = reader.line_num - len(lines) + 1
+            lines.clear()
+            if any(map(str.strip, row)):
+                yield first, row
+    except csv.Error as error:
+        line = reader.line_num - len(lines) + 1
+        reason = (
+            "a quote that is not closed" if len(lines) > 1 or "unexpected end" in str(error) else str(error)
+        )
+        raise UserError(f"{name}, line {line}: not a CSV row ({reason}); mend the line") from None
+
+
+def parse_json_lines(text: str, name: str | Path) -> list[tuple[int, Any]] | None:
+    """(line number, object) of each line of JSON lines; None where the text is something else.
+
+    Raises:
+        UserError: a line behind the first is damaged.
+    """
+    first, _, rest = text.lstrip().partition("\n" if "\n" in text else "\r")
+    if not (rest.strip() and first.rstrip().endswith("}")):
+        return None
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return None
+    lines = enumerate(re.split(r"\r\n|\n|\r", text), start=1)
+    return [(number, parse_json(line, f"{name}, line {number}")) for number, line in lines if line.strip()]
+
+
+@cache
+def say_once(text: str) -> None:
+    """Print a line about a file that is read, once, however often it is."""
+    if is_main_process():
+        print(printable(text), flush=True)
+
+
+def report_problems(name: str | Path, problems: Sequence[str], shown: int = 5) -> None:
+    """Say what in a file is not read as its author meant it; the first few, and how many more."""
+    for problem in problems[:shown]:
+        say_once(f"{name}, {problem}")
+    if len(problems) > shown:
+        say_once(f"{name}: ... and {len(problems) - shown} more like these")
 
 
 def encode_text(text: str, codec: str) -> bytes:
