@@ -2,11 +2,15 @@
 
     python create_input_files.py      # train.csv, train/train/, test.csv, test/test/, as Kaggle has them
     python create_input_files.py --annotations captions.txt --image_folder Images
+    python create_input_files.py --annotations Flickr8k.token.txt --image_folder Flicker8k_Dataset
     python create_input_files.py --annotations dataset_coco.json --image_folder coco
+    python create_input_files.py --annotations photos --image_folder photos       # photo.txt beside photo.jpg
+    python create_input_files.py --annotations a.json b.csv --image_folder images_a images_b
 
-The annotation file may be a Kaggle CSV, a Flickr8k captions.txt, Karpathy's JSON or COCO's; which one it is
-is recognized by its content. docs/file_formats.md describes these files and the ones written here. Captions
-are split into words by metrics/tokenizer.py, unless the file brings tokens of its own, as Karpathy's does.
+Which layout the annotations have (tables with any separator, Flickr8k, Flickr30k, Karpathy, COCO, Hugging
+Face, Parquet, sidecars) is recognized by their content. docs/file_formats.md describes them, and the files
+written here. Captions are split into words by metrics/tokenizer.py, unless the file brings tokens of its own,
+as Karpathy's does.
 """
 
 from __future__ import annotations
@@ -14,30 +18,29 @@ from __future__ import annotations
 import captioning.interrupts  # noqa: F401  before what takes seconds
 
 import hashlib
+import json
 import os
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from captioning.command_line import check_at_least, check_share, run_script
+from captioning.command_line import allow_single, check_at_least, check_share, run_script
 from captioning.data.annotations import (
-    END,
-    PAD,
-    START,
-    UNK,
-    Record,
     read_annotations,
     read_training_splits,
     require_image,
+    sources,
+    test_records,
 )
 from captioning.data.hdf5 import RowWriter, require_disk_space
 from captioning.data.images import read_image
-from captioning.data.prepared import digest_files
+from captioning.data.prepared import END, PAD, START, UNK, Record, digest_files
+from captioning.data.tables import Columns
 from captioning.files import lock_folder
 from utils import Messages, UserError, check_output, parallel_map, progress_bar, write_json
 
@@ -47,16 +50,19 @@ REMEDY = "free some disk space, or lower --image_size"
 @dataclass
 class Settings:
     # what to read
-    annotations: str = "train.csv"  # captions to train on, in any of the four layouts
-    image_folder: str = "train/train"  # their images
-    test_annotations: str | None = None  # None: test_captions.csv or test.csv beside a Kaggle train.csv
-    test_image_folder: str | None = None  # None: test/test beside the test annotations
+    annotations: tuple[str, ...] = ("train.csv",)  # captions to train on, any layout of docs/file_formats.md
+    image_folder: tuple[str, ...] = ("train/train",)  # their images
+    test_annotations: tuple[str, ...] = ()  # none: test_captions.csv or test.csv beside a Kaggle train.csv
+    test_image_folder: tuple[str, ...] = ()  # none: test/test beside the test annotations
+    id_column: str | None = None  # column of the images in tables of any names; None: recognized
+    caption_column: str | None = None  # column of the captions; None: recognized
     # what to write
     output_folder: str = "data_output"  # where the prepared files go
     val_fraction: float = 0.1  # share of the images to validate on, where the file names no splits
     captions_per_image: int = 5  # captions sampled from each image; where it has fewer, some are repeated
     min_word_freq: int = 5  # words that occur less often in the training captions become <unk>
     max_len: int = 50  # words; longer captions are left out
+    lowercase: bool = True  # False: the vocabulary and the captions keep capitals, as of German nouns
     image_size: int = 256  # pixels, width and height
     # the run
     workers: int = min(os.cpu_count() or 1, 64)  # threads that read images
@@ -64,6 +70,7 @@ class Settings:
     seed: int = 123  # for the validation split and the sampling of captions
 
     def __post_init__(self):
+        allow_single(self, "annotations", "image_folder", "test_annotations", "test_image_folder")
         check_at_least(self, 1, "captions_per_image", "min_word_freq", "max_len", "workers")
         check_at_least(self, 32, "image_size")
         check_at_least(self, 0, "seed")
@@ -109,30 +116,32 @@ def write_folder(splits: dict[str, list[Record]], settings: Settings, output: Pa
 
 def read_splits(settings: Settings) -> dict[str, list[Record]]:
     """The records of "train", "val" and "test", without splits that have none."""
-    splits = read_training_splits(
-        settings.annotations, settings.image_folder, settings.val_fraction, settings.seed
-    )
-    test_annotations, test_image_folder = find_test(settings)
+    columns = Columns(settings.id_column, settings.caption_column)
+    how = {"columns": columns, "lowercase": settings.lowercase}
+    data = settings.annotations, settings.image_folder
+    splits = read_training_splits(*data, settings.val_fraction, settings.seed, **how)
+    test_annotations, test_image_folders = find_test(settings)
     if test_annotations:
-        splits["test"] = read_annotations(test_annotations, test_image_folder)
+        splits["test"] = test_records(read_annotations(test_annotations, test_image_folders, **how))
+    columns.check()
     return {name: records for name, records in splits.items() if records}
 
 
-def find_test(settings: Settings) -> tuple[str | None, str | None]:
-    """The test annotations and the folder of their images: as set, or found beside a Kaggle train.csv."""
-    annotations = settings.test_annotations
-    beside = Path(settings.annotations).parent
-    if annotations is None and Path(settings.annotations).name == "train.csv":
+def find_test(settings: Settings) -> tuple[Sequence[str], Sequence[str]]:
+    """The test annotations and the folders of their images: as set, or found beside a Kaggle train.csv."""
+    annotations, folders = settings.test_annotations, settings.test_image_folder
+    if not annotations and [Path(file).name for file in settings.annotations] == ["train.csv"]:
+        beside = Path(settings.annotations[0]).parent
         found = [beside / name for name in ("test_captions.csv", "test.csv") if (beside / name).is_file()]
-        if found and (settings.test_image_folder or (beside / "test" / "test").is_dir()):
-            annotations = str(found[0])
-    if annotations is None:
-        if settings.test_image_folder is not None:
+        if found and (folders or (beside / "test" / "test").is_dir()):
+            annotations = (str(found[0]),)
+    if not annotations:
+        if folders:
             raise UserError(
                 "--test_image_folder needs --test_annotations: a CSV with at least the column image_id"
             )
-        return None, None
-    return annotations, settings.test_image_folder or str(Path(annotations).parent / "test" / "test")
+        return (), ()
+    return annotations, folders or (str(Path(annotations[0]).parent / "test" / "test"),)
 
 
 def write_splits(splits: dict[str, list[Record]], settings: Settings, folder: Path) -> dict:
@@ -143,13 +152,15 @@ def write_splits(splits: dict[str, list[Record]], settings: Settings, folder: Pa
     kept: dict[str, list[Record]] = {}
     for name, records in splits.items():
         if name != "test":  # test images need no captions
+            warn_of_long_captions(records, name, settings.max_len)
             records = skip_without_captions(records, settings.max_len, skipped)
         kept[name] = write_images(records, name, settings, folder, skipped)
         if not kept[name]:
             (folder / f"{name}_images.hdf5").unlink()
     if not kept["train"]:
         raise UserError(
-            f"{settings.image_folder}: none of the training images can be used; first: {skipped[0][1]}"
+            f"{', '.join(settings.image_folder)}: none of the training images can be used; first: "
+            f"{skipped[0][1]}"
         )
     word_map = build_word_map(kept["train"], settings.min_word_freq)
     write_json(folder / "word_map.json", word_map)
@@ -178,8 +189,18 @@ def skip_without_captions(
         if usable_captions(record, max_len):
             usable.append(record)
         else:
-            skipped.append((record.image_id, f"no caption of 1 to {max_len} words"))
+            longest = max(map(len, record.tokens), default=0)
+            reason = f"captions of {longest} words: raise --max_len {max_len}" if longest else "no caption"
+            skipped.append((record.image_id, reason))
     return usable
+
+
+def warn_of_long_captions(records: list[Record], split: str, max_len: int) -> None:
+    lengths = [len(tokens) for record in records for tokens in record.tokens]
+    long = sum(length > max_len for length in lengths)
+    if long:
+        share = f"{long} of {len(lengths)} captions have more than {max_len} words, up to {max(lengths)}"
+        print(f"{split:5} {share}, and are left out; --max_len takes longer ones")
 
 
 def usable_captions(record: Record, max_len: int) -> list[list[str]]:
@@ -286,10 +307,34 @@ def write_encoded_captions(
 
 
 def input_files(settings: Settings) -> dict[str, list[int]]:
-    """Size and modification time of each annotation file, which tell a later run whether it has changed."""
-    files = [settings.annotations, find_test(settings)[0]]
-    stats = {str(Path(file).resolve()): os.stat(file) for file in files if file}
-    return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
+    """Size and modification time of each annotation file, which tell a later run whether it has changed; of a
+    folder of sidecars the sum of their sizes, and a fingerprint of their names and times."""
+    inputs = {}
+    for file in (*settings.annotations, *find_test(settings)[0]):
+        stats = {path: path.stat() for path in sources(file)}
+        if len(stats) > 10:
+            times = [(path.name, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()]
+            digest = hashlib.sha256(json.dumps(times).encode("utf-8", "replace")).digest()
+            sizes = sum(stat.st_size for stat in stats.values())
+            inputs[str(Path(file).resolve())] = [sizes, int.from_bytes(digest[:6], "big")]
+        else:
+            inputs |= {str(path.resolve()): [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
+    return inputs
+
+
+def has_settings(record: dict, settings: Settings) -> bool:
+    """Whether the data of this `prepared.json` were made with these settings, also by an earlier release,
+    which lacks some, and has single files as text."""
+    recorded = record["settings"]
+    wanted = json.loads(json.dumps(asdict(settings)))
+    default = json.loads(json.dumps(asdict(Settings())))
+    for name, value in wanted.items():
+        own = recorded.get(name, default[name])
+        if isinstance(value, list) and not isinstance(own, list):
+            own = [] if own is None else [own]
+        if own != value:
+            return False
+    return True
 
 
 def print_summary(record: dict, output: Path) -> None:

@@ -24,11 +24,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from captioning.data.annotations import Record, require_image
+from captioning.data.annotations import require_image
 from captioning.data.features import REMEDY, is_up_to_date, open_features, weights_digest, write_features
 from captioning.data.hdf5 import Rows, open_dataset
 from captioning.data.images import read_image
-from captioning.data.prepared import Prepared
+from captioning.data.prepared import Prepared, Record
 from utils import (
     UserError,
     parallel_map,

@@ -24,9 +24,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from captioning.command_line import LARGEST, check_at_least, run_script
+from captioning.command_line import LARGEST, allow_single, check_at_least, run_script
 from captioning.data.annotations import Record
-from captioning.data.submissions import ScoredCaption, caption_rows, escape_formula, write_submission
+from captioning.data.submissions import (
+    METADATA,
+    ScoredCaption,
+    caption_rows,
+    escape_formula,
+    metadata_name,
+    write_submission,
+)
+from captioning.data.tables import Columns
 from captioning.decoding.options import AttentionDecodingOptions, DecodingOptions
 from captioning.report.comparison import compare_files, compare_pairs, print_comparisons
 from captioning.report.quality import caption_diversity, print_diversity
@@ -35,7 +43,8 @@ from captioning.report.scoring import (
     Decoded,
     decode_files,
     decode_split,
-    find_image_folder,
+    find_image_folders,
+    names_of,
     open_split,
     prepared_records,
     prepared_references,
@@ -71,9 +80,11 @@ class Settings(AttentionDecodingOptions):
     device: Device = "auto"  # auto: a GPU where there is one
     cache_features: bool = True  # take the encoder's output from train.py's cache, where there is one
     # or files of captions
-    submission: tuple[str, ...] = ()  # score files of captions (CSV or COCO results JSON) instead of a model
-    references: str | None = None  # annotations, any layout, to score submissions against
-    image_folder: str | None = None  # the references' images, for --worst; None: test/test, if it is there
+    submission: tuple[str, ...] = ()  # score files of captions (CSV, JSON, JSON lines) instead of a model
+    references: tuple[str, ...] = ()  # annotations, any layout, to score submissions against
+    image_folder: tuple[str, ...] = ()  # the references' images, for --worst; none: test/test, if it is there
+    id_column: str | None = None  # column of the images in tables of any names; None: recognized
+    caption_column: str | None = None  # column of the captions; None: recognized
     partial: bool = False  # score a submission that lacks images or has unknown ones, on what it has
     compare: tuple[str, ...] = ()  # two files of --per_image_csv: is the second better by more than chance?
     # more about the captions
@@ -89,6 +100,7 @@ class Settings(AttentionDecodingOptions):
     escape_formulas: bool = False  # put ' before ids and captions of CSVs that spreadsheets take for formulas
 
     def __post_init__(self):
+        allow_single(self, "checkpoint", "submission", "references", "image_folder")
         check_at_least(self, 1, "batch_size")
         check_at_least(self, 0, "worst", "diversity")
         if self.diversity == 1:
@@ -98,7 +110,7 @@ class Settings(AttentionDecodingOptions):
             raise UserError("--temperature and --top_p are of the samples of --diversity: add it")
         if not self.beam_sizes or min(self.beam_sizes) < 1 or max(self.beam_sizes) > LARGEST["beam_size"]:
             raise UserError(f"--beam_sizes is {self.beam_sizes}: give numbers from 1 to 1000, such as 1,3,5")
-        if bool(self.submission) != (self.references is not None):
+        if bool(self.submission) != bool(self.references):
             raise UserError("--submission and --references belong together: give both")
         if self.submission and self.boxes:
             raise UserError("--boxes needs a model, which looks: leave --submission out")
@@ -147,12 +159,15 @@ def check_outputs(settings: Settings) -> None:
 
 def score_submissions(settings: Settings) -> tuple[list[dict], list[Record]]:
     """The table's rows, one for each file of captions, and the images with their references."""
-    folder = find_image_folder(settings.references, settings.image_folder)
-    records = reference_records(settings.references, settings.split, folder)
+    folders = find_image_folders(settings.references, settings.image_folder)
+    columns = Columns(settings.id_column, settings.caption_column)
+    records = reference_records(settings.references, settings.split, folders, columns)
+    whose = names_of(settings.references)
     rows = [
-        {"model": file} | score_records(file, records, settings.references, settings.partial)
+        {"model": file} | score_records(file, records, whose, settings.partial, columns)
         for file in settings.submission
     ]
+    columns.check()
     if settings.diversity:
         add_diversity(rows, settings)
     return rows, records
@@ -321,7 +336,7 @@ def write_results(rows: list[dict], records: Sequence[Record], settings: Setting
         write_json(settings.output_json, summary(rows, settings))
         written.append(settings.output_json)
     if settings.output_captions:
-        written += write_caption_files(rows, settings)
+        written += write_caption_files(rows, records, settings)
     if settings.per_image_csv:
         lines = per_image_lines(rows, records)
         if settings.escape_formulas:
@@ -354,7 +369,7 @@ def summary(rows: list[dict], settings: Settings) -> dict:
     return source | {"split": settings.split, "scores": scores}
 
 
-def write_caption_files(rows: list[dict], settings: Settings) -> list[str]:
+def write_caption_files(rows: list[dict], records: Sequence[Record], settings: Settings) -> list[str]:
     """Write the files of --output_captions, one per row; return their names."""
     path, files = Path(settings.output_captions), []
     for i, row in enumerate(rows, start=1):
@@ -362,6 +377,9 @@ def write_caption_files(rows: list[dict], settings: Settings) -> list[str]:
         file = path if len(rows) == 1 else path.with_stem(name)
         best = row.get("decoded") or {key: ScoredCaption(text) for key, text in row["captions"].items()}
         captions = [(image_id, [caption]) for image_id, caption in best.items()]
+        if file.name == METADATA:
+            files_of = {record.image_id: record.file_name or record.path for record in records}
+            captions = [(metadata_name(files_of[key] or key, file), of_image) for key, of_image in captions]
         lines, columns = caption_rows(captions, False, "decoded" in row)
         write_submission(file, lines, columns, settings.escape_formulas)
         files.append(str(file))

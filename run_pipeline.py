@@ -3,6 +3,7 @@
     python run_pipeline.py                # on train.csv, train/train/, test.csv, test/test/ where they are,
                                           # else on the demonstration set, which it draws first
     python run_pipeline.py --annotations captions.txt --image_folder Images --epochs 20
+    python run_pipeline.py --annotations Flickr8k.token.txt --image_folder Flicker8k_Dataset
     python run_pipeline.py --model both   # the attention model and BLIP, scored on the same test images
 
 Every setting of the scripts that it runs is an option here too; those of train_model.py and direct_caption.py
@@ -16,7 +17,7 @@ from __future__ import annotations
 import captioning.interrupts  # noqa: F401  before what takes seconds
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -31,14 +32,16 @@ import train_model as blip_training
 from captioning.command_line import (
     AnySettings,
     Step,
+    allow_single,
     check_at_least,
     describe_settings,
     make_settings,
     run_script,
 )
-from captioning.data.annotations import read_annotations
-from captioning.data.images import list_images
+from captioning.data.annotations import read_annotations, sources, test_records
+from captioning.data.images import walk_images
 from captioning.data.prepared import Prepared, read_prepared
+from captioning.data.tables import Columns
 from captioning.files import lock_folder
 from captioning.folders.plan import test_csv_places
 from captioning.report.scoring import score_submission
@@ -52,10 +55,10 @@ from utils import Device, UserError, check_output, printable, read_json, write_j
 class Settings:
     # what to train, and on what
     model: Literal["attention", "blip", "both"] = "attention"  # what to train and to caption with
-    annotations: str = "train.csv"  # captions to train on, any layout
-    image_folder: str = "train/train"  # their images
-    test_annotations: str | None = None  # None: the test_captions.csv or test.csv beside a Kaggle train.csv
-    test_folder: str = "test/test"  # images to caption
+    annotations: tuple[str, ...] = ("train.csv",)  # captions to train on, any layout
+    image_folder: tuple[str, ...] = ("train/train",)  # their images
+    test_annotations: tuple[str, ...] = ()  # none: test_captions.csv or test.csv beside a Kaggle train.csv
+    test_folder: str = "test/test"  # images to caption; without it those of the annotations' test split
     # what to write
     data_folder: str = "data_output"  # prepared data goes here
     output_folder: str = "output_models"  # checkpoints go here
@@ -69,8 +72,10 @@ class Settings:
     demo_images: int = 0  # training scenes that the demonstration draws; 0: make_demo_data.py's own number
 
     def __post_init__(self):
+        allow_single(self, "annotations", "image_folder", "test_annotations")
         self.step_values: dict[str, object] = {}  # what was given of the steps' own settings
         self.is_demo = False
+        self.own_test = False  # whether the images to caption are the annotations' own test split
         check_at_least(self, 0, "demo_images")
 
 
@@ -94,6 +99,7 @@ Settings.pipeline_steps = [
     Step("settings of direct_caption.py", direct_caption.Settings, "blip_", frozenset(SET_BY_PIPELINE)),
 ]
 FOR_BOTH = {"seed", "val_fraction", "test_csv", "recursive", "save_every"}  # once given, for BLIP too
+FOR_BOTH |= {"id_column", "caption_column"}
 
 # what the demonstration is trained with: small, so that it learns in minutes without a GPU
 DEMO = {
@@ -174,16 +180,14 @@ def choose_data(settings: Settings, announce: Callable[..., None]) -> Settings:
     """The user's data, or the demonstration's where there are none of the user's."""
     defaults = Settings()
     own = settings.annotations != defaults.annotations or settings.image_folder != defaults.image_folder
-    if own or Path(settings.annotations).exists():
-        announce(f"data: {settings.annotations}, {settings.image_folder}/")
-        if not Path(settings.test_folder).is_dir():
-            print(f"      no {settings.test_folder}/: there will be a model, but no captions")
-        return settings
+    if own or Path(settings.annotations[0]).exists():
+        announce(f"data: {', '.join((*settings.annotations, *settings.image_folder))}")
+        return settings if Path(settings.test_folder).is_dir() else choose_own_test(settings)
     drawing = make_demo_data.Settings()
     if settings.demo_images:
         drawing = replace(drawing, train_images=settings.demo_images)
     folder = Path(drawing.output_folder)
-    print(f"no {settings.annotations} here: using the demonstration set in {folder}/ (coloured shapes)")
+    print(f"no {settings.annotations[0]} here: using the demonstration set in {folder}/ (coloured shapes)")
     if drawn_images(folder) == drawing.train_images:
         announce(f"data: {folder}/ is there, skipped")
     else:
@@ -192,13 +196,34 @@ def choose_data(settings: Settings, announce: Callable[..., None]) -> Settings:
     values = settings.step_values
     settings = replace(
         settings,
-        annotations=str(folder / "train.csv"),
-        image_folder=str(folder / "train" / "train"),
-        test_annotations=str(folder / "test_captions.csv"),
+        annotations=(str(folder / "train.csv"),),
+        image_folder=(str(folder / "train" / "train"),),
+        test_annotations=(str(folder / "test_captions.csv"),),
         test_folder=str(folder / "test" / "test"),
     )
     settings.step_values, settings.is_demo = values, True
     return settings
+
+
+def choose_own_test(settings: Settings) -> Settings:
+    """The settings for captioning the test split that the annotations name, if they do."""
+    records = read_annotations(settings.annotations, None, columns(settings))
+    if settings.test_annotations or not any(record.split == "test" for record in records):
+        print(f"      no {settings.test_folder}/: there will be a model, but no captions")
+        return settings
+    if len(settings.annotations) > 1 or len(settings.image_folder) > 1:
+        print("      its test split is of several files: eval.py scores it, after the training")
+        return settings
+    values, given = settings.step_values, Path(settings.annotations[0])
+    folder = str(given) if given.is_dir() else settings.image_folder[0]
+    print(f"      no {settings.test_folder}/: the test split of {given} is captioned and scored")
+    settings = replace(settings, test_folder=folder)
+    settings.step_values, settings.own_test = values, True
+    return settings
+
+
+def columns(settings: Settings) -> Columns:
+    return Columns(settings.step_values.get("id_column"), settings.step_values.get("caption_column"))
 
 
 def drawn_images(folder: Path) -> int:
@@ -207,20 +232,21 @@ def drawn_images(folder: Path) -> int:
 
 
 def prepare(settings: Settings, announce: Callable[..., None]) -> None:
-    has_test = settings.test_annotations is not None
+    has_test = bool(settings.test_annotations)
     wanted = step_settings(
         settings,
         create_input_files.Settings,
         annotations=settings.annotations,
         image_folder=settings.image_folder,
         test_annotations=settings.test_annotations,
-        test_image_folder=settings.test_folder if has_test else None,
+        test_image_folder=(settings.test_folder,) if has_test else (),
         output_folder=settings.data_folder,
     )
     if is_prepared(wanted):
         announce(f"preparation: {settings.data_folder}/ is up to date, skipped")
         return
-    announce(f"preparation: {settings.annotations} -> {settings.data_folder}/", non_default_settings(wanted))
+    source = ", ".join(settings.annotations)
+    announce(f"preparation: {source} -> {settings.data_folder}/", non_default_settings(wanted))
     create_input_files.create_input_files(wanted)
 
 
@@ -231,7 +257,7 @@ def is_prepared(wanted: create_input_files.Settings) -> bool:
     with lock_folder(wanted.output_folder, reading=True):
         data = Prepared(wanted.output_folder)
         inputs = create_input_files.input_files(wanted)
-        same = data.record["settings"] == asdict(wanted) and data.record["inputs"] == inputs
+        same = create_input_files.has_settings(data.record, wanted) and data.record["inputs"] == inputs
         return same and data.is_whole()
 
 
@@ -276,6 +302,7 @@ def caption_with_attention(settings: Settings, announce: Callable[..., None]) ->
         test_folder=settings.test_folder,
         output_csv=settings.output_csv,
         num_captions=1,
+        **own_test_list(settings),
     )
     caption_test_images("captions", caption.main, wanted, models, announce)
 
@@ -284,11 +311,16 @@ def caption_with_blip(settings: Settings, announce: Callable[..., None]) -> None
     decided = {"model_path": settings.blip_folder, "test_folder": settings.test_folder, "num_captions": 1}
     if "beam_size" in settings.step_values and "blip_num_beams" not in settings.step_values:
         decided["num_beams"] = settings.step_values["beam_size"]  # the two are compared
+    decided |= own_test_list(settings)
     wanted = step_settings(
         settings, direct_caption.Settings, "blip_", **decided, output_csv=settings.blip_csv
     )
     models = [Path(settings.blip_folder) / "model.safetensors"]
     caption_test_images("BLIP captions", direct_caption.main, wanted, models, announce)
+
+
+def own_test_list(settings: Settings) -> dict[str, str]:
+    return {"test_csv": settings.annotations[0]} if settings.own_test else {}
 
 
 def caption_test_images(
@@ -318,8 +350,9 @@ def record_file(wanted: AnySettings, models: list[Path]) -> Path:
 
 def fingerprint(wanted: AnySettings, models: list[Path]) -> dict:
     """What the captions depend on, and the captions themselves: settings, size and time of each file."""
-    images = list_images(wanted.test_folder)
-    files = [Path(wanted.output_csv), *models, *images, *test_csv_places(wanted.test_folder)]
+    images = [Path(wanted.test_folder, name) for name in walk_images(wanted.test_folder, True).names]
+    lists = [*test_csv_places(wanted.test_folder), *(sources(wanted.test_csv) if wanted.test_csv else [])]
+    files = [Path(wanted.output_csv), *models, *images, *lists]
     stats = {str(file): file.stat() for file in files if file.is_file()}
     sizes = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
     settings = {name: value for name, value in asdict(wanted).items() if name not in SET_BY_PIPELINE}
@@ -355,10 +388,12 @@ def report(settings: Settings, best: dict, blip_best: dict) -> None:
         print(f"{model}: validation BLEU-4 {line['val_bleu4']:.4f} (greedy, epoch {line['epoch']})")
     references, captioned = find_references(settings), Path(settings.test_folder).is_dir()
     if references and captioned and all(result.is_file() for _, result, _, _ in made):
-        rows = [{"model": model} | score_submission(result, references) for model, result, _, _ in made]
+        how = {"columns": columns(settings)}
+        rows = [{"model": model} | score_submission(file, references, **how) for model, file, _, _ in made]
         print("test scores:")
         evaluation.print_table(rows)
-        images = {image.image_id: image for image in read_annotations(references)}
+        records = test_records(read_annotations(references, None, columns(settings)))
+        images = {image.image_id: image for image in records}
         for image_id in list(rows[0]["captions"])[:3]:
             print(f"\n  {printable(image_id)}")
             for row in rows:
@@ -371,15 +406,17 @@ def report(settings: Settings, best: dict, blip_best: dict) -> None:
         print(f"{model}: {captions}model and history.csv in {folder}/")
 
 
-def find_references(settings: Settings) -> str | None:
+def find_references(settings: Settings) -> Sequence[str]:
     """The test annotations, where they have captions."""
+    if settings.own_test:
+        return settings.annotations
     annotations, _ = create_input_files.find_test(
         create_input_files.Settings(
             annotations=settings.annotations, test_annotations=settings.test_annotations
         )
     )
-    images = read_annotations(annotations) if annotations else []
-    return annotations if any(image.captions for image in images) else None
+    images = read_annotations(annotations, None, columns(settings)) if annotations else []
+    return annotations if any(image.captions for image in images) else ()
 
 
 if __name__ == "__main__":

@@ -29,8 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from captioning import HUB_MODEL
-from captioning.command_line import check_above_zero, check_at_least, check_share, run_script
-from captioning.data.annotations import Record, read_training_splits
+from captioning.command_line import allow_single, check_above_zero, check_at_least, check_share, run_script
+from captioning.data.annotations import read_training_splits
+from captioning.data.prepared import Record
+from captioning.data.tables import Columns
 from captioning.files import lock_folder, named_in_errors
 from captioning.training.interruption import Saver
 from captioning.training.loop import (
@@ -54,8 +56,10 @@ if TYPE_CHECKING:  # they import transformers, which takes seconds
 
 @dataclass
 class Settings:
-    annotations: str = "train.csv"  # captions to train on, any layout that create_input_files.py reads
-    image_folder: str = "train/train"  # their images
+    annotations: tuple[str, ...] = ("train.csv",)  # captions to train on, any layout of docs/file_formats.md
+    image_folder: tuple[str, ...] = ("train/train",)  # their images
+    id_column: str | None = None  # column of the images in tables of any names; None: recognized
+    caption_column: str | None = None  # column of the captions; None: recognized
     val_fraction: float = 0.1  # share of images to validate on, where the file names no splits
     base_model: str = HUB_MODEL  # hub id or folder to start from; tiny: a small one with random weights
     output_folder: str = "blip_finetuned_model"  # where the best epoch's model and the checkpoint go
@@ -91,6 +95,7 @@ class Settings:
     seed: int = 123  # of the validation split, order and draws, and tiny's weights
 
     def __post_init__(self):
+        allow_single(self, "annotations", "image_folder")
         for name, value in (FOR_TINY if self.base_model == "tiny" else FOR_PRETRAINED).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -233,7 +238,11 @@ def resume(settings: Settings) -> tuple[Settings, Resumed | None]:
 def read_records(settings: Settings) -> tuple[list[Record], list[Record]]:
     """The captioned images to train and to validate on: the file's own splits, else `val_fraction`."""
     splits = read_training_splits(
-        settings.annotations, settings.image_folder, settings.val_fraction, settings.seed
+        settings.annotations,
+        settings.image_folder,
+        settings.val_fraction,
+        settings.seed,
+        Columns(settings.id_column, settings.caption_column),
     )
     train, val = ([record for record in splits[name] if any(record.tokens)] for name in ("train", "val"))
     return train, val
@@ -282,7 +291,7 @@ def build_datasets(
     )
     run.log_many("skipped", train_set.problems + val_set.problems)
     if not train_set.records:
-        raise UserError(f"{settings.image_folder}: none of the training images can be used")
+        raise UserError(f"{', '.join(settings.image_folder)}: none of the training images can be used")
     if settings.freeze_vision and settings.cache_features:
         train_set.cache_features(f"{Path(settings.output_folder)}_features.hdf5")
     return train_set, val_set

@@ -192,12 +192,20 @@ def read_json(path: str | Path, digest: str | None = None):
         content = Path(path).read_bytes()
         if digest and hashlib.sha256(content).hexdigest() != digest:
             raise UserError(f"{path}: damaged, or replaced since; run the script again that wrote it")
-        with _no_garbage_collection():
-            return json.loads(content.decode("utf-8-sig"))
+        return parse_json(content.decode("utf-8-sig"), path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (ValueError, RecursionError) as error:
+    except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a JSON file ({error})") from None
+
+
+def parse_json(text: str, name: str | Path):
+    """The content of JSON text. Raises UserError, with the `name`, where it is none."""
+    try:
+        with _no_garbage_collection():
+            return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name}: not a JSON file ({error})") from None
 
 
 @contextmanager

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from captioning.command_line import check_at_least, run_script
+from captioning.command_line import allow_single, check_at_least, run_script
 from captioning.data.annotations import Record
 from captioning.data.images import read_image
+from captioning.data.tables import Columns
 from captioning.decoding.options import DecodingOptions
 from captioning.folders.plan import find_images
 from captioning.report.comparison import compare_pairs
@@ -32,8 +33,9 @@ from captioning.report.figures import draw_attention, draw_maps
 from captioning.report.gallery import ShownCaption, ShownModel, check_folder, write_gallery
 from captioning.report.quality import attention_summary, caption_quality
 from captioning.report.scoring import (
-    find_image_folder,
+    find_image_folders,
     match_submission,
+    names_of,
     prepared_records,
     reference_records,
     report_scores,
@@ -51,11 +53,13 @@ class Settings:
     # what to look at
     checkpoint: tuple[str, ...] = ()  # models of train.py; none: output_models/best_checkpoint.pth
     model_path: tuple[str, ...] = ()  # BLIP: folders of train_model.py, or models of the hub
-    submission: tuple[str, ...] = ()  # files of captions, CSV or COCO results JSON
+    submission: tuple[str, ...] = ()  # files of captions: CSV, JSON, JSON lines
     word_map: str | None = None  # word_map.json, for checkpoints that have none
     # on which images
-    references: str | None = None  # annotations of the images; None: those of data_folder
-    image_folder: str | None = None  # the images of --references; None: test/test, if it is there
+    references: tuple[str, ...] = ()  # annotations of the images, any layout; none: those of data_folder
+    image_folder: tuple[str, ...] = ()  # the images of --references; none: test/test, if it is there
+    id_column: str | None = None  # column of the images in tables of any names; None: recognized
+    caption_column: str | None = None  # column of the captions; None: recognized
     img: str | None = None  # one image, with the n best captions of one model
     data_folder: str = "data_output"  # what create_input_files.py wrote
     split: str = "test"  # train, val or test
@@ -69,6 +73,8 @@ class Settings:
     figures: str | None = None  # a folder: draw each image's attention there as a PNG
 
     def __post_init__(self):
+        allow_single(self, "checkpoint", "model_path", "submission", "references", "image_folder")
+        self.columns = Columns(self.id_column, self.caption_column)
         check_at_least(self, 1, "beam_size", "batch_size")
         check_at_least(self, 0, "limit")
         if self.img and (self.submission or len(self.checkpoint) + len(self.model_path) > 1):
@@ -147,11 +153,12 @@ def choose_records(settings: Settings) -> list[Record]:
     """The images to look at, with their references where there are any."""
     prepared = (Path(settings.data_folder) / "prepared.json").is_file()
     if settings.references or settings.submission or settings.image_folder or not prepared:
-        folder = find_image_folder(settings.references, settings.image_folder)
+        folders = find_image_folders(settings.references, settings.image_folder)
         if settings.references:
-            records = reference_records(settings.references, settings.split, folder)
-        elif folder:
-            records = [Record(image_id, path) for image_id, path in find_images(folder)]
+            records = reference_records(settings.references, settings.split, folders, settings.columns)
+        elif folders:
+            found = [image for folder in folders for image in find_images(folder)]
+            records = [Record(image_id, path) for image_id, path in found]
         elif settings.submission and prepared:
             records = prepared_records(settings.data_folder, settings.split)
         else:
@@ -166,8 +173,8 @@ def choose_records(settings: Settings) -> list[Record]:
 
 def caption_all(settings: Settings, records: Sequence[Record]) -> list[ShownModel]:
     """Read the captions of each file, and let each model caption the images."""
-    whose = settings.references or "the folder of images"
-    models = read_submissions(settings, [record.image_id for record in records], whose)
+    whose = names_of(settings.references) or "the folder of images"
+    models = read_submissions(settings, records, whose)
     if settings.submission and not (settings.checkpoint or settings.model_path):
         return give_short_names(models)
     from captioning.captioners.base import describe_files
@@ -188,14 +195,14 @@ def caption_all(settings: Settings, records: Sequence[Record]) -> list[ShownMode
     return give_short_names(models)
 
 
-def read_submissions(settings: Settings, ids: Sequence[str], whose: str) -> list[ShownModel]:
-    """Read the captions that each file has for the images `ids`.
+def read_submissions(settings: Settings, records: Sequence[Record], whose: str) -> list[ShownModel]:
+    """Read the captions that each file has for the images of the records.
 
-    whose: where the ids are from, for messages.
+    whose: where these are from, for messages.
     """
     models = []
     for file in settings.submission:
-        captions, missing, unknown = match_submission(file, ids, whose, partial=True)
+        captions, missing, unknown = match_submission(file, records, whose, True, settings.columns)
         if missing or (unknown and not settings.limit):
             print(
                 f"{file}: {counted(len(missing), 'image')} without a caption, "
@@ -203,6 +210,7 @@ def read_submissions(settings: Settings, ids: Sequence[str], whose: str) -> list
             )
         shown_captions = {key: ShownCaption(text, text.split()) for key, text in captions.items()}
         models.append(ShownModel(file, shown_captions))
+    settings.columns.check()
     return models
 
 
@@ -219,7 +227,7 @@ def give_short_names(models: list[ShownModel]) -> list[ShownModel]:
 def source(settings: Settings) -> str:
     """Where the images come from, for the page's title."""
     if settings.references or settings.image_folder:
-        return Path(settings.references or settings.image_folder).name
+        return ", ".join(Path(file).name for file in settings.references or settings.image_folder)
     return f"{settings.data_folder}, {settings.split}"
 
 

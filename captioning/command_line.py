@@ -399,6 +399,14 @@ def _check_at_most(settings: AnySettings, name: str) -> None:
         raise UserError(f"--{name} is {value}: give {largest} or less")
 
 
+def allow_single(settings: AnySettings, *names: str) -> None:
+    """Take a text for settings that hold several: `Settings(annotations="train.csv")` in Python."""
+    for name in names:
+        value = getattr(settings, name)
+        if isinstance(value, (str, os.PathLike)):
+            setattr(settings, name, (str(value),))
+
+
 def check_share(settings: AnySettings, *names: str) -> None:
     """Raise UserError unless each named setting is 0 or more and less than 1."""
     for name in names:

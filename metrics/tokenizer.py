@@ -2,13 +2,16 @@
 
 import html
 import re
+import unicodedata
+from collections.abc import Iterable
 from functools import lru_cache
 
 KEPT_CHUNKS = 2**16  # pieces of text between spaces whose tokens are cached, about 0.3 kB each
 
 _NUMBER_SIGNS = "\xb2\xb3\xb9\xbc-\xbe\u2070-\u209f\u2150-\u215f"  # Python counts these as word characters
 _LETTER = rf"[^\W\d_{_NUMBER_SIGNS}]"
-_WORD_CHARACTER = rf"(?:[^\W_{_NUMBER_SIGNS}]|[\u0300-\u036f])"
+_MARKS = r"[\u0300-\u036f]"  # accents that follow their letter; those of all scripts: `_lexer_with_all_marks`
+_WORD_CHARACTER = rf"(?:[^\W_{_NUMBER_SIGNS}]|{_MARKS})"
 _APOSTROPHE = "['\u2019]"
 _CLITIC = f"{_APOSTROPHE}(?:[msd]|re|ve|ll)"
 _NOT = "n['`\u2018\u2019]t"
@@ -83,7 +86,19 @@ _REWRITTEN = {
 }  # fmt: skip
 
 
-def tokenize(caption: str) -> list[str]:
+# Scripts that are written without blanks between words: runs of characters that are longer than a word
+_UNSEGMENTED = {
+    "Chinese or Japanese": re.compile(
+        r"(?![\u30a1-\u30ff]+(?![\u3041-\u9fff]))[\u3005\u3041-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]{6}"
+    ),
+    "Thai": re.compile(r"[\u0e01-\u0e5b]{12}"),
+    "Lao": re.compile(r"[\u0e81-\u0edf]{12}"),
+    "Burmese": re.compile(r"[\u1000-\u1049\u1050-\u109f]{12}"),
+    "Khmer": re.compile(r"[\u1780-\u17d3\u17d7-\u17dd]{12}"),
+}
+
+
+def tokenize(caption: str, lowercase: bool = True) -> list[str]:
     """The words of a caption: in lower case, split as in the Penn Treebank, without punctuation.
 
     >>> tokenize("The man's dog isn't here.")
@@ -92,7 +107,8 @@ def tokenize(caption: str) -> list[str]:
     These are the tokens of the official evaluation (Stanford's PTBTokenizer of CoreNLP 3.4.1, `-preserveLines
     -lowerCase`, without the punctuation in pycocoevalcap's list), including its oddities: brackets stay, as
     `-lrb-`, since that list has them in capitals; `dog?!` keeps `?!` and `dog.,` its dot; `red,blue-green`
-    stays whole.
+    stays whole. Marks that belong to a letter, such as Hindi's and Arabic's vowel signs, stay with it;
+    Persian's non-joiner (U+200C) separates, as in the original.
 
     Known differences, none of them seen in captions of Flickr8k or COCO:
 
@@ -101,30 +117,63 @@ def tokenize(caption: str) -> list[str]:
     * a letter with a dot (`plan b.`) keeps its dot, where the original drops it before `A`, `The` and the
       like; `no.` keeps its dot before a number; both also where the next caption begins so;
     * emoticons such as `^_^`, curly quotes side by side, `>>`, `5.x`, numeric character references
-      (`&#39;`), and scripts with vowel signs (Hindi, Thai).
+      (`&#39;`); the original tears apart words of scripts that it does not know (Malayalam, Sinhala).
+
+    Args:
+        lowercase: False keeps capitals, which scores never do.
     """
     words = []
     for chunk in caption.split():
-        tokens = _tokens_of_chunk(chunk)
+        tokens = _tokens_of_chunk(chunk, lowercase)
         if tokens is None:
-            return _lex(caption)
+            return _lex(caption, lowercase)
         words += tokens
     return words
 
 
+def find_unsegmented(captions: Iterable[str]) -> tuple[str, list[str]] | None:
+    """A script without blanks between words, of which `tokenize` makes one word a sentence, and the captions
+    in it; None where they are less than a tenth of all."""
+    captions = list(captions)
+    for script, pattern in _UNSEGMENTED.items():
+        found = [caption for caption in captions if not caption.isascii() and pattern.search(caption)]
+        if found and 10 * len(found) >= len(captions):
+            return script, found
+    return None
+
+
 @lru_cache(KEPT_CHUNKS)
-def _tokens_of_chunk(chunk: str) -> tuple[str, ...] | None:
+def _tokens_of_chunk(chunk: str, lowercase: bool) -> tuple[str, ...] | None:
     """Tokens of a piece of text between spaces; None where they depend on what follows it (`no.`, `<`)."""
-    tokens = _lex(chunk)
-    return None if "<" in chunk or _lex(chunk + " 5") != [*tokens, "5"] else tuple(tokens)
+    tokens = _lex(chunk, lowercase)
+    return None if "<" in chunk or _lex(chunk + " 5", lowercase) != [*tokens, "5"] else tuple(tokens)
 
 
-def _lex(text: str) -> list[str]:
+def _lex(text: str, lowercase: bool) -> list[str]:
     text = _ENTITY.sub(lambda entity: html.unescape(entity[0].lower()), text).replace("\xad", "")
-    words = []
-    for token in filter(None, _LEXER.findall(text)):
+    lexer, words = _LEXER, []
+    if not text.isascii() and any(map(_is_mark, text)):
+        lexer = _lexer_with_all_marks()
+    for token in filter(None, lexer.findall(text)):
+        own = token.lower() if lowercase else token
         if len(token) > 1 and token[0] in ":;=<>" and token[-1] in "()":
-            words.append(token[:-1].lower() + _REWRITTEN[token[-1]])
+            words.append(own[:-1] + _REWRITTEN[token[-1]])
         else:
-            words += _REWRITTEN.get(token.lower(), token.lower()).split()  # markup may contain spaces
+            words += _REWRITTEN.get(token.lower(), own).split()  # markup may contain spaces
     return words
+
+
+def _is_mark(character: str) -> bool:
+    """Whether this belongs to the letter before it: vowel signs, tones, points, the joiner (U+200D) of the
+    scripts of India; not what follows symbols and emoji."""
+    if "\u20d0" <= character <= "\u20ff" or "\ufe00" <= character <= "\ufe0f":
+        return False
+    return character == "\u200d" or unicodedata.category(character) in ("Mn", "Mc")
+
+
+@lru_cache(1)
+def _lexer_with_all_marks() -> re.Pattern:
+    """The lexer for text with marks of any script; it takes longer to compile than the one for other text."""
+    marks = "".join(filter(_is_mark, map(chr, range(0x300, 0x20000)))).replace("\u200d", "")
+    all_marks = rf"(?:[{marks}]|\u200d(?=[^\W_]))"
+    return re.compile(_LEXER.pattern.replace(_MARKS, all_marks), re.IGNORECASE)

@@ -313,6 +313,8 @@ def test_load_embeddings(tmp_path):
     embeddings, found = load_embeddings(file, word_map)
     assert found == 3 and embeddings.shape == (5, 3)
     assert embeddings[1].tolist() == pytest.approx([0.5, -1, 0.2]) and embeddings[3].tolist() == [4, 5, 6]
+    cased, found = load_embeddings(file, {"Dog": 0, "dog": 1, "Bird": 2})
+    assert found == 2 and cased[0].tolist() == cased[1].tolist() == [1, 2, 3]
     file.write_text("dog 1 2 3\ncat 1 x 3\n")
     with pytest.raises(UserError, match="line 2"):
         load_embeddings(file, word_map)

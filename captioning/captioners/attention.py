@@ -21,9 +21,9 @@ from PIL import Image
 from torch import Tensor
 
 from captioning.captioners.base import BaseCaptioner, Caption
-from captioning.data.annotations import END, PAD, START, UNK
 from captioning.data.features import encode_images, weights_digest
 from captioning.data.images import read_image, to_array
+from captioning.data.prepared import END, PAD, START, UNK
 from captioning.data.submissions import ScoredCaption
 from captioning.decoding.beam_search import Hypothesis, beam_search_n_best
 from captioning.decoding.fast_energies import use_fast_energies
@@ -179,14 +179,19 @@ class Captioner(BaseCaptioner):
         self, images: Tensor, options: DecodingOptions, ids: Sequence[str] = (), with_scores: bool = False
     ) -> list[list[ScoredCaption]]:
         """uint8 images (N, 3, S, S) -> the captions of each, always with their log-probabilities."""
-        return self.scored(self.decode(self.encode(images), options, ids))
+        return self.scored(self.decode(self.encode(images), options, ids), with_scores)
 
-    def scored(self, found: Sequence[Sequence[Hypothesis]]) -> list[list[ScoredCaption]]:
-        """The captions of what `decode` returned."""
-        return [
-            [ScoredCaption.of(self.text(one), sum(one.log_probs), len(one.words)) for one in own]
-            for own in found
-        ]
+    def scored(
+        self, found: Sequence[Sequence[Hypothesis]], with_words: bool = True
+    ) -> list[list[ScoredCaption]]:
+        """The captions of what `decode` returned. with_words: with the log-probability of each word."""
+
+        def score(one: Hypothesis) -> ScoredCaption:
+            words = [(self.words[index], value) for index, value in zip(one.words, one.log_probs)]
+            log_prob, count = sum(one.log_probs), len(one.words)
+            return ScoredCaption.of(self.text(one), log_prob, count, words if with_words else None)
+
+        return [[score(one) for one in own] for own in found]
 
     def prepare_array(self, array: np.ndarray) -> Tensor:
         """uint8 (3, height, width) -> uint8 (3, S, S), as `prepare` does with a file."""

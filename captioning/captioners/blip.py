@@ -120,14 +120,16 @@ class BlipCaptioner(BaseCaptioner):
         wanted = options.num_captions if options.samples or options.num_captions == 1 else options.beam_size
         output = self._generate(images, options, ids, wanted, max_new_tokens, with_scores, **inputs)
         texts = self.tokenizer.batch_decode(output.sequences, skip_special_tokens=True)
-        log_probs = self._log_probs(output) if with_scores else [None] * len(texts)
+        scores = self._scores(output) if with_scores else [()] * len(texts)
         found = []
-        for text, log_prob in zip(map(str.strip, texts), log_probs):
+        for text, own in zip(map(str.strip, texts), scores):
             new = text.removeprefix(start.strip()).strip() if prompt else text
             text = text if keep_prompt else new
-            found.append(
-                ScoredCaption.of(text, log_prob, len(new.split())) if with_scores else ScoredCaption(text)
-            )
+            if with_scores:
+                log_prob, words = own
+                found.append(ScoredCaption.of(text, log_prob, len(new.split()), words))
+            else:
+                found.append(ScoredCaption(text))
         groups = [found[i : i + wanted] for i in range(0, len(found), wanted)]
         groups = groups if options.samples else map(distinct, groups)
         return [own[: options.num_captions] for own in groups]
@@ -168,14 +170,34 @@ class BlipCaptioner(BaseCaptioner):
                 **inputs,
             )
 
-    def _log_probs(self, output: GenerateOutput) -> list[float]:
-        """The log-probability of each sequence under the model, that of its end included."""
+    def _scores(self, output: GenerateOutput) -> list[tuple[float, list[tuple[str, float]]]]:
+        """The log-probability of each sequence under the model, with that of its end, and of each word."""
         require_blip(self, self.model.config._name_or_path or "this captioner", "--with_scores")
         scores = self.model.text_decoder.compute_transition_scores(
             output.sequences, output.logits, getattr(output, "beam_indices", None), normalize_logits=True
         )
-        ended = output.sequences[:, -scores.shape[1] :] == self.model.config.text_config.sep_token_id
-        return scores.masked_fill(ended.cumsum(dim=1) > ended.int(), 0.0).sum(dim=1).tolist()
+        tokens = output.sequences[:, -scores.shape[1] :]
+        ended = tokens == self.model.config.text_config.sep_token_id
+        scores = scores.masked_fill(ended.cumsum(dim=1) > ended.int(), 0.0)
+        found = []
+        for own, values in zip(tokens.tolist(), scores.tolist()):
+            words = [(word, sum(values[i] for i in places)) for word, places in self._words_of(own)]
+            found.append((sum(values), words))
+        return found
+
+    def _words_of(self, tokens: Sequence[int]) -> list[tuple[str, list[int]]]:
+        """Each word of a sequence, and the places of its pieces."""
+        special, words = set(self.tokenizer.all_special_ids), []
+        for place, token in enumerate(tokens):
+            piece = self.tokenizer.convert_ids_to_tokens(token)
+            if token in special:
+                continue
+            if piece.startswith("##") and words:
+                word, places = words.pop()
+                words.append((word + piece[2:], [*places, place]))
+            else:
+                words.append((piece, [place]))
+        return words
 
     @torch.no_grad()
     def describe_prepared(
@@ -227,23 +249,11 @@ class BlipCaptioner(BaseCaptioner):
         maps = torch.stack([layer[0].float() for layer in layers]).mean(dim=(0, 1))[:, 1:].cpu()  # (L, P)
         maps = maps / maps.sum(dim=1, keepdim=True)
         side = round(maps.shape[1] ** 0.5)
-        special = set(self.tokenizer.all_special_ids)
-        words, word_log_probs, word_maps = [], [], []
-        for token, log_prob, weights in zip(ids[1:], log_probs, maps):
-            piece = self.tokenizer.convert_ids_to_tokens(token)
-            if token in special:
-                continue
-            if piece.startswith("##") and words:
-                words[-1] += piece[2:]
-                word_log_probs[-1] += log_prob
-                word_maps[-1].append(weights)
-            else:
-                words.append(piece)
-                word_log_probs.append(log_prob)
-                word_maps.append([weights])
-        attention = stack_maps([torch.stack(pieces).mean(dim=0) for pieces in word_maps], side, side)
+        found = self._words_of(ids[1:])
+        word_log_probs = [sum(log_probs[place] for place in places) for _, places in found]
+        attention = stack_maps([maps[places].mean(dim=0) for _, places in found], side, side)
         text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        return Caption(text, words, sum(log_probs), word_log_probs, attention)
+        return Caption(text, [word for word, _ in found], sum(log_probs), word_log_probs, attention)
 
     def save(self, folder: str | Path) -> None:
         """Write the files by which `load_captioner`, or transformers' own classes, read a BLIP again."""

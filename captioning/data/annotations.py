@@ -1,122 +1,215 @@
-"""Annotation files in four layouts, read into one list of records, and the splits made from them.
+"""Annotations of every layout, read into one list of records, and the splits made from them.
 
-The layouts are Kaggle's CSV, Flickr8k's captions.txt, Karpathy's JSON and COCO's JSON; which one a file has
-is recognized by its content.
+Which layout a file has is recognized by its content: Karpathy's and COCO's JSON, tables (tables.py: delimited
+text, JSON objects, Parquet), Flickr8k's text file with its lists of splits, and folders of images with
+sidecars. docs/file_formats.md has a line for each.
 """
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 import random
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from captioning.data.images import IMAGE_EXTENSIONS
+from captioning.data.image_names import ImageFinder
+from captioning.data.images import walk_images
+from captioning.data.prepared import Record
+from captioning.data.tables import (
+    Columns,
+    Row,
+    is_parquet,
+    objects_of,
+    read_delimited,
+    read_objects,
+    read_parquet,
+)
+from captioning.data.text_files import parse_json_lines, read_text, read_told, report_problems, say_once
 from captioning.files import AnyOf, Choice, find_mismatch
 from metrics import tokenize
-from utils import UserError, natural_order, read_json
+from metrics.tokenizer import find_unsegmented
+from utils import UserError, counted, natural_order, parse_json
 
-PAD, UNK, START, END = "<pad>", "<unk>", "<start>", "<end>"
-
-
-def find_word_map_problem(word_map: object) -> str | None:
-    """What is wrong with a word map, whatever it was read from; None where nothing is."""
-    problem = find_mismatch(word_map, {str: int}, "the word map")
-    if problem:
-        return problem
-    lacking = [word for word in (PAD, UNK, START, END) if word not in word_map]
-    if lacking:
-        return f"the word map lacks {', '.join(lacking)}"
-    if word_map[PAD] != 0 or set(word_map.values()) != set(range(len(word_map))):
-        return f"the word map's {len(word_map)} words are not numbered from 0, {PAD}, without gaps"
-    return None
-
-
-@dataclass
-class Record:
-    """One image of an annotation file.
-
-    Attributes:
-        image_id: the id that the file gives it.
-        path: the image file; None where none was found, or none was looked for.
-        captions: as written, in file order; the references that scores are computed against.
-        tokens: the words of each caption, as `metrics.tokenize` finds them; Karpathy's JSON brings its own.
-        split: "train", "val" or "test" where the file says so, else None.
-    """
-
-    image_id: str
-    path: str | None
-    captions: list[str] = field(default_factory=list)
-    tokens: list[list[str]] = field(default_factory=list)
-    split: str | None = None
+METADATA = (
+    "metadata.jsonl",
+    "metadata.csv",
+    "metadata.parquet",
+)  # as Hugging Face has them beside the images
+SIDECARS = (".txt", ".caption")  # extensions of the captions beside images; where both are there, the first
+FLICKR_LISTS = {"train": "*trainImages.txt", "val": "*devImages.txt", "test": "*testImages.txt"}
+FLICKR_LINE = re.compile(r"(.+?)#\d+\t(.*)")
+Image = tuple[Record, tuple[str, ...]]  # and the names of its file
+SPLITS = {
+    **dict.fromkeys(("train", "training", "restval"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 
 
-def read_annotations(file: str | Path, image_folder: str | Path | None = None) -> list[Record]:
-    """Read an annotation file. Its content decides which layout it has:
-
-    * Kaggle CSV: columns `image_id,caption` (or `image_id` alone); ids are file names without extension
-    * Flickr8k `captions.txt`: columns `image,caption`
-    * Karpathy JSON: `images`, each with `filename`, `split` and `sentences`
-    * COCO captions JSON: `images` and `annotations`
+def read_annotations(
+    files: str | Path | Sequence[str | Path],
+    image_folders: str | Path | Sequence[str | Path] | None = None,
+    columns: Columns | None = None,
+    lowercase: bool = True,
+) -> list[Record]:
+    """The images of annotation files of any layout; those of several files together.
 
     Args:
-        image_folder: the folder that has the image files; with None every `path` stays None.
+        files: also folders with images and sidecars.
+        image_folders: where the image files are; as many as files: each file's own, which is searched first,
+            as is a folder given in place of a file. With None every `path` stays None, but for images beside
+            sidecars.
+        columns: names of columns that the user gives.
+        lowercase: the words of `Record.tokens` are in lower case.
 
     Raises:
-        UserError: the file or folder is missing, or the file has none of these layouts, or no images.
+        UserError: a file or folder is missing, has none of the layouts, or no images.
     """
+    files, folders = as_paths(files), None if image_folders is None else as_paths(image_folders)
+    asked, merged = columns or Columns(), []
+    for number, file in enumerate(files):
+        finder = None if folders is None else _finder(file, number, len(files), folders)
+        images = _read(file, finder, asked, lowercase)
+        if not images:
+            raise UserError(f"{file}: no images in it; expected one line per caption below the header")
+        if finder is not None:
+            nameless = next((record for record, names in images if not (names or record.path)), None)
+            if nameless is not None:
+                raise UserError(f"{file}: damaged annotations (image {nameless.image_id} has no file_name)")
+            finder.assign(images, file)
+        merged = _merge(merged, [record for record, _ in images], file)
+    return merged
+
+
+def _finder(file: Path, number: int, files: int, folders: list[Path]) -> ImageFinder:
+    """That of the images of one of the files."""
+    if file.is_dir():
+        return ImageFinder([file], [folder for folder in folders if folder != file and folder.is_dir()])
+    own = [folders[number]] if len(folders) == files else []
+    if file.is_file() and is_parquet(file):  # it may have the images itself
+        (own or folders)[0].mkdir(parents=True, exist_ok=True)
+    return ImageFinder(own, [folder for folder in folders if folder not in own])
+
+
+def as_paths(files: str | Path | Sequence[str | Path]) -> list[Path]:
+    return [Path(file) for file in ([files] if isinstance(files, (str, Path)) else files)]
+
+
+def sources(file: str | Path) -> list[Path]:
+    """The files that annotations are read from: lists of splits and sidecars are among them."""
     file = Path(file)
-    if not file.is_file():
-        raise UserError(f"{file}: no such annotation file; give the CSV or JSON file that holds the captions")
-    finder = ImageFinder(image_folder) if image_folder is not None else None
-    with file.open("rb") as stream:
-        first = stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
-    try:
-        records = _read_json(file, finder) if first[:1] in (b"{", b"[") else _read_csv(file, finder)
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{file}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from None
-    if not records:
-        raise UserError(f"{file}: no images in it; expected one line per caption below the header")
-    return records
+    if file.is_dir():
+        metadata = _metadata_in(file)
+        return [metadata] if metadata else sorted(path for own in SIDECARS for path in file.rglob(f"*{own}"))
+    lists = [path for pattern in FLICKR_LISTS.values() for path in sorted(file.parent.glob(pattern))]
+    return [file, *lists] if lists and file not in lists and _is_flickr_text(read_text(file)[0]) else [file]
+
+
+def _merge(earlier: list[Record], records: list[Record], file: Path) -> list[Record]:
+    """The records of earlier files and of a further one, with captions of the same images or of others."""
+    merged, renamed = [*earlier], []
+    by_id = {record.image_id: record for record in earlier}
+    for record in records:
+        known = by_id.get(record.image_id)
+        if known is not None and record.path and known.path and known.path != record.path:
+            record.image_id = f"{Path(record.path).parent.name}/{record.image_id}"
+            renamed.append(record.image_id)
+            known = by_id.get(record.image_id)
+            if known is not None and known.path != record.path:
+                raise UserError(
+                    f"{file}: {known.path} and {record.path} have the same id; rename one of them"
+                )
+        if known is None:
+            merged.append(record)
+            continue
+        if known.split != record.split:
+            raise UserError(f"{file}: {record.image_id} is in the {known.split} and the {record.split} split")
+        known.captions += record.captions
+        known.tokens += record.tokens
+        known.path = known.path or record.path
+    if renamed:
+        say_once(
+            f"{file}: {counted(len(renamed), 'id')} of other images in an earlier file; the folder's name "
+            f"is put in front, as in {renamed[0]}"
+        )
+    return merged
+
+
+# --- splits -------------------------------------------------------------------------------------------------
 
 
 def read_training_splits(
-    file: str | Path, image_folder: str | Path, val_fraction: float, seed: int
+    files: str | Path | Sequence[str | Path],
+    image_folders: str | Path | Sequence[str | Path],
+    val_fraction: float,
+    seed: int,
+    columns: Columns | None = None,
+    lowercase: bool = True,
 ) -> dict[str, list[Record]]:
-    """The splits of an annotation file, see `split_records`.
+    """The splits of annotation files, see `split_records`.
 
     Raises:
-        UserError: as `read_annotations` does, or the training split has no captions.
+        UserError: as `read_annotations` does, or the training split has no captions, or those that
+            `require_words` refuses.
     """
-    splits = split_records(read_annotations(file, image_folder), val_fraction, seed)
+    records = read_annotations(files, image_folders, columns, lowercase)
+    names = ", ".join(map(str, as_paths(files)))
+    if columns is not None:
+        columns.check()
+    if any(record.split for record in records):
+        if unsorted := sum(record.split is None for record in records):
+            say_once(f"{names}: {counted(unsorted, 'image')} in no split, left out")
+        if not any(record.split == "val" for record in records):
+            say_once(
+                f"{names}: none of its images are to validate on; a share of the others is (--val_fraction)"
+            )
+    splits = split_records(records, val_fraction, seed)
     if not any(record.captions for record in splits["train"]):
-        raise UserError(f"{file}: no training captions in it; expected a caption column with text")
+        raise UserError(f"{names}: no training captions in it; expected a caption column with text")
+    require_words((text for record in splits["train"] for text in record.captions), names)
     return splits
 
 
 def split_records(records: list[Record], val_fraction: float, seed: int) -> dict[str, list[Record]]:
-    """The records of "train", "val" and "test": the file's own splits, or else a random `val_fraction`.
+    """The records of "train", "val" and "test": the file's own splits; where it names no "val", a random
+    `val_fraction` of the images to train on.
 
     The random split is drawn among the captioned images by id, so it does not depend on the order of the
-    file; its test split is empty.
+    file.
     """
     splits: dict[str, list[Record]] = {"train": [], "val": [], "test": []}
-    if any(record.split for record in records):
-        for record in records:
-            if record.split in splits:
-                splits[record.split].append(record)
-        return splits
-    ids = sorted(record.image_id for record in records if record.captions)
-    random.Random(seed).shuffle(ids)
-    held_out = set(ids[: round(val_fraction * len(ids))])
+    has_splits = any(record.split for record in records)
     for record in records:
-        splits["val" if record.image_id in held_out else "train"].append(record)
+        name = record.split if has_splits else "train"
+        if name in splits:
+            splits[name].append(record)
+    if not splits["val"]:
+        ids = sorted(record.image_id for record in splits["train"] if record.captions)
+        random.Random(seed).shuffle(ids)
+        held_out = set(ids[: round(val_fraction * len(ids))])
+        splits["val"] = [record for record in splits["train"] if record.image_id in held_out]
+        splits["train"] = [record for record in splits["train"] if record.image_id not in held_out]
     return splits
+
+
+def test_records(records: list[Record], split: str = "test") -> list[Record]:
+    """Those of the split, where the records name splits; else all."""
+    named = any(record.split for record in records)
+    return [record for record in records if not named or record.split == split]
+
+
+def require_words(captions: Iterable[str], name: str | Path) -> None:
+    """Raise UserError where sentences have no blanks between the words: each would count as one word."""
+    captions = list(captions)
+    found = find_unsegmented(captions)
+    if found:
+        script, sentences = found
+        raise UserError(
+            f"{name}: {len(sentences)} of {len(captions)} captions are {script} without blanks between words "
+            f'("{sentences[0][:30]}"): each would count as one word; put blanks between words, or characters'
+        )
 
 
 def require_image(image_id: str, path: str | None, folder: str | Path = "the image folder") -> str:
@@ -126,94 +219,138 @@ def require_image(image_id: str, path: str | None, folder: str | Path = "the ima
     return path
 
 
-class ImageFinder:
-    """Finds the image files of a folder by file name, with or without the extension."""
-
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise UserError(f"{folder}: no such folder of images; give the one that holds the image files")
-        names = sorted(os.listdir(self.folder), key=natural_order)
-        self.by_name = {name: name for name in names}
-        for name in reversed(names):  # of several images with the same stem, the first by name
-            stem, extension = os.path.splitext(name)
-            if extension.lower() in IMAGE_EXTENSIONS:
-                self.by_name.setdefault(stem, name)
-
-    def __call__(self, *names: str) -> str | None:
-        """The path of the first of `names` that exists, else None.
-
-        Raises:
-            UserError: a name leads out of the folder.
-        """
-        for name in names:
-            if os.path.isabs(name) or ".." in Path(name).parts:
-                raise UserError(f"{name}: leads out of {self.folder}; give names of images that are in it")
-            if name in self.by_name:
-                return str(self.folder / self.by_name[name])
-            if "/" in name and os.path.isfile(self.folder / name):
-                return str(self.folder / name)
-        return None
+# --- layouts ------------------------------------------------------------------------------------------------
 
 
-def _read_csv(file: Path, finder: ImageFinder | None) -> list[Record]:
-    records: dict[str, Record] = {}
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        rows = _read_rows(file, stream)
-        columns = [name.strip() for name in next(rows, [])]
-        id_column = next((name for name in ("image_id", "image") if name in columns), None)
-        if id_column is None or (id_column == "image" and "caption" not in columns):
-            found = f"has the columns {','.join(columns)[:100]}" if columns else "is empty"
+def _read(file: Path, finder: ImageFinder | None, columns: Columns, lowercase: bool) -> list[Image]:
+    """finder: gets the images that the file has itself."""
+    if file.is_dir():
+        metadata = _metadata_in(file)
+        return _read(metadata, finder, columns, lowercase) if metadata else _read_folder(file, lowercase)
+    if is_parquet(file):
+        return _images_of(read_parquet(file, columns), file, finder, lowercase)
+    text = read_told(file)
+    if text.lstrip()[:1] in ("{", "["):
+        return _read_json(text, file, columns, lowercase)
+    if _is_flickr_text(text):
+        return _read_flickr_text(text, file, lowercase)
+    return _images_of(read_delimited(text, file, columns), file, None, lowercase)
+
+
+def _images_of(rows: Iterable[Row], name: Path, finder: ImageFinder | None, lowercase: bool) -> list[Image]:
+    """The images of a table's rows, which may be several of each."""
+    images: dict[str, Image] = {}
+    splits = Counter()
+    for row in rows:
+        split = None if row.split is None else row.split.strip().lower()
+        splits[split] += 1
+        if row.image_id not in images:
+            path = finder.save(row.file_name or row.image_id, row.image) if finder and row.image else None
+            names = tuple(filter(None, (row.file_name, row.image_id)))
+            images[row.image_id] = Record(row.image_id, path, split=split, file_name=row.file_name), names
+        record = images[row.image_id][0]
+        if record.split != split:
             raise UserError(
-                f"{file}: {found}; expected image_id,caption or image,caption, or Karpathy or COCO JSON"
+                f"{name}: {row.image_id} is in the {record.split} and the {split} split; mend one row"
             )
-        doubled = [name for name in (id_column, "caption") if columns.count(name) > 1]
-        if doubled:
-            raise UserError(f"{file}: has two columns {doubled[0]}; remove or rename one")
-        id_index, end = columns.index(id_column), len(columns)
-        caption_index = columns.index("caption") if "caption" in columns else None
-        for row in rows:
-            image_id = row[id_index] if id_index < len(row) else ""
-            if not image_id:
+        captions = row.captions or []
+        record.captions += captions
+        if row.tokens is None:
+            record.tokens += [tokenize(caption, lowercase) for caption in captions]
+        else:
+            record.tokens += [_cased(words, lowercase) for words in row.tokens]
+    unknown = [str(split) for split in splits if split not in SPLITS]
+    if unknown and unknown != ["None"]:
+        if len(unknown) < len(splits):
+            raise UserError(f"{name}: the split of some images is {unknown[0]}; expected train, val or test")
+        say_once(f"{name}: its column split has {', '.join(unknown)[:60]}, not train, val and test; not used")
+    for record, _ in images.values():
+        record.split = SPLITS.get(record.split)
+    return list(images.values())
+
+
+def _cased(words: Iterable[str], lowercase: bool) -> list[str]:
+    return [word.lower() for word in words] if lowercase else list(words)
+
+
+def _is_flickr_text(text: str) -> bool:
+    """Whether it begins as Flickr8k.token.txt does: name.jpg#0, a tab, a caption."""
+    return bool(FLICKR_LINE.fullmatch(text.lstrip().partition("\n")[0].rstrip("\r")))
+
+
+def _read_flickr_text(text: str, file: Path, lowercase: bool) -> list[Image]:
+    """Flickr8k.token.txt, with the lists of splits beside it."""
+    splits: dict[str, str] = {}
+    for split, pattern in FLICKR_LISTS.items():
+        for path in sorted(file.parent.glob(pattern)):
+            for name in filter(None, map(str.strip, read_text(path)[0].splitlines())):
+                if splits.setdefault(name, split) != split:
+                    raise UserError(f"{path}: {name} is in the list of another split too; remove it from one")
+    rows, problems = [], []
+    for number, line in enumerate(re.split(r"\r\n|\n|\r", text), start=1):
+        found = FLICKR_LINE.fullmatch(line)
+        if not found:
+            problems += (
+                [f"line {number}: not like photo.jpg#0<TAB>A dog ({line[:60]})"] if line.strip() else []
+            )
+            continue
+        caption = found[2].strip()
+        problems += [] if caption else [f"line {number}: no caption ({found[1]})"]
+        rows.append(Row(f"line {number}", found[1], [caption] if caption else []))
+    report_problems(file, problems)
+    images = _images_of(rows, file, None, lowercase)
+    for record, _ in images:
+        record.split = splits.get(record.image_id)
+    if splits:
+        say_once(f"{file}: its splits are those of the lists beside it, {', '.join(FLICKR_LISTS.values())}")
+    return images
+
+
+def _metadata_in(folder: Path) -> Path | None:
+    return next((folder / name for name in METADATA if (folder / name).is_file()), None)
+
+
+def _read_folder(folder: Path, lowercase: bool) -> list[Image]:
+    """A folder, with subfolders, of images with sidecars, or of sidecars alone; each line is a caption."""
+    images = walk_images(folder, recursive=True).names
+    texts = {path.relative_to(folder).as_posix(): path for path in sources(folder)}
+    names = {name.rpartition(".")[0] or name: name for name in reversed(images)}
+    if not images:  # captions alone; the images are elsewhere
+        names = {name.rpartition(".")[0]: name.rpartition(".")[0] for name in texts}
+    rows, problems, codecs = [], [], Counter()
+    for stem in sorted(names, key=natural_order):
+        sidecar = next((texts[stem + own] for own in SIDECARS if stem + own in texts), None)
+        captions: list[str] = []
+        if sidecar is not None:
+            try:
+                text, codec = read_text(sidecar)
+                captions = [line.strip() for line in text.splitlines() if line.strip()]
+                codecs[codec] += not codec.startswith("utf-8")
+            except UserError as error:
+                problems.append(f"{names[stem]}: {error}")
                 continue
-            if image_id not in records:
-                records[image_id] = Record(image_id, finder(image_id) if finder else None)
-            # the rest of an unquoted caption with commas is in columns without a name
-            own = [] if caption_index is None else row[caption_index : caption_index + 1]
-            caption = ",".join(part for part in (*own, *row[end:]) if part).strip()
-            if caption:
-                records[image_id].captions.append(caption)
-                records[image_id].tokens.append(tokenize(caption))
-    return list(records.values())
+        problems += [] if captions else [f"{names[stem]}: no caption beside it"]
+        rows.append(Row("", names[stem], captions))
+    if not any(row.captions for row in rows):
+        inside = (
+            ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file())[:5]) or "nothing else"
+        )
+        raise UserError(
+            f"{folder}: a folder with {counted(len(images), 'image')}, but no captions beside them "
+            f"(photo.txt or photo.caption for photo.jpg, or {METADATA[0]}); it has {inside}; give the file "
+            f"of captions"
+        )
+    report_problems(folder, problems)
+    for codec, count in codecs.items():
+        if count:
+            say_once(f"{folder}: {counted(count, 'sidecar')} not UTF-8; read as {codec}")
+    found = _images_of(rows, folder, None, lowercase)
+    for record, _ in found if images else ():
+        record.path = str(folder / record.image_id)
+    return found
 
 
-def _read_rows(file: Path, stream: Iterable[str]) -> Iterator[list[str]]:
-    """The rows of a CSV that are not blank.
-
-    Raises:
-        UserError: no CSV, or a row over several lines whose quotes do not match: a quote that is not closed
-            would swallow the lines up to the next one.
-    """
-    lines: list[str] = []  # of the row that is being read
-
-    def remember() -> Iterator[str]:
-        for line in stream:
-            lines.append(line)
-            yield line
-
-    reader = csv.reader(remember())
-    try:
-        for row in reader:
-            if len(lines) > 1:
-                list(csv.reader(lines, strict=True))
-            lines.clear()
-            if any(row):
-                yield row
-    except csv.Error as error:
-        line = reader.line_num - len(lines) + 1
-        reason = "a quote that is not closed" if len(lines) > 1 else str(error)
-        raise UserError(f"{file}, line {line}: not a CSV row ({reason}); mend the line") from None
-
+# --- JSON ---------------------------------------------------------------------------------------------------
 
 IDENTIFIER = AnyOf(int, str)
 COCO = {
@@ -232,24 +369,22 @@ KARPATHY = {
 }
 
 
-def _read_json(file: Path, finder: ImageFinder | None) -> list[Record]:
-    content = read_json(file)
-    if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
-        schema, read = COCO, _read_coco
-    elif isinstance(content, dict) and "sentences" in str(content.get("images"))[:10_000]:
-        schema, read = KARPATHY, _read_karpathy
+def _read_json(text: str, file: Path, columns: Columns, lowercase: bool) -> list[Image]:
+    lines = parse_json_lines(text, file)
+    content = None if lines is not None else parse_json(text, file)
+    is_coco = isinstance(content, dict) and {"images", "annotations"} <= content.keys()
+    if is_coco or (isinstance(content, dict) and "sentences" in str(content.get("images"))[:10_000]):
+        mismatch = find_mismatch(content, COCO if is_coco else KARPATHY)
+        if mismatch:
+            raise UserError(f"{file}: damaged annotations ({mismatch}); mend or replace the file")
+        try:
+            images = (_read_coco if is_coco else _read_karpathy)(content, lowercase)
+        except ValueError as error:
+            raise UserError(f"{file}: damaged annotations ({error}); mend or replace the file") from None
     else:
-        raise UserError(
-            f"{file}: neither Karpathy JSON (images with sentences) nor COCO JSON (images, annotations)"
-        )
-    mismatch = find_mismatch(content, schema)
-    if mismatch:
-        raise UserError(f"{file}: damaged annotations ({mismatch}); mend or replace the file")
-    try:
-        records = read(content, finder)
-    except ValueError as error:
-        raise UserError(f"{file}: damaged annotations ({error}); mend or replace the file") from None
-    for record in records:
+        objects = (lines,) if lines is not None else (objects_of(content, text, file), "entry")
+        images = _images_of(read_objects(objects[0], file, columns, *objects[1:]), file, None, lowercase)
+    for record, _ in images:
         try:
             json.dumps([record.image_id, record.captions, record.tokens], ensure_ascii=False).encode()
         except UnicodeEncodeError:
@@ -257,38 +392,36 @@ def _read_json(file: Path, finder: ImageFinder | None) -> list[Record]:
                 f"{file}: half a character (an unpaired surrogate) in the id or captions of image "
                 f"{record.image_id!a}; mend or replace the file"
             ) from None
-    return records
+    return images
 
 
-def _read_karpathy(content: dict, finder: ImageFinder | None) -> list[Record]:
-    records = []
+def _read_karpathy(content: dict, lowercase: bool) -> list[Image]:
+    images = []
     for image in content["images"]:
         name = image["filename"]
-        names = [f"{image['filepath']}/{name}", name] if image.get("filepath") else [name]
-        split = "train" if image["split"] == "restval" else image["split"]
-        record = Record(name, finder(*names) if finder else None, split=split)
+        names = (f"{image['filepath']}/{name}", name) if image.get("filepath") else (name,)
+        record = Record(name, None, split=SPLITS[image["split"]])
         for sentence in image["sentences"]:
-            tokens = [token.lower() for token in sentence["tokens"]]
+            tokens = _cased(sentence["tokens"], lowercase)
             record.tokens.append(tokens)
             record.captions.append(sentence.get("raw") or " ".join(tokens))
-        records.append(record)
-    return records
+        images.append((record, names))
+    return images
 
 
-def _read_coco(content: dict, finder: ImageFinder | None) -> list[Record]:
-    records = {}
+def _read_coco(content: dict, lowercase: bool) -> list[Image]:
+    images: dict[int | str, Image] = {}
     for image in content["images"]:
-        if image["id"] in records:
+        if image["id"] in images:
             raise ValueError(f"two images have the id {image['id']}")
-        if finder and "file_name" not in image:
-            raise ValueError(f"image {image['id']} has no file_name")
-        path = finder(image["file_name"]) if finder else None
-        records[image["id"]] = Record(str(image["id"]), path)
+        name = image.get("file_name")
+        record = Record(str(image["id"]), None, file_name=name)
+        images[image["id"]] = record, () if name is None else (name,)
     for annotation in content["annotations"]:
-        if annotation["image_id"] not in records:
+        if annotation["image_id"] not in images:
             raise ValueError(f"a caption of image {annotation['image_id']}, which is not among the images")
-        record = records[annotation["image_id"]]
+        record, _ = images[annotation["image_id"]]
         caption = annotation["caption"].strip()
         record.captions.append(caption)
-        record.tokens.append(tokenize(caption))
-    return list(records.values())
+        record.tokens.append(tokenize(caption, lowercase))
+    return list(images.values())

@@ -1,26 +1,29 @@
 """Files of captions, written and read.
 
-Three formats, by the file's extension: a CSV `image_id,caption` as Kaggle takes it; COCO results JSON,
-`[{"image_id": 391895, "caption": "..."}, ...]`, as the official evaluation server takes it; and JSON lines,
-`{"image_id": "photo", "caption": "..."}`. Where asked for, each caption has its rank among those of its image
-and its log-probabilities, in columns or keys `MORE_COLUMNS`.
+Three formats are written, by the file's extension: a CSV `image_id,caption` as Kaggle takes it; COCO results
+JSON, `[{"image_id": 391895, "caption": "..."}, ...]`, as the official evaluation server takes it; and JSON
+lines, `{"image_id": "photo", "caption": "..."}`. A metadata.jsonl has lines as Hugging Face reads them beside
+the images, `{"file_name": "cats/photo.jpg", "text": "..."}`. Where asked for, each caption has its rank among
+those of its image and its log-probabilities, in columns or keys `MORE_COLUMNS`; JSON lines have that of each
+word too. All tables (tables.py) are read.
 """
 
 from __future__ import annotations
 
-import csv
 import json
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from itertools import compress
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
-from utils import UserError, atomic_write, read_json, write_csv, write_json
+from captioning.data.image_names import coco_id
+from captioning.data.tables import Columns, read_table
+from captioning.data.text_files import say_once
+from utils import UserError, atomic_write, write_csv, write_json
 
 FORMATS = (".csv", ".json", ".jsonl")
-MORE_COLUMNS = ("rank", "log_prob", "log_prob_per_word")
+MORE_COLUMNS = ("rank", "log_prob", "log_prob_per_word", "words")
+METADATA = "metadata.jsonl"
 
 
 class ScoredCaption(NamedTuple):
@@ -28,15 +31,20 @@ class ScoredCaption(NamedTuple):
 
     log_prob: natural logarithm of the caption's probability under the model, including that of its end.
     log_prob_per_word: log_prob divided by the number of words plus one, for the end.
+    words: each word with its log-probability.
     """
 
     text: str
     log_prob: float | None = None
     log_prob_per_word: float | None = None
+    words: Sequence[tuple[str, float]] | None = None
 
     @classmethod
-    def of(cls, text: str, log_prob: float, words: int) -> ScoredCaption:
-        return cls(text, log_prob, log_prob / (words + 1))
+    def of(
+        cls, text: str, log_prob: float, count: int, words: Sequence[tuple[str, float]] | None = None
+    ) -> ScoredCaption:
+        """count: of the caption's words."""
+        return cls(text, log_prob, log_prob / (count + 1), words)
 
 
 def caption_rows(
@@ -48,11 +56,12 @@ def caption_rows(
         captions: (id, captions) of each image.
         with_ranks: number the captions of an image from 1. with_scores: give their log-probabilities.
     """
-    wanted = [with_ranks, with_scores, with_scores]
+    wanted = [with_ranks, with_scores, with_scores, with_scores]
     rows = []
     for image_id, of_image in captions:
-        for rank, (text, *scores) in enumerate(of_image, start=1):
+        for rank, (text, *scores, words) in enumerate(of_image, start=1):
             values = [rank, *(None if score is None else round(score, 4) for score in scores)]
+            values.append(None if words is None else [(word, round(score, 4)) for word, score in words])
             rows.append((image_id, text, *compress(values, wanted)))
     return rows, tuple(compress(MORE_COLUMNS, wanted))
 
@@ -61,22 +70,39 @@ def write_submission(
     path: str | Path, rows: Sequence[tuple], more_columns: Sequence[str] = (), escape_formulas: bool = False
 ) -> None:
     """Write (id, caption, ...) rows: as COCO results or JSON lines where the file's name ends in .json or
-    .jsonl, else as a CSV.
+    .jsonl, else as a CSV. In a metadata.jsonl the ids are `metadata_name`s.
 
-    more_columns: names of the values behind the caption. escape_formulas: in a CSV, as `escape_formula` does.
+    more_columns: names of the values behind the caption; "words" are for JSON lines alone.
+    escape_formulas: in a CSV, as `escape_formula` does.
     """
-    columns = ("image_id", "caption", *more_columns)
-    if Path(path).suffix.lower() == ".json":
+    extension = Path(path).suffix.lower()
+    names = ("file_name", "text") if Path(path).name == METADATA else ("image_id", "caption")
+    if extension != ".jsonl" and "words" in more_columns:
+        place = len(names) + [*more_columns].index("words")
+        rows = [(*row[:place], *row[place + 1 :]) for row in rows]
+        more_columns = [name for name in more_columns if name != "words"]
+    columns = (*names, *more_columns)
+    if extension == ".json":
         write_json(path, [dict(zip(columns, (coco_id(image_id), *rest))) for image_id, *rest in rows])
         return
     with atomic_write(path) as tmp_path:
-        if Path(path).suffix.lower() == ".jsonl":
+        if extension == ".jsonl":
             lines = (json.dumps(dict(zip(columns, row)), ensure_ascii=False) + "\n" for row in rows)
             with tmp_path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as stream:
                 stream.writelines(lines)
         else:
             cells = (map(escape_formula, row) for row in rows) if escape_formulas else rows
             write_csv(tmp_path, [columns, *cells])
+
+
+def metadata_name(image: str | Path, output: str | Path, folder: str | Path = ".") -> str:
+    """An image's `file_name` in the metadata.jsonl `output`: its path from the folder of that file, or of an
+    image outside of it from its own `folder`."""
+    absolute = Path(image).absolute()
+    for place in (Path(output).absolute().parent, Path(folder).absolute()):
+        if absolute.is_relative_to(place):
+            return absolute.relative_to(place).as_posix()
+    return absolute.name
 
 
 FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n")  # how a cell begins that spreadsheets take for a formula
@@ -91,105 +117,29 @@ def _unescape_formula(text: str) -> str:
     return text[1:] if text[:1] == "'" and text[1:].startswith(FORMULAS) else text
 
 
-def coco_id(image_id: str) -> int | str:
-    """COCO's number of an image: its file names are like COCO_val2014_000000391895.jpg. Other ids stay."""
-    number = re.fullmatch(r"(?:COCO_\w+?_)?0*(\d+)(?:\.jpg)?", image_id)
-    return int(number[1]) if number else image_id
+def read_submission(path: str | Path, columns: Columns | None = None) -> list[tuple[str, str]]:
+    """The (id, caption) rows of a table in any of the layouts of tables.py, in file order, doubled ones too.
 
-
-def read_submission(path: str | Path) -> list[tuple[str, str]]:
-    """The (id, caption) rows of a file in any of the formats, in file order, doubled ones too.
+    Of a file with the n best captions of each image those of rank 1 are given, and a line says so.
 
     If the file has several captions per image, only those of rank 1 are returned, and a line says so.
 
     Raises:
         UserError: the file is missing, damaged or of another layout, or holds no row.
     """
-    path = Path(path)
-    readers = {".json": _read_results, ".jsonl": _read_lines}
-    rows = readers.get(path.suffix.lower(), _read_rows)(path)
-    best = [(image_id, caption) for image_id, caption, rank in rows if rank in (None, 1)]
+    path, rows = Path(path), []
+    for row in read_table(Path(path), columns or Columns()):
+        where = f"{path}, {row.place}"
+        if row.captions is None:
+            raise UserError(f"{where}: no caption in it; give a file of captions")
+        if len(row.captions) > 1:
+            raise UserError(f"{where}: {len(row.captions)} captions; give one for each image")
+        if row.rank is not None and not row.rank.isdecimal():
+            raise UserError(f"{where}: its rank is {row.rank!r}; give a number from 1")
+        rows.append(row)
+    best = [row for row in rows if row.rank is None or int(row.rank) == 1]
     if not best:
         raise UserError(f"{path}: no captions {'of rank 1 ' if rows else ''}in it")
     if len(best) < len(rows):
-        print(f"{path}: several captions per image; those of rank 1 count, {len(rows) - len(best)} do not")
-    return best
-
-
-RankedRow = tuple[str, str, int | None]  # id, caption, rank; None: the file has no ranks
-
-
-def _read_results(path: Path) -> list[RankedRow]:
-    rows = _rows_of(read_json(path))
-    if rows is None:
-        raise UserError(f'{path}: not COCO results; expected [{{"image_id": 1, "caption": "a dog"}}, ...]')
-    return rows
-
-
-def _read_lines(path: Path) -> list[RankedRow]:
-    rows: list[RankedRow] = []
-    with _open_text(path) as stream:
-        for number, line in enumerate(stream, start=1):
-            try:
-                row = _rows_of([json.loads(line)]) if line.strip() else []
-            except (json.JSONDecodeError, RecursionError):
-                row = None
-            if row is None:
-                raise UserError(
-                    f'{path}, line {number}: not like {{"image_id": "photo", "caption": "a dog"}}'
-                )
-            rows += row
-    return rows
-
-
-def _rows_of(entries: object) -> list[RankedRow] | None:
-    """The rows of [{"image_id": ..., "caption": ...}, ...]; None where it is something else."""
-    try:
-        rows = [(str(entry["image_id"]), entry["caption"], entry.get("rank")) for entry in entries]
-    except (KeyError, TypeError, AttributeError):
-        return None
-    return rows if all(isinstance(caption, str) for _, caption, _ in rows) else None
-
-
-def _read_rows(path: Path) -> list[RankedRow]:
-    with _open_text(path) as stream:
-        reader = csv.DictReader(stream, restkey="rest", restval="")
-        try:
-            columns = [(name or "").strip() for name in reader.fieldnames or []]
-            if columns[:2] not in (["image_id", "caption"], ["image", "caption"]):
-                raise UserError(f"{path}: its first line is not image_id,caption")
-            reader.fieldnames = columns
-            rows = []
-            for row in reader:
-                if len(row.get("rest", [])) or not {*columns[2:]} <= {*MORE_COLUMNS}:
-                    raise UserError(
-                        f"{path}, line {reader.line_num}: other columns than image_id, caption and "
-                        f"{', '.join(MORE_COLUMNS)}; quote captions with commas"
-                    )
-                image_id, caption = map(_unescape_formula, (row[columns[0]].strip(), row["caption"]))
-                rows.append((image_id, caption, _rank(row.get("rank"), f"{path}, line {reader.line_num}")))
-            return rows
-        except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num}: not a CSV file ({error})") from None
-
-
-def _rank(text: str | None, place: str) -> int | None:
-    """The rank in a CSV's row. place: for the message."""
-    if text is None:
-        return None
-    if not text.strip().isdecimal():
-        raise UserError(f"{place}: its rank is {text!r}; give a number from 1, or leave out the column")
-    return int(text)
-
-
-@contextmanager
-def _open_text(path: Path) -> Iterator[TextIO]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            yield stream
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file of captions") from None
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from None
+        say_once(f"{path}: several captions per image; those of rank 1 count, {len(rows) - len(best)} do not")
+    return [(_unescape_formula(row.image_id), _unescape_formula("".join(row.captions))) for row in best]

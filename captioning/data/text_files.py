@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import codecs
+import csv
+import io
+import json
 import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from utils import UserError
+from utils import UserError, is_main_process, parse_json, printable
 
 WITH_MARK = "-sig"  # ends the name of a codec whose file begins with a byte order mark
 BYTE_ORDER_MARKS = {  # those of UTF-32 first, as one of them begins as one of UTF-16
@@ -19,15 +26,73 @@ BYTE_ORDER_MARKS = {  # those of UTF-32 first, as one of them begins as one of U
 }
 CONTROL_BYTES = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # of no text in an encoding of single bytes
 # the older encodings whose texts may look like UTF-16
-TWO_BYTE_CODECS = ("gb18030", "big5", "cp932", "euc_kr", "euc_jp")
-CYRILLIC_CODECS = ("cp1251", "koi8_r")
+LIKE_UTF16 = ("gb18030", "big5", "cp932", "euc_kr", "euc_jp", "cp1251", "koi8_r")
 # a Latin letter or digit beside one of another script, as where halves of characters are read as whole ones
 MIXED = re.compile(r"[0-9A-Za-z][\u0400-\uffef]|[\u0400-\uffef][0-9A-Za-z]")
-WESTERN = re.compile(r"[\x00-\x7f‘’“”„‚–—…•€™Œœ¡£§©«®°·»¿À-ÖØ-öø-ÿŠšŽžŸ]*")
-# what every encoding that is taken has as single bytes; Japanese ones may have a yen sign and an overline
-ASCII = bytes(byte for byte in range(0x20, 0x7F) if byte not in b"\\~")
 UNDECODED = re.compile("[\udc80-\udcff]")
 SAMPLE = 10_000  # characters that are looked at, of a long text
+NO_TEXT = {  # by how they begin, what people give where text is expected
+    b"PK\x03\x04": "an Excel workbook or ZIP archive; save the table as CSV, or unpack it",
+    b"\xd0\xcf\x11\xe0": "an old Excel workbook; save the table as CSV",
+    b"\x1f\x8b": "compressed by gzip; unpack it",
+    b"\xff\xd8\xff": "a JPEG image; give the file that holds the captions",
+    b"\x89PNG": "a PNG image; give the file that holds the captions",
+}
+WESTERN = "àâæçèéêëîïôœùûüÿ äöüß áéíñóúü áâãàçéêíóôõú àèéìîòóù åäöé æøåéó áéíóúýþæöð éèëïöü õäöüšž àçèéíïòóúü"
+CENTRAL = "ąćęłńóśźż áčďéěíňóřšťúůýž áäčďéíĺľňóôŕšťúýž áéíóöőúüű ăâîşţ čćđšž"
+CYRILLIC = (
+    "абвгдежзийклмнопрстуфхцчшщъыьэюяё абвгґдеєжзиіїйклмнопрстуфхцчшщьюя абвгдђежзијклљмнњопрстћуфхцчџш"
+)
+LETTERS = {  # the encodings looked for, the likeliest first, and the letters of each of their languages
+    "cp1252": WESTERN,
+    "cp1250": CENTRAL,
+    "cp1251": CYRILLIC,
+    "cp1254": "çğıöşüâîû\u0307",
+    "cp1253": "αβγδεζηθικλμνξοπρστυφχψωςάέήίόύώϊϋΐΰ",
+    "cp1257": "ąčęėįšųūž āčēģīķļņšūž äöõüšž",
+    "cp1255": "אבגדהוזחטיךכלםמןנסעףפץצקרשת",
+    "cp1256": "".join(map(chr, range(0x621, 0x653))) + "پچژگکی",
+    "iso8859_2": CENTRAL,
+    "koi8_r": CYRILLIC.split()[0],
+    "mac_roman": WESTERN,
+    "cp850": WESTERN,
+    "cp932": "kana",
+    "euc_jp": "kana",
+    "cp949": "hangul",
+    "gb18030": "han",
+    "big5": "han",
+    "cp874": "thai",
+}
+SCRIPTS = {  # without an alphabet: the first and last character, those of what is frequent among them
+    "kana": ("\u3041\u9fff", "\u3041\u30ff"),
+    "han": ("\u4e00\u9fff", "\u4e00\u9fff"),
+    "hangul": ("\uac00\ud7a3", "\uac00\ud7a3"),
+    "thai": ("\u0e01\u0e5b", "\u0e30\u0e4e"),  # vowels and tones
+}
+COMMON = {"gb18030": "gb2312", "cp949": "iso2022_kr"}  # of those that take nearly any bytes, the usual part
+CASED = ("cp1251", "cp1253", "koi8_r")  # in which a text is nearly all beyond ASCII, and has capitals
+LARGEST_DOUBT = 0.4  # share of a text's characters that look wrong above which it is not told
+
+
+def read_text(path: str | Path) -> tuple[str, str]:
+    """A text file's content and codec, as `decode_text` gives them.
+
+    Raises:
+        UserError: there is no such file, or as `decode_text` does.
+    """
+    path = Path(path)
+    if not path.is_file():  # nor a pipe, from which reading might never end
+        raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+    return decode_text(path.read_bytes(), path)
+
+
+def read_told(path: str | Path) -> str:
+    """A text file's content; a line says which encoding it has where that is not UTF-8. Raises UserError as
+    `read_text` does."""
+    text, codec = read_text(path)
+    if not codec.startswith("utf-8"):
+        say_once(f"{path}: not UTF-8; read as {codec}")
+    return text
 
 
 def decode_text(data: bytes, name: str | Path) -> tuple[str, str]:
@@ -46,6 +111,9 @@ def decode_text(data: bytes, name: str | Path) -> tuple[str, str]:
     Raises:
         UserError: it is no text, or damaged, or its encoding cannot be told.
     """
+    for start, reason in NO_TEXT.items():
+        if data.startswith(start):
+            raise UserError(f"{name}: {reason}")
     for codec, mark in BYTE_ORDER_MARKS.items():
         if data.startswith(mark):
             text = _decode(data[len(mark) :], codec)
@@ -58,17 +126,80 @@ def decode_text(data: bytes, name: str | Path) -> tuple[str, str]:
         return text, "utf-8"
     codec = _wide_codec(data)
     if codec is None and control and (text is None or b"\0" in data):
-        place = f"byte {control.start()} is a control character"
+        line = data.count(b"\n", 0, control.start()) + 1
+        place = f"byte {control.start()}, in line {line}, is a control character"
         raise UserError(f"{name}: not a text file ({place}); replace it, or save it as UTF-8")
     if codec is None and text is not None:
         return text, "utf-8"
     if codec is None and (error := _damage(data)):
         raise UserError(f"{name}: damaged UTF-8 text ({error}); mend it, and save it as UTF-8")
     codec = codec or _older_codec(data)
-    text = codec and _decode(data, codec)
-    if text is None or encode_text(text, codec) != data:
+    if codec is None:
         raise UserError(f"{name}: not UTF-8, and its encoding cannot be told; save it as UTF-8")
-    return text, codec
+    return data.decode(codec), codec
+
+
+def split_rows(text: str, name: str | Path, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """(number of its first line, fields) of each row that is not blank.
+
+    Raises:
+        UserError: no such text, or a row over several lines whose quotes do not match: a quote that is not
+            closed would swallow the lines up to the next one.
+    """
+    lines: list[str] = []  # of the row that is being read
+
+    def remember() -> Iterator[str]:
+        for line in io.StringIO(text, newline=""):
+            lines.append(line)
+            yield line
+
+    reader = csv.reader(remember(), delimiter=separator)
+    try:
+        for row in reader:
+            if len(lines) > 1 or lines[0].count('"') % 2:
+                list(csv.reader(lines, delimiter=separator, strict=True))
+            first = reader.line_num - len(lines) + 1
+            lines.clear()
+            if any(map(str.strip, row)):
+                yield first, row
+    except csv.Error as error:
+        line = reader.line_num - len(lines) + 1
+        reason = (
+            "a quote that is not closed" if len(lines) > 1 or "unexpected end" in str(error) else str(error)
+        )
+        raise UserError(f"{name}, line {line}: not a CSV row ({reason}); mend the line") from None
+
+
+def parse_json_lines(text: str, name: str | Path) -> list[tuple[int, Any]] | None:
+    """(line number, object) of each line of JSON lines; None where the text is something else.
+
+    Raises:
+        UserError: a line behind the first is damaged.
+    """
+    first, _, rest = text.lstrip().partition("\n" if "\n" in text else "\r")
+    if not (rest.strip() and first.rstrip().endswith("}")):
+        return None
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return None
+    lines = enumerate(re.split(r"\r\n|\n|\r", text), start=1)
+    return [(number, parse_json(line, f"{name}, line {number}")) for number, line in lines if line.strip()]
+
+
+@cache
+def say_once(text: str) -> None:
+    """Print a line about a file that is read, once, however often it is."""
+    if is_main_process():
+        print(printable(text), flush=True)
+
+
+def report_problems(name: str | Path, problems: Sequence[str], shown: int = 5) -> None:
+    """Say what in a file is not read as its author meant it; the first few, and how many more."""
+    for problem in problems[:shown]:
+        say_once(f"{name}, {problem}")
+    if len(problems) > shown:
+        say_once(f"{name}: ... and {len(problems) - shown} more like these")
 
 
 def encode_text(text: str, codec: str) -> bytes:
@@ -93,7 +224,8 @@ def _damage(data: bytes) -> str | None:
     right = sum(character > "\x7f" for character in text) - len(wrong)
     if right < 3 * len(wrong):
         return None
-    return f"at byte {len(text.partition(wrong[0])[0].encode('utf-8'))}"
+    before = text.partition(wrong[0])[0]
+    return f"at byte {len(before.encode('utf-8'))}, in line {before.count(chr(10)) + 1}"
 
 
 def _wide_codec(data: bytes) -> str | None:
@@ -109,7 +241,7 @@ def _wide_codec(data: bytes) -> str | None:
     if shares[best] < 0.9:
         return None
     if not CONTROL_BYTES.search(data):
-        for codec in (*TWO_BYTE_CODECS, *CYRILLIC_CODECS):
+        for codec in LIKE_UTF16:
             text = _decode(data, codec)
             if text and _share_of_common(text) >= 0.9 and not MIXED.search(text):
                 return None
@@ -142,22 +274,63 @@ def _is_common(character: str) -> bool:
 
 
 def _older_codec(data: bytes) -> str | None:
-    """The likeliest encoding in which ASCII characters are single bytes. Short texts tell little: those that
-    read well as a Western language are taken for one."""
-    from charset_normalizer import from_bytes
+    """The encoding in which the least of a text looks wrong, None where much does in all, and where the text
+    would not give the same bytes again.
 
-    matches = [match for match in from_bytes(data) if _has_ascii(match.encoding)]
-    best = matches[0] if matches else None
-    if best is None or not best.coherence:
-        western = _decode(data, "cp1252")
-        if western is not None and WESTERN.fullmatch(western) and _is_mostly_ascii(data):
-            return "cp1252"
-    return best.encoding if best else None
+    That is as charset-normalizer sees it, which cannot tell the languages of Europe apart in a few lines, and
+    the share of characters beyond ASCII that do not belong to one language of the encoding.
+    """
+    sample = b""
+    for line in data.splitlines(keepends=True):
+        first = re.search(rb"[\x80-\xff]", line)
+        if first and len(sample) < SAMPLE:
+            sample += line[first.start() if len(line) > SAMPLE else 0 :][:SAMPLE]
+    doubts = {}
+    for codec in LETTERS:
+        with suppress(UnicodeDecodeError):
+            text = codecs.getincrementaldecoder(codec)().decode(sample)  # which may end within a character
+            doubts[codec] = round(_doubt(text, codec), 1)
+    for codec in sorted(doubts, key=doubts.__getitem__):
+        text = _decode(data, codec) if doubts[codec] <= LARGEST_DOUBT else None
+        if text is not None and encode_text(text, codec) == data:
+            return codec
+    return None
 
 
-def _has_ascii(codec: str) -> bool:
-    return _decode(ASCII, codec) == ASCII.decode("ascii")
+def _doubt(text: str, codec: str) -> float:
+    """How wrong the text looks that this codec makes of its bytes: 0 is not at all."""
+    from charset_normalizer.md import mess_ratio
+
+    beyond = [character for character in text if not character.isascii()]
+    letters = [character for character in beyond if character.isalpha() or unicodedata.combining(character)]
+    wrong = _wrong_letters(letters, LETTERS[codec])
+    wrong += sum(map(_is_out_of_place, " " + text, text, text[1:] + " "))
+    if codec in COMMON:
+        wrong += sum(not letter.encode(COMMON[codec], errors="ignore") for letter in letters)
+    one_case = codec in CASED and text in (text.lower(), text.upper())  # rather Hebrew, or Thai
+    return wrong / max(len(beyond), 1) + mess_ratio(text, 1.0) + 0.1 * one_case
 
 
-def _is_mostly_ascii(data: bytes) -> bool:
-    return sum(byte < 0x80 for byte in data) >= 0.6 * len(data)
+def _wrong_letters(letters: list[str], languages: str) -> float:
+    """How many letters are not of the one language that has most of them."""
+    if languages not in SCRIPTS:
+        letters = "".join(letters).lower()
+        letters = [letter for letter in letters if not letter.isascii()]  # "İ" in lower case has an "i"
+        return min(sum(letter not in alphabet for letter in letters) for alphabet in languages.split())
+    (first, last), (first_frequent, last_frequent) = SCRIPTS[languages]
+    wrong = sum(not first <= letter <= last for letter in letters)
+    frequent = sum(first_frequent <= letter <= last_frequent for letter in letters)
+    return wrong + (len(letters) / 2 if frequent < len(letters) / 10 else 0)
+
+
+def _is_out_of_place(before: str, character: str, after: str) -> bool:
+    """Whether this is no character of a text, or one that does not stand where it is, beside letters."""
+    if character.isascii():
+        return False
+    if character.isalpha():
+        return character.isupper() and before.islower()
+    category = unicodedata.category(character)
+    if character in "ª¹²³¼½¾±¶¦¤¥¢":
+        return before.isalpha() or after.isalpha()
+    inside = before.isalpha() and after.isalpha() and category[0] != "M"
+    return category[0] == "C" or (inside and character not in "’‘‑–")

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from captioning.command_line import check_at_least
-from captioning.data.annotations import ImageFinder, read_annotations, require_image
+from captioning.data.annotations import read_annotations, require_image, test_records
+from captioning.data.image_names import ImageFinder
 from captioning.data.images import IMAGE_EXTENSIONS, read_image, walk_images
 from captioning.data.sidecars import EXISTING, Backup, Sidecars
-from captioning.data.submissions import FORMATS
+from captioning.data.submissions import FORMATS, METADATA
 from captioning.decoding.options import DecodingOptions
 from captioning.files import is_locked, lock_file_of, lock_output, remove_unfinished
 from captioning.folders.journal import Entry, Journal, file_stamp, files_digest
@@ -48,10 +49,12 @@ class FolderOptions:
     def __post_init__(self):
         check_at_least(self, 1, "batch_size", "workers")
         self.as_sidecars = Sidecars(self.sidecar_extension, self.existing, self.prefix, self.suffix)
+        self.metadata = Sidecars(prefix=self.prefix, suffix=self.suffix) if self.writes_metadata() else None
         if not self.sidecars:
-            if self.as_sidecars != Sidecars():
+            if self.as_sidecars != (self.metadata or Sidecars()):
                 raise UserError(
-                    "--sidecar_extension, --existing, --prefix and --suffix are for --sidecars: add it"
+                    f"--sidecar_extension, --existing, --prefix and --suffix are for --sidecars: add it (the "
+                    f"last two are for {METADATA} too)"
                 )
             self.as_sidecars = None
         if self.output_csv is not None:
@@ -67,6 +70,9 @@ class FolderOptions:
             values["output_csv"] = default_output
         return cls(**values)
 
+    def writes_metadata(self) -> bool:
+        return self.output_csv is not None and Path(self.output_csv).name == METADATA
+
     def check(self, decoding: DecodingOptions) -> None:
         """Raise UserError where the captions and scores have no place in the output."""
         if self.sidecars and (self.with_scores or decoding.num_captions > 1):
@@ -74,10 +80,11 @@ class FolderOptions:
                 "--num_captions and --with_scores are for an output file: a sidecar holds one caption; leave "
                 "--sidecars out"
             )
-        if decoding.num_captions > 1 and str(self.output_csv).lower().endswith(".json"):
+        is_coco = str(self.output_csv).lower().endswith(".json")
+        if decoding.num_captions > 1 and (is_coco or self.writes_metadata()):
             raise UserError(
-                f"{self.output_csv}: COCO results hold one caption per image; give --num_captions 1, or a "
-                f"file name that ends in .csv or .jsonl"
+                f"{self.output_csv}: {'COCO results' if is_coco else 'metadata'} hold one caption per image; "
+                f"give --num_captions 1, or a file of another name that ends in .csv or .jsonl"
             )
 
     def journal(self) -> Journal:
@@ -131,8 +138,8 @@ class FolderOptions:
         """Those that decide what the captions and sidecars say, in the terms of JSON."""
         described = {"test_folder": str(self.test_folder), "recursive": self.recursive}
         described["with_scores"] = self.with_scores
-        if self.as_sidecars:
-            described |= vars(self.as_sidecars)
+        if self.as_sidecars or self.metadata:
+            described |= vars(self.as_sidecars or self.metadata)
         return described
 
 
@@ -301,7 +308,8 @@ def _find_rows(
     """The rows; images in subfolders that are left out; subfolders that cannot be read, one line each."""
     folder = Path(test_folder)
     if test_csv is not None:
-        return [Row(image.image_id, image.path) for image in read_annotations(test_csv, folder)], 0, []
+        images = test_records(read_annotations(test_csv, folder))
+        return [Row(image.image_id, image.path) for image in images], 0, []
     if not recursive:
         rows = _rows_of_found_csv(folder)
         if rows:

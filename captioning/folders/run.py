@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from captioning.data.sidecars import Backup
-from captioning.data.submissions import ScoredCaption, caption_rows, write_submission
+from captioning.data.submissions import ScoredCaption, caption_rows, metadata_name, write_submission
 from captioning.decoding.options import DecodingOptions
 from captioning.files import is_alive
 from captioning.folders.journal import Entry, Journal
@@ -287,6 +287,8 @@ def write_output(options: FolderOptions, plan: Plan, problems: Sequence[Problem]
     ]
     places = []
     if options.output_csv:
+        if options.metadata:
+            captions = metadata_rows(captions, plan, options)
         rows, columns = caption_rows(captions, with_ranks, options.with_scores)
         write_submission(options.output_csv, rows, columns, options.escape_formulas)
         places.append(str(options.output_csv))
@@ -304,6 +306,19 @@ def write_output(options: FolderOptions, plan: Plan, problems: Sequence[Problem]
     backup = Path(options.test_folder, Backup.FOLDER)
     if options.keeps_backup() and backup.is_dir():
         print(printable(f"what the sidecars said before they were changed is in {backup}"))
+
+
+def metadata_rows(
+    captions: Sequence[tuple[str, list[ScoredCaption]]], plan: Plan, options: FolderOptions
+) -> list[tuple[str, list[ScoredCaption]]]:
+    """(file name, caption with prefix and suffix) of each image of a metadata.jsonl that has a caption."""
+    rows = []
+    for (_, path), (_, own) in zip(plan.rows, captions, strict=True):
+        if path is not None and own[0].text:
+            name = metadata_name(path, options.output_csv, options.test_folder)
+            text = own[0].text if path in plan.skipped else options.metadata.text(path, own[0].text)
+            rows.append((name, [own[0]._replace(text=text)]))
+    return rows
 
 
 def _warn_of_bad_captions(captions: list[str]) -> None:

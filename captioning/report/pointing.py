@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from captioning.captioners.base import Caption
+from captioning.data.image_names import coco_id
 from captioning.data.images import open_image
-from captioning.data.submissions import coco_id
 from utils import UserError, read_json
 
 # names of COCO's categories as captions have them
@@ -186,7 +186,7 @@ def pointing_score(
         boxes_by_name = objects.get(image_id, objects.get(str(coco_id(image_id))))
         if boxes_by_name is None:
             continue
-        for name, first, behind in named_objects(caption.words, names):
+        for name, first, behind in named_objects([word.lower() for word in caption.words], names):
             if name not in boxes_by_name:
                 result.absent += 1
                 continue

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from captioning.data.annotations import Record, read_annotations
+from captioning.data.annotations import as_paths, read_annotations, require_words, test_records
 from captioning.data.hdf5 import Rows
-from captioning.data.images import IMAGE_EXTENSIONS
-from captioning.data.prepared import Prepared
-from captioning.data.submissions import ScoredCaption, coco_id, read_submission
+from captioning.data.image_names import NameIndex, parts_of, stem
+from captioning.data.prepared import Prepared, Record
+from captioning.data.submissions import ScoredCaption, read_submission
+from captioning.data.tables import Columns
+from captioning.data.text_files import say_once
 from captioning.decoding.options import DecodingOptions
 from metrics import Scores, score_captions, tokenize
 from metrics.ngrams import LONGEST_NGRAM, named_bleu
@@ -107,50 +109,67 @@ def training_texts(data_folder: str | Path) -> tuple[set[str] | None, set[tuple[
     return {word for words in texts for word in words}, texts
 
 
+Files = str | Path | Sequence[str | Path]  # one or several
+
+
 def reference_records(
-    references: str | Path, split: str = "test", image_folder: str | Path | None = None
+    references: Files,
+    split: str = "test",
+    image_folders: Files | None = None,
+    columns: Columns | None = None,
 ) -> list[Record]:
-    """The captioned images of an annotation file in any layout, of the `split` if the file names splits.
+    """The captioned images of annotations in any layout, of the `split` if they name splits.
 
     Raises:
-        UserError: the file is damaged, or has no captions of that split.
+        UserError: a file is damaged, or there are no captions of that split, or some that `require_words`
+            refuses.
     """
-    records = [record for record in read_annotations(references, image_folder) if record.captions]
-    if any(record.split for record in records):
-        records = [record for record in records if record.split == split]
+    records = read_annotations(references, image_folders, columns)
+    records = [record for record in test_records(records, split) if record.captions]
     if not records:
-        raise UserError(f"{references}: no captions of the {split} split in it to score against")
+        if columns is not None:
+            columns.check()
+        raise UserError(f"{names_of(references)}: no captions of the {split} split in it to score against")
+    require_words((text for record in records for text in record.captions), names_of(references))
     return records
 
 
-def find_image_folder(references: str | Path | None, image_folder: str | None) -> str | None:
-    """The folder of a submission's images: `image_folder` if one is given, else test/test/ beside the
-    references or here, else None.
+def names_of(files: Files) -> str:
+    """The files' names, for a message."""
+    return ", ".join(map(str, as_paths(files)))
+
+
+def find_image_folders(references: Files, given: Sequence[str]) -> Sequence[str] | None:
+    """The folders of a submission's images: those that are given, else test/test/ beside the references or
+    here, else None.
 
     Raises:
-        UserError: `image_folder` does not exist.
+        UserError: a folder does not exist.
     """
-    if image_folder is not None:
-        if not Path(image_folder).is_dir():
-            raise UserError(
-                f"{image_folder}: no such folder of images; give the one that holds the image files"
-            )
-        return image_folder
-    beside = [] if references is None else [Path(references).parent / "test" / "test"]
-    return next((str(folder) for folder in [*beside, Path("test/test")] if folder.is_dir()), None)
+    for folder in given:
+        if not Path(folder).is_dir():
+            raise UserError(f"{folder}: no such folder of images; give the one that holds the image files")
+    beside = [Path(file).parent / "test" / "test" for file in as_paths(references)]
+    found = [str(folder) for folder in [*beside, Path("test/test")] if folder.is_dir()]
+    return given or found[:1] or None
 
 
 # --- files of captions --------------------------------------------------------------------------------------
 
 
 def score_submission(
-    submission: str | Path, references: str | Path, split: str = "test", partial: bool = False
+    submission: str | Path,
+    references: Files,
+    split: str = "test",
+    partial: bool = False,
+    columns: Columns | None = None,
 ) -> dict:
     """Score a file of captions against annotations in any layout.
 
     Args:
         split: the references' split to score against, if they name splits (Karpathy's JSON).
         partial: score the images that both files have.
+        columns: names of columns that the user gives, in either file.
 
     Returns:
         "images", "missing" and "unknown" (numbers), "captions" {id: caption}, "scores" (Scores), and
@@ -159,15 +178,20 @@ def score_submission(
     Raises:
         UserError: as in `match_submission` and `reference_records`.
     """
-    return score_records(submission, reference_records(references, split), references, partial)
+    records = reference_records(references, split, columns=columns)
+    return score_records(submission, records, names_of(references), partial, columns)
 
 
 def score_records(
-    submission: str | Path, records: Sequence[Record], references: str | Path, partial: bool = False
+    submission: str | Path,
+    records: Sequence[Record],
+    references: str,
+    partial: bool = False,
+    columns: Columns | None = None,
 ) -> dict:
-    """`score_submission` for references that have been read already."""
+    """`score_submission` for references that have been read already; `references` is their name."""
     texts = {record.image_id: record.captions for record in records}
-    captions, missing, unknown = match_submission(submission, texts, references, partial)
+    captions, missing, unknown = match_submission(submission, records, references, partial, columns)
     if missing or unknown:
         print(
             f"PARTIAL: {len(captions)} of {counted(len(texts), 'image')} scored, {len(missing)} missing, "
@@ -184,33 +208,32 @@ def score_records(
 
 
 def match_submission(
-    submission: str | Path, ids: Collection[str], whose: str | Path, partial: bool = False
+    submission: str | Path,
+    records: Sequence[Record],
+    whose: str,
+    partial: bool = False,
+    columns: Columns | None = None,
 ) -> tuple[dict[str, str], list[str], list[str]]:
-    """Read a file of captions and find the caption of each of the images `ids`; print how many are empty.
-
-    Ids are compared as they stand, then without an image file's extension, then as COCO's numbers.
+    """Read a file of captions and find the caption of each of the records; print how many are empty.
 
     Args:
-        whose: the file that the `ids` are from, for messages.
+        whose: the file that the records are from, for messages.
         partial: let ids be missing or unknown.
+        columns: names of columns that the user gives.
 
     Returns:
-        {image id: caption}; the `ids` that the file lacks; the file's ids that are not among `ids`.
+        {image id: caption}; the ids that the file lacks; the file's ids that are no record's.
 
     Raises:
         UserError: the file is damaged, an id occurs twice or, unless `partial`, is missing or unknown.
     """
-    aliases = {alias: known for known in reversed([*ids]) for alias in (str(coco_id(known)), stem(known))}
-    aliases.update(zip(ids, ids))
-    rows = read_submission(submission)
-    known_ids = [  # of each row; None: of no image
-        aliases.get(image_id) or aliases.get(stem(image_id)) or aliases.get(str(coco_id(image_id)))
-        for image_id, _ in rows
-    ]
+    rows = read_submission(submission, columns)
+    known_ids = match_ids([image_id for image_id, _ in rows], records, f"{submission}", whose)
     doubled = [image_id for image_id, count in Counter(filter(None, known_ids)).items() if count > 1]
     refuse(submission, doubled, "given more than once", "leave one row of each")
     captions = {known: caption for known, (_, caption) in zip(known_ids, rows) if known}
-    missing = [image_id for image_id in ids if image_id not in captions]
+    require_words(captions.values(), submission)
+    missing = [record.image_id for record in records if record.image_id not in captions]
     unknown = [image_id for known, (image_id, _) in zip(known_ids, rows) if not known]
     if not captions:
         raise UserError(
@@ -226,10 +249,37 @@ def match_submission(
     return captions, missing, unknown
 
 
-def stem(image_id: str) -> str:
-    """An image's id without an image file's extension."""
-    path = Path(image_id)
-    return str(path.with_suffix("")) if path.suffix.lower() in IMAGE_EXTENSIONS else image_id
+def match_ids(names: Sequence[str], records: Sequence[Record], source: str, whose: str) -> list[str | None]:
+    """The id of the record that each name means, None if it means none; a line says what was matched loosely.
+
+    Names are compared with the ids as they stand, with the names of the image files, and then with both as
+    `NameIndex` does: without an image file's extension, by COCO's number, by the longest end of the path.
+    """
+    ids = {record.image_id for record in records}
+    by_file = {name: one.image_id for one in records if (name := one.file_name or one.path)}
+    plain = _plain_names(by_file)
+    by_name, by_id = NameIndex(by_file), NameIndex(one.image_id for one in records)
+    found, loose = [], []
+    for name in names:
+        known = name if name in ids else plain.get(name)
+        known = known or by_file.get(by_name.find(name)) or by_id.find(name)
+        found.append(known)
+        if known and name not in plain and stem(known) != stem(name):
+            loose.append(f"{name} with {known} of {whose}")
+    if loose:
+        shown = counted(len(loose), "id")
+        say_once(f"{source}: {shown} matched by the end of the path or by the number: {loose[0]}")
+    return found
+
+
+def _plain_names(by_file: Mapping[str, str]) -> dict[str, str]:
+    """The ids by the names of the image files without folders or extension, unless two have the same."""
+    names = []
+    for name, image_id in by_file.items():
+        last = parts_of(name)[-1] if parts_of(name) else name
+        names += [(alias, image_id) for alias in {name, stem(name), last, stem(last)}]
+    counts = Counter(alias for alias, _ in names)
+    return {alias: image_id for alias, image_id in names if counts[alias] == 1}
 
 
 def refuse(file: str | Path, ids: Sequence[str], what: str, remedy: str) -> None:

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captioning.data.annotations import UNK
 from captioning.data.features import encode_images
+from captioning.data.prepared import UNK
 from captioning.decoding.teacher_forcing import token_logits
 from captioning.training.hard_attention import LocationLoss
 from captioning.training.loop import Run

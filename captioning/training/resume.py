@@ -28,6 +28,8 @@ from utils import UserError, processes
 # these are of each run, whatever the checkpoint says
 OF_THIS_RUN = {"data_folder", "annotations", "image_folder", "output_folder", "resume", "checkpoint"}
 OF_THIS_RUN |= {
+    "id_column",
+    "caption_column",
     "device",
     "log_with",
     "workers",

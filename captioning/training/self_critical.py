@@ -19,8 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captioning.data.annotations import END, START
-from captioning.data.prepared import Prepared
+from captioning.data.prepared import END, START, Prepared
 from captioning.decoding.sampling import draw_captions
 from captioning.decoding.teacher_forcing import token_logits
 from captioning.training.averaging import WeightAverage
@@ -85,7 +84,7 @@ class SelfCritical:
     ):
         self.encoder, self.decoder, self.settings, self.run = encoder, decoder, settings, run
         self.word_map, self.reward, self.longest, self.epoch = word_map, reward, longest, epoch
-        self.words = {index: word for word, index in word_map.items()}
+        self.words = {index: word.lower() for word, index in word_map.items()}  # as the references are
         self.totals = {} if totals is None else totals
         self.totals |= {"rewards": 0.0, "samples": 0} | self.totals
 

@@ -19,9 +19,8 @@ import torch
 from torch import nn
 
 from captioning.command_line import LARGEST
-from captioning.data.annotations import find_word_map_problem
 from captioning.data.hdf5 import require_disk_space
-from captioning.data.prepared import read_prepared
+from captioning.data.prepared import find_word_map_problem, read_prepared
 from captioning.files import Number, OutputFile, find_mismatch
 from captioning.weights.pretrained import build_encoder
 from captioning.weights.tutorial_checkpoint import read_tutorial_checkpoint

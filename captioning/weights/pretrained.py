@@ -148,13 +148,15 @@ def load_embeddings(path: str | Path, word_map: dict[str, int]) -> tuple[Tensor,
     """Word vectors from a text file, one word and its numbers per line (GloVe, word2vec, fastText).
 
     Returns:
-        embeddings (len(word_map), width) float32, words that the file lacks drawn from U(-sqrt(3/width),
-        sqrt(3/width)); how many words the file has.
+        embeddings (len(word_map), width) float32; a word with capitals that the file lacks gets the vector of
+        the same word in lower case, other such words are drawn from U(-sqrt(3/width), sqrt(3/width)). How
+        many words the file has.
 
     Raises:
         UserError: the file is missing, its lines have no or different widths, or it has none of the words.
     """
     vectors: dict[str, np.ndarray] = {}
+    wanted = {*word_map, *map(str.lower, word_map)}
     width, number = None, 0
     try:
         with open(path, encoding="utf-8") as stream:
@@ -164,7 +166,7 @@ def load_embeddings(path: str | Path, word_map: dict[str, int]) -> tuple[Tensor,
                     continue  # word2vec's header: count and width
                 width = width or len(line.split(" ")) - 1
                 word, *values = line.rsplit(" ", width)  # from the right: some words contain spaces
-                if word in word_map:
+                if word in wanted:
                     vectors[word] = np.array(values, dtype=np.float32)
                     if len(values) != width or not width:
                         raise ValueError(f"{len(values)} numbers where {width} were expected")
@@ -177,14 +179,17 @@ def load_embeddings(path: str | Path, word_map: dict[str, int]) -> tuple[Tensor,
             f"{path}, line {number + 1 if isinstance(error, UnicodeDecodeError) else number}: not a word and "
             f"its numbers ({error}); give a GloVe text file"
         ) from None
-    if not vectors:
+    found = {
+        word: own for word in word_map if (own := vectors.get(word, vectors.get(word.lower()))) is not None
+    }
+    if not found:
         raise UserError(
             f"{path}: holds none of the word map's words; give a GloVe text file of the captions' language"
         )
     embeddings = torch.empty(len(word_map), width).uniform_(-math.sqrt(3 / width), math.sqrt(3 / width))
-    for word, vector in vectors.items():
+    for word, vector in found.items():
         embeddings[word_map[word]] = torch.from_numpy(vector)
-    return embeddings, len(vectors)
+    return embeddings, len(found)
 
 
 class FoldedConv(nn.Conv2d):

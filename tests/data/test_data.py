@@ -251,12 +251,12 @@ def test_csv_details(tmp_path):
     "content, problem",
     [
         ("", "is empty"),
-        ("id,text\n1,a\n", "id,text"),
+        ("a,b\n1,2\n", '"a,b"; looked for a header'),
         ("image_id,caption\n", "no images"),
-        ("{}", "neither"),
+        ("{}", 'JSON of no known layout; its first line is "{}"; looked for'),
         ("{", "not a JSON file"),
         ('{"images": [{"id": 1}], "annotations": []}', "damaged annotations .image 1 has no file_name"),
-        ('{"images": [1]}', "neither Karpathy"),
+        ('{"images": [1]}', "looked for .* Karpathy's, COCO's"),
     ],
 )
 def test_wrong_annotation_files(tmp_path, content, problem):

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from captioning.data import images
-from captioning.data.annotations import ImageFinder, read_annotations
+from captioning.data.annotations import read_annotations
+from captioning.data.image_names import ImageFinder
 from captioning.data.images import Budget, read_image
 from utils import UserError
 
@@ -101,16 +102,21 @@ OUTSIDE = ["../a.png", "../../etc/passwd", "/etc/passwd", "sub/../../a.png", "..
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_names_that_lead_out_of_the_folder_are_refused(name, tmp_path):
+def test_names_that_lead_out_of_the_folder_find_nothing_there(name, tmp_path):
+    """Only the end of the path counts: `../a.png` may be the folder's own a.png, nothing outside."""
     folder = tmp_path / "images"
     (folder / "sub").mkdir(parents=True)
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
-    with pytest.raises(UserError, match="leads out"):
-        ImageFinder(folder)(name)
-    refused(tmp_path, f"image_id,caption\n{name},A dog\n", "leads out", folder=folder)
-    refused(tmp_path, karpathy(filename=name), "leads out", folder=folder)
-    refused(tmp_path, karpathy(filepath=name), "leads out", folder=folder)
-    refused(tmp_path, coco([{"id": 1, "file_name": name}], []), "leads out", folder=folder)
+    assert ImageFinder(folder)(name) is None
+    layouts = {
+        "a.csv": f"image_id,caption\n{name},A dog runs\n",
+        "b.json": json.dumps(karpathy(filename=name)),
+        "c.json": json.dumps(karpathy(filepath=name, filename="x.png")),
+        "d.json": json.dumps(coco([{"id": 1, "file_name": name}], [])),
+    }
+    for file, text in layouts.items():
+        (tmp_path / file).write_text(text, encoding="utf-8")
+        assert not any(record.path for record in read_annotations(tmp_path / file, folder)), file
 
 
 def test_strange_names_are_not_found(tmp_path):

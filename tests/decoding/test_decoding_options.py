@@ -18,10 +18,10 @@ import run_pipeline
 from captioning.captioners.attention import Captioner
 from captioning.captioners.blip import load_captioner
 from captioning.command_line import parse_settings
-from captioning.data.annotations import END as END_WORD
-from captioning.data.annotations import PAD, UNK
-from captioning.data.annotations import START as START_WORD
 from captioning.data.images import list_images
+from captioning.data.prepared import END as END_WORD
+from captioning.data.prepared import PAD, UNK
+from captioning.data.prepared import START as START_WORD
 from captioning.data.submissions import ScoredCaption, caption_rows, read_submission, write_submission
 from captioning.decoding.options import UNFINISHED, DecodingOptions
 from captioning.report.quality import caption_diversity, sample_diversity
@@ -117,9 +117,12 @@ def test_blip_takes_the_options_that_transformers_has(blip, paths):
     details = blip.describe_prepared(pixels, options)
     for own, caption_details in zip(several, details):
         assert len(own) == 3 == len({one.text for one in own})
-        expected = {one.text: one.log_prob for one in caption_details.n_best}
+        expected = {one.text: one for one in caption_details.n_best}
         for one in own:
-            assert one.log_prob == pytest.approx(expected[one.text], abs=1e-4)
+            assert one.log_prob == pytest.approx(expected[one.text].log_prob, abs=1e-4)
+            words, log_probs = zip(*one.words)
+            assert list(words) == expected[one.text].words
+            assert log_probs == pytest.approx(expected[one.text].word_log_probs, abs=1e-4)
             assert one.log_prob_per_word == pytest.approx(one.log_prob / (len(one.text.split()) + 1))
     drawn = DecodingOptions(num_captions=4, temperature=0.8, top_p=0.95)
     together = blip.decode_prepared(pixels, drawn, ids, with_scores=True)
@@ -187,6 +190,14 @@ def test_several_captions_and_scores_in_a_csv(models, demo, captioner, paths, ru
         log_probs = [float(row["log_prob"]) for row in own]
         assert log_probs == sorted(log_probs, reverse=True)
     lines = tmp_path / "out.jsonl"
+    assert (
+        run_main(caption, "--model", model, *folder[:2], "--output_csv", lines, "--with_scores").returncode
+        == 0
+    )
+    for line in lines.read_text().splitlines():
+        entry = json.loads(line)
+        words, log_probs = zip(*entry["words"]) if entry["words"] else ((), ())
+        assert " ".join(words) == entry["caption"] and sum(log_probs) >= entry["log_prob"] - 1e-3
     options = ["--num_captions", 2, "--temperature", 1, "--batch_size", 5]
     assert run_main(caption, "--model", model, *folder[:2], "--output_csv", lines, *options).returncode == 0
     found = [json.loads(line) for line in lines.read_text().splitlines()]
@@ -245,18 +256,23 @@ def test_what_cannot_be_is_refused(script, options, part):
 
 
 def test_the_best_of_several_captions_come_back(tmp_path, capsys):
-    captions = [
-        ("a", [ScoredCaption("x, y", -1.23456, -0.4), ScoredCaption("z", -2.0, -1.0)]),
-        ("b", [ScoredCaption("")]),
-    ]
+    """Of several captions that of rank 1; the words and their log-probabilities stand in JSON lines alone."""
+    best = ScoredCaption("x, y", -1.23456, -0.4, [("x", -0.11111), ("y", -1.0)])
+    captions = [("a", [best, ScoredCaption("z", -2.0, -1.0)]), ("b", [ScoredCaption("")])]
     rows, columns = caption_rows(captions, True, True)
-    assert rows[0] == ("a", "x, y", 1, -1.2346, -0.4) and rows[2] == ("b", "", 1, None, None)
+    assert rows[0] == ("a", "x, y", 1, -1.2346, -0.4, [("x", -0.1111), ("y", -1.0)])
+    assert rows[2] == ("b", "", 1, None, None, None)
     for extension in (".csv", ".jsonl", ".json"):
-        write_submission(tmp_path / f"x{extension}", rows, columns)
-        assert read_submission(tmp_path / f"x{extension}") == [("a", "x, y"), ("b", "")]
-        assert "those of rank 1 count, 1 do not" in capsys.readouterr().out
+        file = tmp_path / f"x{extension}"
+        write_submission(file, rows, columns)
+        assert read_submission(file) == [("a", "x, y"), ("b", "")]
+        assert (
+            f"{file}: several captions per image; those of rank 1 count, 1 do not" in capsys.readouterr().out
+        )
+        assert ("words" in file.read_text()) == (extension == ".jsonl")
+    first = json.loads((tmp_path / "x.jsonl").read_text().splitlines()[0])
+    assert first["words"] == [["x", -0.1111], ["y", -1.0]] and first["log_prob"] == -1.2346
     for text, part in (
-        ("image_id,caption,colour\na,b,c\n", "line 2: other columns"),
         ("image_id,caption,rank\na,b,first\n", "line 2: its rank is 'first'"),
         ("image_id,caption,rank\na,b,2\n", "no captions of rank 1"),
     ):

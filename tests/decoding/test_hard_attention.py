@@ -12,7 +12,7 @@ from conftest import assert_one_line, random_captions, read_history, small_setti
 import models
 import train
 from captioning.captioners.attention import Captioner
-from captioning.data.annotations import UNK
+from captioning.data.prepared import UNK
 from captioning.decoding.beam_search import beam_search
 from captioning.decoding.fast_energies import use_fast_energies
 from captioning.decoding.teacher_forcing import PackedCaptions, TokenLogits, token_logits

@@ -1,6 +1,7 @@
 """Captioning a folder: sidecars, subfolders, formats, unreadable files, full memory."""
 
 import itertools
+import json
 import os
 import re
 import time
@@ -10,6 +11,7 @@ import torch
 from folder_images import ColourCaptioner, Killed, add_unreadable_files, make_images, no_captioner, run
 from PIL import Image
 
+from captioning.data.annotations import read_annotations
 from captioning.data.sidecars import Sidecars
 from captioning.data.submissions import ScoredCaption, read_submission, write_submission
 from captioning.decoding.options import DecodingOptions
@@ -143,6 +145,33 @@ def test_subfolders(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1].endswith(f"{tmp_path}/out.jsonl and {folder}/**/*.txt")
 
 
+def test_metadata_of_a_folder(tmp_path):
+    """file_name is what Hugging Face looks for beside the file; text is what a sidecar would say."""
+    folder = make_images(tmp_path / "in", 2)
+    make_images(folder / "b", 1)
+    (folder / "broken.png").write_bytes(b"no image")
+    options = {"recursive": True, "prefix": "{folder} style,", "suffix": ", photo"}
+    run(ColourCaptioner(), folder, folder / "metadata.jsonl", **options)
+    entries = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    assert entries == [
+        {"file_name": "b/img0.png", "text": "b style, colour 0 0 200, photo"},
+        {"file_name": "img0.png", "text": "in style, colour 0 0 200, photo"},
+        {"file_name": "img1.png", "text": "in style, colour 1 0 200, photo"},
+    ]
+    records = read_annotations(folder, folder)
+    assert [(own.path, own.captions) for own in records] == [
+        (str(folder / entry["file_name"]), [entry["text"]]) for entry in entries
+    ]
+    for output, start in ((tmp_path / "metadata.jsonl", "in/"), (tmp_path / "x" / "metadata.jsonl", "")):
+        run(ColourCaptioner(), folder, output, recursive=True)
+        names = [json.loads(line)["file_name"] for line in output.read_text().splitlines()]
+        assert names == [f"{start}{entry['file_name']}" for entry in entries]
+    with pytest.raises(UserError, match=r"metadata hold one caption per image"):
+        run(ColourCaptioner(), folder, folder / "metadata.jsonl", decoding=DecodingOptions(num_captions=2))
+    with pytest.raises(UserError, match=r"are for --sidecars: add it .the last two are for metadata.jsonl"):
+        run(ColourCaptioner(), folder, folder / "x.jsonl", prefix="x")
+
+
 def test_one_folder_of_100000_files(tmp_path):
     """Only names: what is done for each file before it is read takes next to no time."""
     for number in range(100_000):
@@ -167,8 +196,8 @@ def test_damaged_json_lines(tmp_path):
         file.write_text('{"image_id": "a", "caption": "b"}\n' + line)
         with pytest.raises(UserError, match="line 2"):
             read_submission(file)
-    file.write_bytes(b"\xff")
-    with pytest.raises(UserError, match="UTF-8"):
+    file.write_bytes(b"\0\0\0")
+    with pytest.raises(UserError, match="not a text file"):
         read_submission(file)
 
 

@@ -17,7 +17,8 @@ import train
 from captioning.captioners.attention import Captioner
 from captioning.command_line import parse_settings
 from captioning.data.annotations import read_annotations
-from captioning.data.submissions import coco_id, read_submission, write_submission
+from captioning.data.image_names import coco_id
+from captioning.data.submissions import read_submission, write_submission
 from captioning.weights.checkpoints import load_checkpoint, save_checkpoint
 from metrics import score_captions
 from utils import UserError
@@ -263,14 +264,16 @@ def test_incomplete_submissions_are_refused_by_name(demo, captions, tmp_path, ru
 @pytest.mark.parametrize(
     "name, content, part",
     [
-        ("s.csv", "name,text\na,b\n", "image_id,caption"),
-        ("s.csv", "image_id,caption\na,b,c\n", "line 2"),
+        ("s.csv", "dog,cat\na,b\n", 'its first line is "dog,cat"; looked for'),
+        ("s.csv", "image_id\na.jpg\n", "line 2: no caption in it"),
         ("s.csv", "image_id,caption\n", "no captions"),
-        ("s.csv", "", "image_id,caption"),
-        ("s.csv", b"image_id,caption\na,\xff\n", "UTF-8"),
-        ("s.json", "{}", "no captions"),
-        ("s.json", '[{"image_id": 3}]', "COCO results"),
-        ("s.json", '[{"image_id": 3, "caption": null}]', "COCO results"),
+        ("s.csv", "", "is empty"),
+        ("s.csv", b"image_id,caption\na,A dog \0\n", "not a text file .byte 25, in line 2"),
+        ("s.csv", "image_id,caption,rank\na,A dog,first\n", "line 2: its rank is 'first'"),
+        ("s.json", "{}", "JSON of no known layout"),
+        ("s.json", '[{"image_id": 3}]', "entry 1: no caption in it"),
+        ("s.json", '[{"image_id": 3, "caption": ["a dog", "a cat"]}]', "2 captions; give one"),
+        ("s.json", '[{"image_id": 3, "caption": 5}]', "its caption is 5"),
         ("s.json", "[", "not a JSON file"),
     ],
 )

@@ -13,8 +13,8 @@ from conftest import random_captions, small_settings
 from torch.utils.data import DataLoader
 
 import train
-from captioning.data.annotations import UNK
 from captioning.data.features import cache_features, encode_images
+from captioning.data.prepared import UNK
 from captioning.decoding.teacher_forcing import token_logits
 from captioning.training import losses
 from captioning.training.averaging import WeightAverage

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train
-from captioning.data.annotations import END, START, UNK
+from captioning.data.prepared import END, START, UNK
 from captioning.decoding import sampling
 from captioning.decoding.fast_energies import use_fast_energies
 from captioning.decoding.sampling import draw_captions
@@ -189,6 +189,16 @@ def test_the_reward_may_have_bleu4():
     assert 0 < expected < 1
     difference = Reward(REFERENCES, 2.0)(0, [longer])[0] - Reward(REFERENCES)(0, [longer])[0]
     assert difference == pytest.approx(2 * expected)
+
+
+def test_the_reward_does_not_see_capitals():
+    captions = torch.tensor([[8, 1, 2, 4, 9], [8, 1, 3, 5, 9]])
+    objective = make_objective(make_decoder(), self_critical_samples=2)
+    rewards = objective._rewards([0], captions, torch.tensor([5, 5]))
+    cased = {word.capitalize() if word.isalpha() else word: index for word, index in WORD_MAP.items()}
+    settings, run = objective.settings, objective.run
+    other = SelfCritical(None, objective.decoder, settings, run, cased, objective.reward, LONGEST, epoch=2)
+    assert other._rewards([0], captions, torch.tensor([5, 5])) == rewards and max(rewards[0]) > 0
 
 
 def test_the_baseline_is_the_mean_of_the_others():

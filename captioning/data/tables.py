@@ -1,0 +1,449 @@
+"""Tables of captions as rows of one kind: delimited text, JSON objects and Parquet.
+
+Which separator a text has, whether it has a header, and which columns have the images and the captions is
+recognized by its content; `Columns` are the names that the user gives.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import islice, repeat
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from captioning.data.images import IMAGE_EXTENSIONS, PACKAGES
+from captioning.data.text_files import parse_json_lines, read_told, report_problems, say_once, split_rows
+from utils import UserError, parse_json
+
+SEPARATORS = "\t|;,"  # the rarest in captions first
+IDS = (  # usual names of columns, the likeliest first
+    "image_id", "image", "image_name", "img", "img_id", "img_name", "imageid", "image_file", "image_path",
+    "file_name", "filename", "file", "file_path", "filepath", "path", "photo", "picture", "name", "key", "id",
+)  # fmt: skip
+FILES = ("file_name", "filename", "image_file", "image_path", "file_path", "path", "image_name", "image")
+CAPTIONS = (
+    "caption", "captions", "text", "texts", "description", "comment", "sentence", "sentences", "raw",
+    "image_caption", "caption_text",
+)  # fmt: skip
+SAMPLE = 200  # rows by which the columns are recognized
+IMAGE_NAME = re.compile(
+    rf"\S.*({'|'.join(map(re.escape, (*IMAGE_EXTENSIONS, *PACKAGES)))})(\.\d+)?(#\d+)?", re.IGNORECASE
+)
+
+
+class Row(NamedTuple):
+    """A row of a table: an image with captions.
+
+    Attributes:
+        place: in the file, for messages, such as "line 3".
+        image_id: as the file has it.
+        captions: without blanks around them; None where there is no column for them.
+        file_name: a further name of the image file, where there is a column for it.
+        split: "train", "val" or "test", or what the file says instead.
+        rank: of the caption among those of its image, where there is a column for it.
+        tokens: the captions' words, where the file has them.
+        image: the image file's content, where the table has it.
+    """
+
+    place: str
+    image_id: str
+    captions: list[str] | None
+    file_name: str | None = None
+    split: str | None = None
+    rank: str | None = None
+    tokens: list[list[str]] | None = None
+    image: bytes | None = None
+
+
+@dataclass
+class Columns:
+    """The columns that hold the images' ids and the captions, by the names that the user gives.
+
+    A file that lacks one of them is read by the usual names; `check` refuses a name that no file had.
+    """
+
+    id: str | None = None
+    caption: str | None = None
+    found: set[str] = field(default_factory=set)
+    seen: tuple[str, ...] = ()  # the last file's columns
+
+    def pick(self, names: Sequence[str], given: str | None, usual: Sequence[str]) -> str | None:
+        """The name of `names` that was given, else the first of the usual ones; capitals do not matter."""
+        self.seen = tuple(names)
+        if given in names:
+            self.found.add(given)
+            return given
+        plain = {re.sub(r"[\s-]+", "_", name.strip().lower()): name for name in reversed(names)}
+        return next((plain[name] for name in usual if name in plain), None)
+
+    def check(self) -> None:
+        """Raise UserError where a name was given that no file has."""
+        for setting, name in (("--id_column", self.id), ("--caption_column", self.caption)):
+            if name is not None and name not in self.found:
+                there = ", ".join(self.seen)[:100] or "none with names"
+                raise UserError(f"{setting} {name}: no such column; there are {there}")
+
+
+def read_table(path: Path, columns: Columns) -> Iterator[Row]:
+    """The rows of a file with any of these tables.
+
+    Raises:
+        UserError: there is no such file, or it is damaged, or something else.
+    """
+    if is_parquet(path):
+        return read_parquet(path, columns)
+    text = read_told(path)
+    if text.lstrip()[:1] not in ("{", "["):
+        return read_delimited(text, path, columns)
+    lines = parse_json_lines(text, path)
+    if lines is not None:
+        return read_objects(lines, path, columns)
+    return read_objects(objects_of(parse_json(text, path), text, path), path, columns, "entry")
+
+
+def is_parquet(path: Path) -> bool:
+    """Raises UserError where there is no such file."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the one that holds the captions")
+    with path.open("rb") as stream:
+        return stream.read(4) == b"PAR1"
+
+
+def refuse(name: str | Path, text: str, reason: str = "its layout is not recognized") -> UserError:
+    """The error for a file with none of the layouts: its first line, and what was looked for."""
+    first = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    shown = first[:80] + ("..." if len(first) > 80 else "")
+    return UserError(
+        f'{name}: {reason}; its first line is "{shown}"; looked for a header with a column of images '
+        f"({', '.join(IDS[:3])}, file_name, ...) and one of captions ({', '.join(CAPTIONS[:3])}, ...), for "
+        f"lines like photo.jpg,A dog or photo.jpg#0<TAB>A dog, and for JSON: Karpathy's, COCO's, objects of "
+        f"image_id and caption; --id_column and --caption_column name other columns"
+    )
+
+
+# --- delimited text -----------------------------------------------------------------------------------------
+
+
+class Layout(NamedTuple):
+    """Which columns of a delimited text have what, by their index; width: the number of columns."""
+
+    width: int
+    has_header: bool
+    image_id: int
+    caption: int | None = None
+    file_name: int | None = None
+    split: int | None = None
+    rank: int | None = None
+
+
+def read_delimited(text: str, name: str | Path, columns: Columns) -> Iterator[Row]:
+    """The rows of delimited text, with or without a header; what is wrong with some is reported at the end.
+
+    Raises:
+        UserError: no such text, or a quote that is not closed.
+    """
+    text, separator = _find_separator(text, columns)
+    rows = list(split_rows(text, name, separator))
+    if not rows:
+        raise UserError(f"{name}: is empty; give the file that holds the captions")
+    layout = _find_layout(name, rows, columns)
+    if layout is None:
+        raise refuse(name, text)
+    problems, without = [], 0
+    for line, fields in rows[layout.has_header :]:
+        fields, problem = _fit(fields, layout, separator)
+        image_id, caption, *others = (
+            fields[index].strip() if index is not None and index < len(fields) else "" for index in layout[2:]
+        )
+        image_id = re.sub(r"(\.\w+)#\d+$", r"\1", image_id)
+        captions = None if layout.caption is None else [] if problem else _captions_of_cell(caption)
+        if not image_id:
+            problem = problem or "no image named"
+        elif captions == []:
+            problem = problem or f"no caption ({image_id})"
+            without += 1
+        if problem:
+            problems.append(f"line {line}: {problem}")
+        if image_id:
+            yield Row(f"line {line}", image_id, captions, *(other or None for other in others))
+    if without == len(rows) - layout.has_header:
+        say_once(f"{name}: none of its rows has a caption")
+    else:
+        report_problems(name, problems)
+
+
+def _find_separator(text: str, columns: Columns) -> tuple[str, str]:
+    """The text without Excel's first line `sep=;`, and the separator of its columns."""
+    hint = re.match(r"sep=([^\w\s]|\t)(?=[\r\n])", text)
+    if hint:
+        return text[hint.end() :], hint[1]
+    lines = list(islice((line for line in io.StringIO(text, newline="") if line.strip()), SAMPLE))
+    found = [(False, 0, 0, ",")]
+    for order, separator in enumerate(SEPARATORS):
+        with suppress(csv.Error):
+            rows = [row for row in csv.reader(lines, delimiter=separator) if row] or [[]]
+            width = _usual_width(rows)
+            header = [cell.strip() for cell in rows[0]]
+            known = len(header) > 1 and Columns().pick(header, columns.id, IDS) is not None
+            if known or width > 1:
+                images = sum(_is_image_name(cell.strip()) for row in rows for cell in row)
+                found.append((known, sum(len(row) >= width for row in rows) + images, -order, separator))
+    return text, max(found)[-1]
+
+
+def _usual_width(rows: list[list[str]]) -> int:
+    """The number of columns: more are captions with separators, fewer are broken rows."""
+    return sorted(map(len, rows))[len(rows) // 10]
+
+
+def _find_layout(name: str | Path, rows: list[tuple[int, list[str]]], columns: Columns) -> Layout | None:
+    """By the names in the header, else by what the columns look like; None where neither tells."""
+    header = [cell.strip().strip("\ufeff") for cell in rows[0][1]]
+    named = [columns.pick(header, columns.id, IDS), columns.pick(header, columns.caption, CAPTIONS)]
+    for column in named:
+        if column is not None and header.count(column) > 1:
+            raise UserError(f"{name}: has two columns {column}; remove or rename one")
+    sample = [fields for _, fields in rows[1 : SAMPLE + 1]]
+    has_header = named != [None, None] or not _is_image_row(header, sample)
+    if not has_header:
+        sample = [header, *sample]
+        header = [""] * _usual_width(sample)
+    looks = _Looks(sample, len(header))
+    ids, captions = (None if column is None else header.index(column) for column in named)
+    if ids is None:
+        ids = looks.find_ids(captions)
+    if ids is None:
+        return None
+    if captions is None:
+        captions = looks.find_captions(ids)
+    if captions is None and len(header) > 1 and named[0] is None:
+        return None
+    if has_header:
+        _say_what_is_taken(name, header, named, ids, captions)
+    others = {
+        kind: header.index(found)
+        for kind, usual in (("file_name", FILES), ("split", ("split",)), ("rank", ("rank",)))
+        if has_header and (found := Columns().pick(header, None, usual)) is not None
+    }
+    return Layout(len(header), has_header, ids, captions, **others)
+
+
+def _say_what_is_taken(
+    name: str | Path, header: list[str], named: list[str | None], ids: int, captions: int | None
+) -> None:
+    """A line where columns are not known by their names."""
+    if captions is None and len(header) > 1:
+        there = ", ".join(header)[:100]
+        say_once(f"{name}: no column of captions in {there} (--caption_column names one): a list of images")
+    elif None in named and len(header) > 1:
+        taken = f"{header[ids]} is taken for the images, {header[captions]} for the captions"
+        say_once(f"{name}: {taken}; --id_column and --caption_column name other columns")
+
+
+class _Looks:
+    """What the columns of some rows look like."""
+
+    def __init__(self, rows: list[list[str]], width: int):
+        cells = [[row[index].strip() for row in rows if index < len(row)] for index in range(width)]
+        self.images, self.sentences, self.words = (
+            [sum(map(looks, column)) / max(len(rows), 1) for column in cells]
+            for looks in (_is_image_name, _is_sentence, _is_word)
+        )
+
+    def find_ids(self, captions: int | None) -> int | None:
+        """The one column of names of image files; of two columns that of words beside that of sentences."""
+        free = [index for index in range(len(self.images)) if index != captions]
+        images = [index for index in free if self.images[index] > 0.9]
+        if len(images) == 1:
+            return images[0]
+        words = [index for index in free if self.words[index] > 0.9]
+        others = [index for index in range(len(self.images)) if self.sentences[index] > 0.5]
+        return words[0] if len(self.images) == 2 and len(words) == 1 and others else None
+
+    def find_captions(self, ids: int) -> int | None:
+        """The one column of sentences."""
+        found = [index for index, share in enumerate(self.sentences) if share > 0.5 and index != ids]
+        return found[0] if len(found) == 1 else None
+
+
+def _is_image_name(cell: str) -> bool:
+    return bool(IMAGE_NAME.fullmatch(cell))
+
+
+def _is_sentence(cell: str) -> bool:
+    return " " in cell and len(re.findall(r"[^\W\d_]{2,}", cell)) > 1
+
+
+def _is_word(cell: str) -> bool:
+    return bool(cell) and not re.search(r"\s", cell)
+
+
+def _is_image_row(fields: list[str], sample: list[list[str]]) -> bool:
+    """Whether the first row is like the others, and so no header: it has an image's name, or a sentence."""
+    if any(map(_is_image_name, fields)):
+        return True
+    looks = _Looks(sample, len(fields))
+    return any(_is_sentence(cell) and share > 0.5 for cell, share in zip(fields, looks.sentences))
+
+
+def _fit(fields: list[str], layout: Layout, separator: str) -> tuple[list[str], str]:
+    """The fields as wide as the header, and what is wrong with the row, if anything is.
+
+    A caption with separators that is not quoted has become several fields: they are joined again where no
+    other column can have had them.
+    """
+    while len(fields) > layout.width and not fields[-1].strip():
+        fields = fields[:-1]
+    surplus, caption = len(fields) - layout.width, layout.caption
+    if surplus > 0:
+        if caption is None or not (caption == layout.width - 1 or layout.width == 2):
+            return (
+                fields,
+                f"{len(fields)} columns in place of {layout.width}; quote captions with {separator}",
+            )
+        own = separator.join(fields[caption : caption + surplus + 1])
+        return [*fields[:caption], own, *fields[caption + surplus + 1 :]], ""
+    if caption is not None and 1 < len(fields) <= caption:
+        return fields, f"{len(fields)} columns in place of {layout.width} ({separator.join(fields)[:60]})"
+    return fields, ""
+
+
+def _captions_of_cell(cell: str) -> list[str]:
+    """The captions of a cell: one, or a list as JSON or Python write it."""
+    if cell[:1] == "[" and cell[-1:] == "]":
+        for parse in (json.loads, ast.literal_eval):
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                values = parse(cell)
+                if isinstance(values, list) and all(isinstance(value, str) for value in values):
+                    return [value.strip() for value in values if value.strip()]
+    return [cell] if cell else []
+
+
+# --- JSON objects and Parquet -------------------------------------------------------------------------------
+
+
+def read_objects(
+    entries: Iterable[tuple[int, Any]], name: str | Path, columns: Columns, unit: str = "line"
+) -> Iterator[Row]:
+    """The rows of objects such as {"image_id": "photo", "caption": "A dog"} or {"file_name": "a/b.jpg",
+    "text": ["A dog", "A cat"]}.
+
+    Args:
+        entries: (number for messages, object). unit: what the number counts.
+
+    Raises:
+        UserError: another object.
+    """
+    problems, count = [], 0
+    for number, entry in entries:
+        if not isinstance(entry, Mapping):
+            raise UserError(f'{name}, {unit} {number}: not like {{"image_id": "photo", "caption": "A dog"}}')
+        row = _row_of(entry, f"{unit} {number}", name, columns)
+        if not row.image_id:
+            if row.image is None:
+                there = ", ".join(map(str, entry))[:100]
+                raise UserError(f"{name}, {unit} {number}: no image named in it; it has {there}")
+            row = row._replace(image_id=f"{Path(name).stem}_{number:06d}")
+        count += 1
+        if not row.captions:
+            problems.append(f"{unit} {number}: no caption ({row.image_id})")
+        yield row
+    report_problems(name, problems if len(problems) < count else ())
+
+
+def _row_of(entry: Mapping[str, Any], place: str, name: str | Path, columns: Columns) -> Row:
+    """The row of one object; without `image_id` where it names no image."""
+    keys = [key for key in entry if isinstance(key, str)]
+    names = [key for key in keys if isinstance(entry[key], (str, int)) and not isinstance(entry[key], bool)]
+    id_key, file_key = columns.pick(names, columns.id, IDS), Columns().pick(names, None, FILES)
+    caption_key = columns.pick(keys, columns.caption, CAPTIONS)
+    image, path = _image_of(entry)
+    file_name = str(entry[file_key]) if file_key else path
+    if entry.get("filepath") and "filename" in entry:  # Karpathy's: folder and file
+        file_name = f"{entry['filepath']}/{entry['filename']}"
+    image_id = str(entry[id_key]).strip() if id_key else re.split(r"[\\/]", path or "")[-1]
+    captions, tokens = None, None
+    if caption_key is not None:
+        captions, tokens = _captions_of_value(entry[caption_key], f"{name}, {place}")
+    split, rank = (None if entry.get(key) is None else str(entry[key]) for key in ("split", "rank"))
+    return Row(place, image_id, captions, file_name, split, rank, tokens, image)
+
+
+def _image_of(entry: Mapping[str, Any]) -> tuple[bytes | None, str | None]:
+    """The content of the image file that the object has itself, and its path, where it has these."""
+    for value in entry.values():
+        if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
+            return value["bytes"], value.get("path")
+        if isinstance(value, bytes):
+            return value, None
+    return None, None
+
+
+def _captions_of_value(value: Any, where: str) -> tuple[list[str], list[list[str]] | None]:
+    """The captions of a text, a list of texts, or Karpathy's sentences, and the words of these.
+
+    Raises:
+        UserError: something else.
+    """
+    values, tokens = value if isinstance(value, list) else [] if value is None else [value], None
+    if values and all(isinstance(one, Mapping) for one in values):
+        own = [one.get("tokens") for one in values]
+        tokens = own if all(_is_list_of(words, str) for words in own) else None
+        values = [one.get("raw") or " ".join(words) for one, words in zip(values, tokens or repeat(()))]
+    if not all(isinstance(one, str) for one in values):
+        raise UserError(f"{where}: its caption is {str(value)[:60]}; expected a text, or a list of texts")
+    return ([one.strip() for one in values if one.strip()] if tokens is None else values), tokens
+
+
+def objects_of(content: Any, text: str, name: str | Path) -> Iterable[tuple[int, Any]]:
+    """(number, object) of a list of objects or ids, of one object, or of {id: caption, or captions}."""
+    if isinstance(content, dict) and content.keys() & {*IDS} and content.keys() & {*CAPTIONS}:
+        content = [content]
+    elif isinstance(content, dict):
+        values = [*content.values()]
+        is_text = _is_list_of(values, str) and sum(map(_is_sentence, values)) > len(values) / 2
+        if values and (is_text or all(_is_list_of(value, str) for value in values)):
+            content = [{"image_id": key, "caption": value} for key, value in content.items()]
+    elif _is_list_of(content, str):
+        content = [{"image_id": value} for value in content]
+    if not _is_list_of(content, dict):
+        raise refuse(name, text, "JSON of no known layout")
+    return enumerate(content, start=1)
+
+
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, kind) for one in value)
+
+
+def read_parquet(path: Path, columns: Columns) -> Iterator[Row]:
+    """The rows of a Parquet file, with the images that it holds.
+
+    Raises:
+        UserError: pyarrow is not installed, the file is damaged, or has other columns.
+    """
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise UserError(f"{path}: to read Parquet, pip install pyarrow; or save it as CSV") from None
+
+    def entries() -> Iterator[tuple[int, Any]]:
+        number = 0
+        try:
+            with parquet.ParquetFile(path) as file:
+                for batch in file.iter_batches(batch_size=64):
+                    for entry in batch.to_pylist():
+                        number += 1
+                        yield number, entry
+        except (ArrowException, OSError, ValueError) as error:
+            raise UserError(
+                f"{path}: not a Parquet file, or damaged ({str(error).splitlines()[0]})"
+            ) from None
+
+    yield from read_objects(entries(), path, columns, "row")
