@@ -11,8 +11,6 @@ are split into words by metrics/tokenizer.py, unless the file brings tokens of i
 
 from __future__ import annotations
 
-import captioning.interrupts  # noqa: F401  before what takes seconds
-
 import hashlib
 import os
 import random
@@ -25,19 +23,10 @@ from pathlib import Path
 import numpy as np
 
 from captioning.command_line import check_at_least, check_share, run_script
-from captioning.data.annotations import (
-    END,
-    PAD,
-    START,
-    UNK,
-    Record,
-    read_annotations,
-    read_training_splits,
-    require_image,
-)
+from captioning.data.annotations import read_annotations, read_training_splits, require_image
 from captioning.data.hdf5 import RowWriter, require_disk_space
 from captioning.data.images import read_image
-from captioning.data.prepared import digest_files
+from captioning.data.prepared import END, PAD, START, UNK, Record, digest_files
 from captioning.files import lock_folder
 from utils import Messages, UserError, check_output, parallel_map, progress_bar, write_json
 

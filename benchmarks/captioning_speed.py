@@ -34,9 +34,9 @@ from torch import Tensor
 import train
 from caption import caption_images
 from captioning.command_line import check_at_least, run_script
-from captioning.data.annotations import END, START
 from captioning.data.features import encode_images
 from captioning.data.images import read_image
+from captioning.data.prepared import END, START
 from captioning.decoding.beam_search import beam_search
 from captioning.decoding.fused_decoder import caption_logits
 from captioning.decoding.word_rules import NO_RULES, WordRules

@@ -21,7 +21,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from captioning.data.annotations import END, PAD, START, UNK  # noqa: E402
+from captioning.data.prepared import END, PAD, START, UNK  # noqa: E402
 from captioning.weights.pretrained import fold_batch_norms  # noqa: E402
 from models import DecoderWithAttention, Encoder, normalize_images  # noqa: E402
 from utils import write_json  # noqa: E402

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from captioning.captioners.attention import Captioner
 from captioning.command_line import check_at_least, run_script
-from captioning.data.annotations import END, START
+from captioning.data.prepared import END, START
 from captioning.decoding.fused_decoder import caption_logits
 from captioning.decoding.options import DecodingOptions
 from captioning.folders.plan import FolderOptions

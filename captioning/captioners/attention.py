@@ -21,9 +21,9 @@ from PIL import Image
 from torch import Tensor
 
 from captioning.captioners.base import BaseCaptioner, Caption
-from captioning.data.annotations import END, PAD, START, UNK
 from captioning.data.features import encode_images, weights_digest
 from captioning.data.images import read_image, to_array
+from captioning.data.prepared import END, PAD, START, UNK
 from captioning.data.submissions import ScoredCaption
 from captioning.decoding.beam_search import Hypothesis, beam_search_n_best
 from captioning.decoding.fast_energies import use_fast_energies

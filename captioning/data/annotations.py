@@ -11,47 +11,13 @@ import json
 import os
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from captioning.data.images import IMAGE_EXTENSIONS
+from captioning.data.prepared import Record
 from captioning.files import AnyOf, Choice, find_mismatch
 from metrics import tokenize
 from utils import UserError, natural_order, read_json
-
-PAD, UNK, START, END = "<pad>", "<unk>", "<start>", "<end>"
-
-
-def find_word_map_problem(word_map: object) -> str | None:
-    """What is wrong with a word map, whatever it was read from; None where nothing is."""
-    problem = find_mismatch(word_map, {str: int}, "the word map")
-    if problem:
-        return problem
-    lacking = [word for word in (PAD, UNK, START, END) if word not in word_map]
-    if lacking:
-        return f"the word map lacks {', '.join(lacking)}"
-    if word_map[PAD] != 0 or set(word_map.values()) != set(range(len(word_map))):
-        return f"the word map's {len(word_map)} words are not numbered from 0, {PAD}, without gaps"
-    return None
-
-
-@dataclass
-class Record:
-    """One image of an annotation file.
-
-    Attributes:
-        image_id: the id that the file gives it.
-        path: the image file; None where none was found, or none was looked for.
-        captions: as written, in file order; the references that scores are computed against.
-        tokens: the words of each caption, as `metrics.tokenize` finds them; Karpathy's JSON brings its own.
-        split: "train", "val" or "test" where the file says so, else None.
-    """
-
-    image_id: str
-    path: str | None
-    captions: list[str] = field(default_factory=list)
-    tokens: list[list[str]] = field(default_factory=list)
-    split: str | None = None
 
 
 def read_annotations(file: str | Path, image_folder: str | Path | None = None) -> list[Record]:

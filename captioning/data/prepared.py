@@ -1,4 +1,4 @@
-"""What create_input_files.py prepared, checked whenever a file of it is opened.
+"""What create_input_files.py prepared, checked whenever a file of it is opened; the special words.
 
     data = Prepared("data_output")
     data.word_map()                             # {"<pad>": 0, "a": 1, ...}
@@ -12,16 +12,18 @@ noticed. Folders that were prepared before there were digests are accepted where
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import h5py
 import numpy as np
 
 from captioning.command_line import LARGEST
-from captioning.data.annotations import END, START, Record, find_word_map_problem
 from captioning.data.hdf5 import Rows, open_dataset
 from captioning.files import AnyOf, Number, find_mismatch
 from utils import UserError, read_json
+
+PAD, UNK, START, END = "<pad>", "<unk>", "<start>", "<end>"
 
 REMEDY = "run create_input_files.py again"
 RECORD = {  # the content of prepared.json
@@ -35,6 +37,38 @@ RECORD = {  # the content of prepared.json
     "skipped": list,
     "files?": {str: str},
 }
+
+
+def find_word_map_problem(word_map: object) -> str | None:
+    """What is wrong with a word map, whatever it was read from; None where nothing is."""
+    problem = find_mismatch(word_map, {str: int}, "the word map")
+    if problem:
+        return problem
+    lacking = [word for word in (PAD, UNK, START, END) if word not in word_map]
+    if lacking:
+        return f"the word map lacks {', '.join(lacking)}"
+    if word_map[PAD] != 0 or set(word_map.values()) != set(range(len(word_map))):
+        return f"the word map's {len(word_map)} words are not numbered from 0, {PAD}, without gaps"
+    return None
+
+
+@dataclass
+class Record:
+    """One image with its captions, of an annotation file or of the prepared data.
+
+    Attributes:
+        image_id: the id that the file gives it.
+        path: the image file; None where none was found, or none was looked for.
+        captions: as written, in file order; the references that scores are computed against.
+        tokens: the words of each caption, as `metrics.tokenize` finds them; Karpathy's JSON brings its own.
+        split: "train", "val" or "test" where the file says so, else None.
+    """
+
+    image_id: str
+    path: str | None
+    captions: list[str] = field(default_factory=list)
+    tokens: list[list[str]] = field(default_factory=list)
+    split: str | None = None
 
 
 def read_prepared(data_folder: str | Path) -> dict:

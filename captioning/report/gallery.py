@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from captioning.data.annotations import Record
 from captioning.data.images import read_image
+from captioning.data.prepared import Record
 from captioning.files import named_in_errors, remove_unfinished, write_encoded
 from captioning.report.scoring import COLUMNS
 from metrics import Scores

@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from captioning.data.annotations import Record, read_annotations
+from captioning.data.annotations import read_annotations
 from captioning.data.hdf5 import Rows
 from captioning.data.images import IMAGE_EXTENSIONS
-from captioning.data.prepared import Prepared
+from captioning.data.prepared import Prepared, Record
 from captioning.data.submissions import ScoredCaption, coco_id, read_submission
 from captioning.decoding.options import DecodingOptions
 from metrics import Scores, score_captions, tokenize

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from captioning.data.annotations import END, PAD, START, UNK
+from captioning.data.prepared import END, PAD, START, UNK
 from captioning.weights.tutorial_pickle import (
     ForeignName,
     Object,

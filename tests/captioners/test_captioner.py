@@ -12,8 +12,8 @@ from PIL import Image
 
 import captioning
 from captioning import Captioner
-from captioning.data.annotations import END, START
 from captioning.data.images import list_images
+from captioning.data.prepared import END, START
 from utils import UserError
 
 

@@ -18,10 +18,10 @@ import run_pipeline
 from captioning.captioners.attention import Captioner
 from captioning.captioners.blip import load_captioner
 from captioning.command_line import parse_settings
-from captioning.data.annotations import END as END_WORD
-from captioning.data.annotations import PAD, UNK
-from captioning.data.annotations import START as START_WORD
 from captioning.data.images import list_images
+from captioning.data.prepared import END as END_WORD
+from captioning.data.prepared import PAD, UNK
+from captioning.data.prepared import START as START_WORD
 from captioning.data.submissions import ScoredCaption, caption_rows, read_submission, write_submission
 from captioning.decoding.options import UNFINISHED, DecodingOptions
 from captioning.report.quality import caption_diversity, sample_diversity

@@ -11,13 +11,13 @@ from conftest import assert_one_line, read_history, small_settings
 import models
 import train
 from captioning.captioners.attention import Captioner
-from captioning.data.annotations import UNK
+from captioning.data.prepared import UNK
 from captioning.decoding import fused_decoder, plain_decoder
 from captioning.decoding.beam_search import beam_search
 from captioning.training import hard_attention
 from captioning.training.hard_attention import BASELINE, HardAttention
-from captioning.training.loop import Run
 from captioning.training.losses import CrossEntropy
+from captioning.training.optimization import Run
 from captioning.weights.checkpoints import load_checkpoint, save_checkpoint
 from models import DecoderWithAttention, draw_locations
 from tests.fake_cuda import CudaTensor, FakeCuda, backward, to_cuda

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import view_captions
-from captioning.data.annotations import Record
+from captioning.data.prepared import Record
 from captioning.report.comparison import compare_models
 from captioning.report.gallery import ShownCaption, ShownModel, write_gallery
 from captioning.report.quality import attention_summary, caption_quality
