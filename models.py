@@ -76,10 +76,8 @@ class Encoder(nn.Module):
     """A convolutional network without its classifier.
 
     encoder_name: one of `ENCODERS`. weights: state_dict of the classification network; None: random ones.
-
     Attributes: name, dim (encoder_name and encoder_dim); image_size, the side of its training images in
     pixels, 256 unless loaded from a checkpoint.
-
     Raises KeyError for an unknown name, ValueError for a missing weight or one of another shape.
     """
 
@@ -160,8 +158,10 @@ class HardAttention(Attention):
         """Draw samples, in this context; yield the list that will have each step's, one-hot like alpha.
         is_soft: (batch_size, num_captions, 1), captions that see the expected value instead."""
         self.is_soft, self.samples = is_soft, []
-        yield self.samples
-        self.is_soft = None
+        try:
+            yield self.samples
+        finally:
+            self.is_soft = None
 
     def look(self, alpha: Tensor) -> Tensor:
         if self.is_soft is None:

@@ -77,6 +77,14 @@ def models(prepared, tmp_path_factory) -> Path:
     return output
 
 
+def random_captions(images: int, group: int, words: int, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Captions (N, G, longest) of words from 1 to `words`, padded with 0, and their lengths (N, G), 3 to
+    `longest`."""
+    lengths = torch.randint(3, longest + 1, (images, group))
+    captions = torch.randint(1, words + 1, (images, group, longest))
+    return captions * (torch.arange(longest) < lengths.unsqueeze(2)), lengths
+
+
 def small_settings(prepared: Path, output: Path, **options) -> train.Settings:
     """Settings of train.py for a short training on the prepared demonstration set."""
     sizes = {"emb_dim": 32, "attention_dim": 32, "decoder_dim": 64, "decoder_lr": 4e-3, "alpha_c": 0.1}

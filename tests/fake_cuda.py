@@ -114,11 +114,11 @@ class FakeCuda(TorchDispatchMode):
         with _disable_current_modes():
             if name in ("to", "_to_copy"):
                 result = on_cpu(given["self"]).to(expected.dtype, copy=True)
-            elif name == "_thnn_fused_lstm_cell":  # CUDA alone has it
-                result = lstm_cell(*on_cpu(args))
-            elif name in ("_softmax", "_log_softmax") and args[2]:  # from half precision to float, likewise
+            elif name in ("_softmax", "_log_softmax") and args[2]:  # CUDA alone goes from float16 to float32
                 values, dim, _ = on_cpu(args)
                 result = func(values.float(), dim, False)
+            elif name.endswith("softmax_backward_data") and args[3] != args[0].dtype:  # and back
+                result = func(*on_cpu(args[:3]), args[0].dtype).to(args[3])
             else:
                 result = func(*on_cpu(args), **on_cpu(kwargs))
         if any(value.alias_info and value.alias_info.is_write for value in func._schema.returns):
@@ -158,14 +158,6 @@ def on_cpu(tree):
     """The tensors' values, and the CPU in place of a CUDA device."""
     tree = tree_map_only(CudaTensor, lambda value: value.numbers, tree)
     return tree_map_only(torch.device, lambda device: torch.device("cpu"), tree)
-
-
-def lstm_cell(input_gates: Tensor, hidden_gates: Tensor, c: Tensor, input_bias: Tensor, hidden_bias: Tensor):
-    """(h, c, gates), as `torch._thnn_fused_lstm_cell` gives them."""
-    gates = input_gates + hidden_gates + input_bias + hidden_bias
-    i, f, g, o = gates.chunk(4, dim=1)
-    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-    return o.sigmoid() * c.tanh(), c, gates
 
 
 def to_cuda(module: nn.Module) -> nn.Module:
@@ -218,8 +210,8 @@ def backward(loss: Tensor) -> dict[Tensor, Tensor]:
         parents = [(parent, number) for parent, number in node.next_functions if parent is not None]
         for (parent, number), result in zip(parents, results, strict=True):
             if result is not None:
-                if hasattr(parent, "variable"):  # the engine sums over what was broadcast
-                    result = result.sum_to_size(parent.variable.shape)
+                forward = parent._input_metadata[number]  # the engine sums over what was broadcast
+                result = result.sum_to_size(forward.shape).to(forward.dtype)
                 earlier = gradients[parent].get(number)
                 gradients[parent][number] = result if earlier is None else earlier + result
             uses[parent] -= 1

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 import train
 from captioning.captioners.attention import Captioner
-from captioning.decoding.fused_decoder import caption_logits
+from captioning.decoding.fast_energies import use_fast_energies
+from captioning.decoding.teacher_forcing import token_logits
 from captioning.folders.run import HalvingCaptioner
 from captioning.training.optimization import Run
 from models import DecoderWithAttention
@@ -69,15 +70,16 @@ def test_search_finds_the_cpus_captions(models, prepared, as_on_the_cpu):
 def test_mixed_precision_survives_an_overflow():
     run = Run.start("fp16")
     decoder = DecoderWithAttention(16, 16, 24, 40, 32).to(run.device)
+    assert use_fast_energies(decoder)
     optimizer = torch.optim.Adam(decoder.parameters(), lr=1e-3, fused=True)
-    captions, lengths = torch.randint(1, 39, (4, 8)), torch.tensor([8, 7, 5, 3])
-    grid = torch.rand(4, 8, 8, 32, device=run.device)
+    captions, lengths = torch.randint(1, 39, (2, 2, 8)), torch.tensor([[8, 7], [5, 3]])
+    grid = torch.rand(2, 8, 8, 32, device=run.device)
     scales = []
     for factor in (1.0, 1e38, 1.0):  # the second step's gradients overflow
         before = {name: value.clone() for name, value in decoder.state_dict().items()}
         with run.autocast():
-            logits, targets, *_ = caption_logits(decoder, grid, captions, lengths)
-            loss = F.cross_entropy(logits, targets) * factor
+            tokens = token_logits(decoder, grid, captions, lengths)
+            loss = F.cross_entropy(tokens.logits, tokens.targets) * factor
         run.backward(loss)
         run.reduce_gradients(optimizer)
         run.clip_gradients(optimizer, 5.0, "value")

@@ -1,166 +1,180 @@
-"""The fast models against plain ones written from the formulae of Xu et al. (2015)."""
+"""The models against plain ones written from the formulae of Xu et al. (2015)."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from conftest import random_captions
 
 from captioning.data.features import encode_images
-from captioning.decoding.fused_decoder import caption_logits, require_same_as_plain
-from captioning.decoding.fused_recurrence import pack_captions
-from captioning.decoding.plain_decoder import caption_logits as plain_caption_logits
+from captioning.decoding.fast_energies import use_fast_energies
+from captioning.decoding.teacher_forcing import PackedCaptions, token_logits
 from captioning.weights.pretrained import build_encoder, fold_batch_norms, load_embeddings
-from models import DecoderWithAttention, Encoder, normalize_images, pool_grid
+from models import DecoderWithAttention, Encoder, HardAttention, LSTMCell, normalize_images, pool_grid
 from tests.reference import TextbookDecoder
 from utils import UserError
 
 VOCABULARY = 50
+SIZES = {"attention_dim": 24, "embed_dim": 20, "decoder_dim": 28, "vocab_size": VOCABULARY, "encoder_dim": 32}
 
 
-def make_decoder(**options) -> DecoderWithAttention:
-    sizes = {
-        "attention_dim": 24,
-        "embed_dim": 20,
-        "decoder_dim": 28,
-        "vocab_size": VOCABULARY,
-        "encoder_dim": 32,
-    }
-    decoder = DecoderWithAttention(**(sizes | options), dropout=0.5).eval()
+def make_decoder(fast: bool = False, **options) -> DecoderWithAttention:
+    decoder = DecoderWithAttention(**SIZES | options, dropout=0.5).eval()
     for parameter in decoder.parameters():
         parameter.data.mul_(3)  # attention far from uniform
+    assert not fast or use_fast_energies(decoder)
     return decoder
 
 
-def make_captions(images: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    lengths = torch.randint(3, 12, (images * group,))
-    captions = torch.randint(1, VOCABULARY, (images * group, 13))
-    return captions * (torch.arange(13) < lengths.unsqueeze(1)), lengths
-
-
 def textbook_decoding(decoder, grid, captions, lengths):
-    """The independent implementation: logits (N * G, T, V), alphas (N * G, T, 196), in the batch's order."""
-    sizes = (24, 20, 28, VOCABULARY, 32)
-    textbook = TextbookDecoder(*sizes).to(grid.dtype)
+    """The independent implementation: itself; logits (N * G, T, V), alphas (N * G, T, 196) in the batch's
+    order."""
+    textbook = TextbookDecoder(**SIZES).to(grid.dtype)
     textbook.load_state_dict(decoder.state_dict())
-    copies = pool_grid(grid).repeat_interleave(len(captions) // len(grid), dim=0)
+    copies, lengths = pool_grid(grid).repeat_interleave(captions.shape[1], dim=0), lengths.flatten()
     order = lengths.sort(descending=True).indices.argsort()
-    logits, _, _, alphas = textbook(copies, captions, lengths)
+    logits, _, _, alphas = textbook(copies, captions.flatten(0, 1), lengths)
     return textbook, logits[order], alphas[order]
 
 
-def valid(values, lengths):
-    """The tokens of captions (N, T, ...) -> (W, ...)"""
-    return values[torch.arange(values.shape[1]) < (lengths - 1).unsqueeze(1)]
+def total_loss(logits, targets, coverage):
+    return F.cross_entropy(logits, targets) + ((1 - coverage) ** 2).mean()
 
 
-def unpack(packed, order, batch_sizes):
-    """Packed tokens (W, ...) -> (N * G, T, ...) in the batch's order."""
-    sequence = PackedSequence(packed, torch.tensor(batch_sizes), order, order.argsort())
-    return pad_packed_sequence(sequence, batch_first=True)[0]
+def test_the_tutorials_call_gives_its_five_values():
+    decoder, encodings = make_decoder(), torch.rand(7, 14, 14, 32)
+    captions, lengths = random_captions(7, 1, VOCABULARY - 1, 12)
+    lengths[3] = lengths[5]  # captions of one length keep their order
+    captions, lengths = captions[:, 0], lengths
+    predictions, sorted_captions, decode_lengths, alphas, order = decoder(encodings, captions, lengths)
+    textbook = TextbookDecoder(**SIZES)
+    textbook.load_state_dict(decoder.state_dict())
+    logits, textbook_captions, steps, maps = textbook(encodings, captions, lengths[:, 0])
+    assert torch.equal(order, lengths[:, 0].sort(descending=True, stable=True).indices)
+    assert torch.equal(sorted_captions, captions[order]) and torch.equal(sorted_captions, textbook_captions)
+    assert decode_lengths == steps.tolist() == sorted(decode_lengths, reverse=True)
+    assert predictions.shape == (7, decode_lengths[0], VOCABULARY) and alphas.shape == maps.shape
+    torch.testing.assert_close(predictions, logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(alphas, maps, atol=1e-5, rtol=1e-5)
+    for row, length in enumerate(decode_lengths):
+        assert not predictions[row, length:].any() and not alphas[row, length:].any()
 
 
-@pytest.mark.parametrize("group", [1, 3])
-def test_forward_equals_independent_reference(group):
-    decoder, grid = make_decoder(), torch.rand(4, 8, 8, 32)
-    captions, lengths = make_captions(4, group)
-    encodings = pool_grid(grid).repeat_interleave(group, dim=0)
-    predictions, sorted_captions, decode_lengths, alphas, order = decoder(
-        encodings, captions, lengths.unsqueeze(1)
-    )
-    assert decode_lengths == sorted(decode_lengths, reverse=True)
-    assert torch.equal(sorted_captions, captions[order])
-    _, logits, maps = textbook_decoding(decoder, grid, captions, lengths)
-    torch.testing.assert_close(predictions, logits[order], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(alphas, maps[order], atol=1e-5, rtol=1e-5)
-    for row, steps in enumerate(decode_lengths):
-        assert not predictions[row, steps:].any() and not alphas[row, steps:].any()
-
-
+@pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("side, group", [(2, 1), (7, 3), (8, 1), (8, 3), (14, 3), (16, 2)])
-def test_fused_decoder_equals_forward(side, group):
-    """Logits, alphas summed over each caption, and all gradients, the encoder's too; in float64."""
-    decoder, grid = make_decoder().double(), torch.rand(3, side, side, 32, dtype=torch.float64)
+def test_teacher_forcing_equals_independent_reference(side, group, fast):
+    """Logits, alphas, and all gradients, the encoder's too; in float64."""
+    decoder, grid = make_decoder(fast).double(), torch.rand(3, side, side, 32, dtype=torch.float64)
     grid.requires_grad_()  # as where the encoder is fine-tuned
-    captions, lengths = make_captions(3, group)
-    results = []
-    for form in (caption_logits, plain_caption_logits):
-        decoder.zero_grad()
-        grid.grad = None
-        logits, targets, coverage, *_ = form(decoder, grid, captions, lengths)
-        (F.cross_entropy(logits, targets) + ((1 - coverage) ** 2).mean()).backward()
-        gradients = {name: parameter.grad for name, parameter in decoder.named_parameters()}
-        results.append((logits, targets, coverage, gradients | {"grid": grid.grad}))
-    (logits, targets, coverage, fused), (plain_logits, plain_targets, plain_coverage, plain) = results
-    packing = pack_captions((lengths - 1).view(-1, group), grid.device)
-    plain_order = lengths.sort(descending=True, stable=True).indices  # of equal lengths another one
-    for ours, theirs in ((logits, plain_logits), (targets, plain_targets)):
-        ours = unpack(ours, packing.sorted_indices, packing.batch_sizes)
-        torch.testing.assert_close(ours, unpack(theirs, plain_order, packing.batch_sizes))
-    torch.testing.assert_close(coverage, plain_coverage)
-    # the softmax does not depend on a bias of all energies
-    assert fused.pop("attention.full_att.bias") is None
-    for name, gradient in fused.items():
-        torch.testing.assert_close(gradient, plain[name], msg=name)
+    captions, lengths = random_captions(3, group, VOCABULARY - 1, 12)
+    tokens = token_logits(decoder, grid, captions, lengths)
+    total_loss(tokens.logits, tokens.targets, tokens.coverage()).backward()
+    gradients = {name: parameter.grad for name, parameter in decoder.named_parameters()} | {"grid": grid.grad}
 
-
-@pytest.mark.parametrize("output", [0, 3], ids=["logits", "alphas"])
-def test_a_decoder_with_other_logits_or_alphas_is_refused(output):
-    class Changed(DecoderWithAttention):
-        def forward(self, *arguments):
-            results = super().forward(*arguments)
-            return (*results[:output], results[output] + 0.01, *results[output + 1 :])
-
-    decoder = make_decoder().train()
-    require_same_as_plain(decoder)
-    decoder.__class__ = Changed
-    with pytest.raises(UserError, match="--fused False"):
-        require_same_as_plain(decoder)
-    assert decoder.training
-
-
-def test_gradients_equal_independent_reference():
-    decoder, grid = make_decoder().double(), torch.rand(3, 8, 8, 32, dtype=torch.float64)
-    captions, lengths = make_captions(3, 2)
-    logits, targets, coverage, *_ = caption_logits(decoder, grid, captions, lengths)
-    (F.cross_entropy(logits, targets) + ((1 - coverage) ** 2).mean()).backward()
+    grid.grad = None
     textbook, logits, alphas = textbook_decoding(decoder, grid, captions, lengths)
-    penalty = ((1 - alphas.sum(dim=1)) ** 2).mean()
-    (F.cross_entropy(valid(logits, lengths), valid(captions[:, 1:], lengths)) + penalty).backward()
-    for (name, ours), theirs in zip(decoder.named_parameters(), textbook.parameters()):
-        if name != "attention.full_att.bias":
-            torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
+    assert len(tokens.logits) == int((lengths - 1).sum())
+    places = tokens.packing.captions, tokens.packing.steps
+    targets = captions.flatten(0, 1)[:, 1:][places]
+    assert torch.equal(tokens.targets, targets) and torch.equal(tokens.captions, places[0])
+    torch.testing.assert_close(tokens.logits, logits[places])
+    torch.testing.assert_close(tokens.alphas, alphas[places])
+    torch.testing.assert_close(tokens.coverage(), alphas.sum(dim=1))
+    total_loss(logits[places], targets, alphas.sum(dim=1)).backward()
+    expected = {name: parameter.grad for name, parameter in textbook.named_parameters()} | {"grid": grid.grad}
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)
 
 
-def test_half_precision_follows_full():
-    decoder, grid = make_decoder(), torch.rand(3, 8, 8, 32)
-    captions, lengths = make_captions(3, 2)
+@pytest.mark.parametrize("fast", [True, False])
+def test_captions_side_by_side_are_captions_one_at_a_time(fast):
+    """Logits, alphas and the gradients of their sums; in float64."""
+    decoder, grid = make_decoder(fast).double(), torch.rand(4, 8, 8, 32, dtype=torch.float64)
+    captions, lengths = random_captions(4, 5, VOCABULARY - 1, 12)
+
+    def results(images: slice, group: slice):
+        tokens = token_logits(decoder, grid[images], captions[images, group], lengths[images, group])
+        (
+            F.cross_entropy(tokens.logits, tokens.targets, reduction="sum") + tokens.alphas.square().sum()
+        ).backward()
+        order = torch.argsort(tokens.captions * 100 + tokens.packing.steps)  # caption by caption
+        return tokens.logits[order].detach(), tokens.alphas[order].detach()
+
+    together = results(slice(None), slice(None))
+    gradients = [parameter.grad.clone() for parameter in decoder.parameters()]
+    decoder.zero_grad()
+    alone = [results(slice(n, n + 1), slice(g, g + 1)) for n in range(4) for g in range(5)]
+    for ours, theirs in zip(together, zip(*alone)):
+        torch.testing.assert_close(ours, torch.cat(theirs))
+    for (name, parameter), gradient in zip(decoder.named_parameters(), gradients):
+        torch.testing.assert_close(parameter.grad, gradient, msg=name)
+
+
+def test_captions_are_packed_by_length():
+    lengths = torch.tensor([[2, 4], [1, 1], [5, 3]])
+    packing = PackedCaptions(lengths)
+    assert packing.image_order.tolist() == [2, 0, 1]
+    assert packing.caption_order.tolist() == [[4, 5], [1, 0], [2, 3]]
+    assert torch.equal(packing.decode_lengths, lengths.flatten()[packing.caption_order])
+    assert packing.batch_sizes == [6, 4, 3, 2, 1]
+    assert packing.captions[:6].tolist() == [4, 1, 5, 0, 2, 3] and packing.captions[10:].tolist() == [
+        4,
+        1,
+        5,
+        4,
+        1,
+        4,
+    ]
+    numbers = torch.arange(6).view(3, 2) * 10
+    steps = []  # a number for each caption and step, as `teacher_forcing` gives its results
+    for t in range(5):
+        n, g = (int((packing.decode_lengths > t).any(dim=dim).sum()) for dim in (1, 0))
+        steps.append((packing.sort(numbers) + t)[:n, :g].unsqueeze(2))
+    assert torch.equal(packing.pack(steps)[:, 0], packing.captions * 10 + packing.steps)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_half_precision_follows_full(fast):
+    decoder, grid = make_decoder(fast), torch.rand(3, 8, 8, 32)
+    captions, lengths = random_captions(3, 2, VOCABULARY - 1, 12)
     gradients = []
     for half in (False, True):
         decoder.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            scores, targets, coverage, *_ = caption_logits(decoder, grid, captions, lengths)
-            loss = F.cross_entropy(scores, targets) + ((1 - coverage) ** 2).mean()
+            tokens = token_logits(decoder, grid, captions, lengths)
+            loss = total_loss(tokens.logits, tokens.targets, tokens.coverage())
         loss.backward()
-        gradients.append({name: p.grad for name, p in decoder.named_parameters() if p.grad is not None})
+        gradients.append({name: parameter.grad for name, parameter in decoder.named_parameters()})
     for name, gradient in gradients[0].items():
-        assert F.cosine_similarity(gradients[1][name].flatten(), gradient.flatten(), dim=0) > 0.99, name
+        if name != "attention.full_att.bias":  # the softmax does not depend on it
+            assert F.cosine_similarity(gradients[1][name].flatten(), gradient.flatten(), dim=0) > 0.99, name
 
 
-def test_attention_follows_its_formula():
-    attention = make_decoder().attention
-    pixels, hidden = torch.rand(5, 196, 32), torch.randn(5, 28)
-    context, alpha = attention(pixels, hidden)
-    energy = attention.full_att(
-        F.relu(attention.encoder_att(pixels) + attention.decoder_att(hidden).unsqueeze(1))
-    )
-    torch.testing.assert_close(alpha, energy.squeeze(2).softmax(dim=1))
-    torch.testing.assert_close(context, (alpha.unsqueeze(2) * pixels).sum(dim=1))
+@pytest.mark.parametrize("fast", [True, False])
+def test_attention_follows_its_formula(fast):
+    attention = make_decoder(fast).attention
+    pixels, hidden = torch.rand(5, 196, 32), torch.randn(5, 3, 28)
+    context, alpha = attention(pixels, attention.encoder_att(pixels), hidden)
+    for g in range(3):
+        queries = attention.decoder_att(hidden[:, g]).unsqueeze(1)
+        energy = attention.full_att(F.relu(attention.encoder_att(pixels) + queries)).squeeze(2)
+        torch.testing.assert_close(alpha[:, g], energy.softmax(dim=1))
+        torch.testing.assert_close(context[:, g], (energy.softmax(dim=1).unsqueeze(2) * pixels).sum(dim=1))
+
+
+def test_the_lstm_cell_is_torchs_for_any_leading_dimensions():
+    cell, torchs = LSTMCell(6, 4), torch.nn.LSTMCell(6, 4)
+    torchs.load_state_dict(cell.state_dict())
+    inputs, h, c = torch.randn(3, 2, 6), torch.randn(3, 2, 4), torch.randn(3, 2, 4)
+    expected = torchs(inputs.flatten(0, 1), (h.flatten(0, 1), c.flatten(0, 1)))
+    for ours, theirs in zip(cell(inputs, (h, c)), expected):
+        torch.testing.assert_close(ours.flatten(0, 1), theirs)
 
 
 def test_captions_do_not_depend_on_their_neighbours():
     decoder, grid = make_decoder(), torch.rand(6, 8, 8, 32)
-    captions, lengths = make_captions(6, 1)
+    captions, lengths = (values.squeeze(1) for values in random_captions(6, 1, VOCABULARY - 1, 12))
     order = torch.tensor([4, 2, 0, 5, 1, 3])
     scores, _, _, alphas, rank = decoder(grid, captions, lengths)
     other_scores, _, _, other_alphas, other_rank = decoder(grid[order], captions[order], lengths[order])
@@ -169,8 +183,10 @@ def test_captions_do_not_depend_on_their_neighbours():
     torch.testing.assert_close(other_scores[there], scores[here])
 
 
-def test_parameter_names_are_the_published_ones():
-    modules = {name.rsplit(".", 1)[0] for name, _ in make_decoder().named_parameters()}
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("options", [{}, {"attention": HardAttention}], ids=["soft", "hard"])
+def test_parameter_names_are_the_published_ones(fast, options):
+    modules = {name.rsplit(".", 1)[0] for name in make_decoder(fast, **options).state_dict()}
     assert modules == {
         "attention.encoder_att", "attention.decoder_att", "attention.full_att",
         "embedding", "decode_step", "init_h", "init_c", "f_beta", "fc",
@@ -310,12 +326,12 @@ def test_tutorial_size_model_trains_and_captions_on_the_cpu():
     images = torch.randint(0, 256, (32, 3, 256, 256), dtype=torch.uint8)
     grid = encode_images(encoder, images).clone()
     grid /= grid.std()  # untrained, it is large
-    captions, lengths = make_captions(32, 1)
+    captions, lengths = random_captions(32, 1, VOCABULARY - 1, 12)
     optimizer = torch.optim.Adam(decoder.parameters(), lr=4e-4)
     losses = []
     for _ in range(3):
-        scores, targets, *_ = caption_logits(decoder, grid, captions, lengths)
-        loss = F.cross_entropy(scores, targets)
+        tokens = token_logits(decoder, grid, captions, lengths)
+        loss = F.cross_entropy(tokens.logits, tokens.targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

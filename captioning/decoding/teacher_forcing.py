@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, Variable
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
@@ -106,7 +106,7 @@ def token_logits(
     encoder_out = encoder_out_of(grid[image_order])
     with CollectedWeightGradients(), draw_locations(packing) if draw_locations else nullcontext():
         hidden, alphas = decoder.teacher_forcing(encoder_out, fed, packing.decode_lengths)
-        logits = decoder.logits(packing.pack(hidden))
+    logits = decoder.logits(packing.pack(hidden))
     return TokenLogits(logits, targets, caption_of, packing.pack(alphas), packing)
 
 
@@ -126,6 +126,8 @@ class _Linear(Function):
     @once_differentiable
     def backward(ctx, d_outputs: Tensor) -> tuple[Tensor | None, None, None, None]:
         inputs, weight = ctx.saved_tensors
+        if not ctx.uses:  # what `_Collect` does not take in this backward pass is not for the next one
+            Variable._execution_engine.queue_callback(ctx.uses.clear)
         ctx.uses.append((inputs.flatten(0, -2), d_outputs.flatten(0, -2)))
         return d_outputs @ weight if ctx.needs_input_grad[0] else None, None, None, None
 
@@ -158,18 +160,18 @@ class CollectedWeightGradients(TorchFunctionMode):
 
     def __init__(self):
         super().__init__()
-        self.collected: dict[Tensor, tuple[Tensor, Tensor, list]] = {}
+        self.collected: dict[tuple[Tensor, Tensor], tuple[Tensor, Tensor, list]] = {}  # by weight and bias
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.linear and len(args) == 3 and not kwargs and self.applies(*args):
-            weight = args[1]
-            if weight not in self.collected:
+        if function is F.linear and len(args) == 3 and not kwargs and self.is_for(*args):
+            inputs, *layer = args
+            if tuple(layer) not in self.collected:
                 uses: list = []
-                self.collected[weight] = (*_Collect.apply(weight, args[2], uses), uses)
-            return _Linear.apply(args[0], *self.collected[weight])
+                self.collected[tuple(layer)] = (*_Collect.apply(*layer, uses), uses)
+            return _Linear.apply(inputs, *self.collected[tuple(layer)])
         return function(*args, **(kwargs or {}))
 
-    def applies(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-        if type(inputs) is not Tensor or inputs.device.type != "cpu" or bias is None:
+    def is_for(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+        if type(inputs) is not Tensor or inputs.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return False
-        return torch.is_grad_enabled() and weight.is_leaf and weight.requires_grad
+        return torch.is_grad_enabled() and weight.is_leaf and weight.requires_grad and bias is not None

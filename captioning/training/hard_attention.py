@@ -25,6 +25,7 @@ from torch import Tensor
 from captioning.decoding.teacher_forcing import PackedCaptions, TokenLogits
 from captioning.training.optimization import Run
 from models import DecoderWithAttention
+from utils import copy_to_device
 
 EXPECTED_SHARE = 0.5  # of the captions: those that look at the expected value
 BASELINE_DECAY = 0.9
@@ -60,14 +61,13 @@ class LocationLoss:
     def draw_locations(self, decoder: DecoderWithAttention, packing: PackedCaptions) -> Iterator[None]:
         """In this context the decoder looks at sampled locations, or, for some captions, at the expected
         value; `gradient_of_locations` then knows them."""
-        is_soft = torch.rand(*packing.decode_lengths.shape, 1, device=self.run.device) < EXPECTED_SHARE
-        with decoder.attention.sampling(is_soft) as samples:
+        is_soft = torch.rand(*packing.decode_lengths.shape, 1) < EXPECTED_SHARE  # (N, G, 1), on the CPU
+        in_order, self.is_sampled = copy_to_device(
+            [packing.sort(is_soft), ~is_soft.flatten()], self.run.device
+        )
+        with decoder.attention.sampling(in_order) as samples:
             yield
         self.locations = packing.pack(samples)  # (W, P)
-        order = packing.caption_order.flatten().to(is_soft.device)
-        self.is_sampled = (
-            torch.empty_like(is_soft).flatten().index_copy(0, order, ~is_soft.flatten())
-        )  # (N * G,)
 
     def gradient_of_locations(self, tokens: TokenLogits) -> Tensor:
         """A scalar, 0, whose gradient is minus the second and third terms of the formula above, summed over

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import small_settings
+from conftest import random_captions, small_settings
 from torch.utils.data import DataLoader
 
 import train
 from captioning.data.features import cache_features, encode_images
 from captioning.data.prepared import UNK
-from captioning.training import loop
+from captioning.decoding.teacher_forcing import token_logits
+from captioning.training import loop, losses
 from captioning.training.losses import (
     CrossEntropy,
-    caption_logits,
     coverage_penalty,
     drop_channels,
     drop_embeddings,
@@ -42,8 +42,7 @@ def make_decoder() -> DecoderWithAttention:
 
 def make_captions(images: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(N, G, L) and (N, G), `<start>` first."""
-    lengths = torch.randint(3, 9, (images, group))
-    captions = torch.randint(1, START, (images, group, 9)) * (torch.arange(9) < lengths.unsqueeze(2))
+    captions, lengths = random_captions(images, group, START - 1, 9)
     captions[:, :, 0] = START
     return captions, lengths
 
@@ -53,15 +52,15 @@ def make_objective(decoder, scheduled_sampling: float = 0.0, **options) -> Cross
     return CrossEntropy(None, decoder, settings, Run.start("no"), {UNK: 17}, scheduled_sampling)
 
 
-def fed_words(objective, grid, captions, lengths) -> torch.Tensor:
-    """What the objective feeds last, (N * G, L)."""
-    seen, logits = [], objective.logits
+def fed_words(monkeypatch, objective, grid, captions, lengths) -> torch.Tensor:
+    """What the objective feeds last, (N, G, L)."""
+    seen = []
 
-    def record(decoder, grid, captions, lengths, fed=None, noise=None):
+    def record(decoder, grid, captions, lengths, fed=None, draw_locations=None):
         seen.append(captions if fed is None else fed)
-        return logits(decoder, grid, captions, lengths, fed, noise)
+        return token_logits(decoder, grid, captions, lengths, fed, draw_locations)
 
-    objective.logits = record
+    monkeypatch.setattr(losses, "token_logits", record)
     objective.start_step(lengths.numpy())
     objective(range(len(grid)), grid, captions, lengths)
     return seen[-1]
@@ -111,25 +110,25 @@ def test_label_smoothing_follows_its_formula():
     objective = make_objective(decoder, label_smoothing=0.2, alpha_c=0.5)
     objective.start_step(lengths.numpy())
     loss = objective([0, 1, 2], grid, captions, lengths)
-    found = caption_logits(True)(decoder, grid, captions.flatten(0, 1), lengths.flatten())
+    found = token_logits(decoder, grid, captions, lengths)
     log_probs = found.logits.log_softmax(dim=1)
     of_target = log_probs.gather(1, found.targets.unsqueeze(1)).squeeze(1)
     expected = -(0.8 * of_target + 0.2 * log_probs.mean(dim=1)).mean()
-    penalty = coverage_penalty(found.coverage) / lengths.numel()
+    penalty = coverage_penalty(found.coverage()) / lengths.numel()
     torch.testing.assert_close(loss, expected + 0.5 * penalty)
 
 
-def test_word_dropout_replaces_its_share_but_never_start():
+def test_word_dropout_replaces_its_share_but_never_start(monkeypatch):
     decoder, grid, (captions, lengths) = make_decoder(), torch.rand(60, 2, 2, 16), make_captions(60, 5)
     captions[captions == 17] = 1
-    fed = fed_words(make_objective(decoder, word_dropout=0.25), grid, captions, lengths)
-    truth = captions.flatten(0, 1)
-    replaced = fed != truth
-    assert (fed[replaced] == 17).all() and not replaced[:, 0].any()
-    words = torch.arange(truth.shape[1] - 1) < (lengths.flatten() - 1).unsqueeze(1)
+    before = captions.clone()
+    fed = fed_words(monkeypatch, make_objective(decoder, word_dropout=0.25), grid, captions, lengths)
+    replaced = fed != captions
+    assert (fed[replaced] == 17).all() and not replaced[:, :, 0].any()
+    words = torch.arange(captions.shape[2] - 1) < (lengths - 1).unsqueeze(2)
     count = int(words.sum())
-    assert abs(int(replaced[:, 1:][words].sum()) / count - 0.25) < 5 * (0.25 * 0.75 / count) ** 0.5
-    assert torch.equal(captions.flatten(0, 1), truth), "the targets stay"
+    assert abs(int(replaced[:, :, 1:][words].sum()) / count - 0.25) < 5 * (0.25 * 0.75 / count) ** 0.5
+    assert torch.equal(captions, before), "the targets stay"
 
 
 def test_feature_dropout_drops_whole_channels():
@@ -142,12 +141,11 @@ def test_feature_dropout_drops_whole_channels():
     assert drop_channels(grid, 0.0) is grid
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_embedding_dropout_acts_while_training(fused):
+def test_embedding_dropout_acts_while_training():
     decoder, grid, (captions, lengths) = make_decoder(), torch.rand(3, 8, 8, 16), make_captions(3, 2)
 
     def logits() -> torch.Tensor:
-        return caption_logits(fused)(decoder, grid, captions.flatten(0, 1), lengths.flatten()).logits
+        return token_logits(decoder, grid, captions, lengths).logits
 
     plain = logits()
     drop_embeddings(decoder, 0.5)
@@ -174,32 +172,27 @@ def test_weight_decay_shrinks_the_weights():
 # --- scheduled sampling -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_scheduled_sampling_replaces_its_share_but_never_start(fused):
+def test_scheduled_sampling_replaces_its_share_but_never_start(monkeypatch):
     """The ground truth has only words that the decoder never predicts, so that what is drawn is seen."""
     decoder, grid, (captions, lengths) = make_decoder(), torch.rand(60, 2, 2, 16), make_captions(60, 5)
     captions = torch.where((captions > 0) & (captions != START), 5, captions)
     decoder.fc.bias.data[5] = -1000.0
-    objective = make_objective(decoder, 0.25, fused=fused)
-    fed, truth = fed_words(objective, grid, captions, lengths), captions.flatten(0, 1)
-    replaced = fed != truth
-    assert not replaced[:, 0].any()
-    words = torch.arange(truth.shape[1] - 1) < (lengths.flatten() - 1).unsqueeze(1)
-    assert not replaced[:, 1:][~words].any()
+    fed = fed_words(monkeypatch, make_objective(decoder, 0.25), grid, captions, lengths)
+    replaced = fed != captions
+    assert not replaced[:, :, 0].any()
+    words = torch.arange(captions.shape[2] - 1) < (lengths - 1).unsqueeze(2)
+    assert not replaced[:, :, 1:][~words].any()
     count = int(words.sum())
-    assert abs(int(replaced[:, 1:][words].sum()) / count - 0.25) < 5 * (0.25 * 0.75 / count) ** 0.5
+    assert abs(int(replaced[:, :, 1:][words].sum()) / count - 0.25) < 5 * (0.25 * 0.75 / count) ** 0.5
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_scheduled_sampling_draws_from_the_decoders_distribution(fused):
+def test_scheduled_sampling_draws_from_the_decoders_distribution():
     """Of 5,000 times the same caption: step by step, given the ground-truth tokens before."""
     decoder, grid, count = make_decoder(), torch.rand(1, 4, 4, 16), 5000
-    caption, length = torch.tensor([[START, 3, 7, 2]]), torch.tensor([4])
-    fed = sample_inputs(
-        caption_logits(fused), decoder, grid, caption.expand(count, -1), length.expand(count), 1.0
-    )
+    caption, length = torch.tensor([[[START, 3, 7, 2]]]), torch.tensor([[4]])
+    (fed,) = sample_inputs(decoder, grid, caption.expand(1, count, -1), length.expand(1, count), 1.0)
     with torch.no_grad():
-        found = caption_logits(fused)(decoder, grid, caption, length)
+        found = token_logits(decoder, grid, caption, length)
     for step in range(3):
         frequencies = F.one_hot(fed[:, step + 1], VOCABULARY).double().mean(dim=0)
         expected = found.logits[step].softmax(dim=0).double()

@@ -1,5 +1,6 @@
 """Self-critical training: samples, rewards, the gradient, where it starts."""
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -7,13 +8,17 @@ import torch
 
 import train
 from captioning.data.prepared import END, START, UNK
+from captioning.decoding import sampling
+from captioning.decoding.fast_energies import use_fast_energies
+from captioning.decoding.sampling import draw_captions
+from captioning.decoding.teacher_forcing import token_logits
 from captioning.training import self_critical
-from captioning.training.losses import caption_logits
 from captioning.training.optimization import Run, TrainedWeights
 from captioning.training.resume import REWARD
 from captioning.training.self_critical import Reward, SelfCritical, draw_samples, leave_one_out
 from metrics import CiderD
 from models import DecoderWithAttention, pool_grid
+from tests.reference import TextbookDecoder
 
 WORDS = ["<pad>", "a", "dog", "cat", "runs", "sleeps", "here", UNK, START, END]
 
@@ -31,12 +36,20 @@ REFERENCES = [
 LONGEST = 7
 
 
-def make_decoder(vocabulary: int = len(WORDS), **options) -> DecoderWithAttention:
+def make_decoder(dropout: float = 0.0, fast: bool = True) -> DecoderWithAttention:
     torch.manual_seed(0)
-    decoder = DecoderWithAttention(12, 10, 14, vocabulary, encoder_dim=16, **{"dropout": 0.0} | options)
+    decoder = DecoderWithAttention(12, 10, 14, len(WORDS), encoder_dim=16, dropout=dropout)
+    assert not fast or use_fast_energies(decoder)
     for parameter in decoder.parameters():
         parameter.data.mul_(3)  # attention and words far from uniform
     return decoder
+
+
+def textbook_of(decoder: DecoderWithAttention) -> TextbookDecoder:
+    """The independent implementation with the same weights."""
+    textbook = TextbookDecoder(12, 10, 14, len(WORDS), 16)
+    textbook.load_state_dict(decoder.state_dict())
+    return textbook
 
 
 def make_objective(decoder, **options) -> SelfCritical:
@@ -48,15 +61,15 @@ def make_objective(decoder, **options) -> SelfCritical:
 # --- samples ------------------------------------------------------------------------------------------------
 
 
-def exact_probabilities(decoder, grid, steps: int) -> dict[tuple[int, ...], float]:
+def exact_probabilities(textbook, grid, steps: int) -> dict[tuple[int, ...], float]:
     """The probability of each caption of at most so many words, by feeding all of them word by word."""
     pixels = pool_grid(grid).flatten(1, 2)
-    probabilities, live = {}, [((), 1.0, decoder.init_hidden_state(pixels))]
+    probabilities, live = {}, [((), 1.0, textbook.initial_state(pixels))]
     for step in range(steps):
         extended = []
         for words, probability, state in live:
-            fed = torch.tensor([words[-1] if words else WORD_MAP[START]])
-            logits, _, new_state = decoder.step(fed, pixels, state)
+            fed = textbook.embedding(torch.tensor([words[-1] if words else WORD_MAP[START]]))
+            logits, *new_state, _ = textbook.step(fed, pixels, *state)
             for word, share in enumerate(logits[0].softmax(dim=0).tolist()):
                 caption = (*words, word)
                 if word == WORD_MAP[END] or step == steps - 1:
@@ -67,18 +80,16 @@ def exact_probabilities(decoder, grid, steps: int) -> dict[tuple[int, ...], floa
     return probabilities
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_samples_follow_the_models_distribution(fused):
+@pytest.mark.parametrize("fast", [True, False])
+def test_samples_follow_the_models_distribution(fast):
     """Also while the decoder is trained with dropout, which samples do not see."""
-    decoder, grid = make_decoder(dropout=0.9).train(), torch.rand(1, 8, 8, 16)
+    decoder, grid = make_decoder(dropout=0.9, fast=fast).train(), torch.rand(1, 8, 8, 16)
     decoder.fc.bias.data[WORD_MAP[END]] = 1.0  # captions of all lengths
-    captions, lengths = draw_samples(
-        decoder, grid, torch.rand(1, 20_000, 3), WORD_MAP[START], WORD_MAP[END], fused
-    )
+    captions, lengths = draw_samples(decoder, grid, torch.rand(1, 20_000, 3), WORD_MAP[START], WORD_MAP[END])
     assert decoder.training
-    found = Counter(tuple(row[1:n].tolist()) for row, n in zip(captions, lengths.tolist()))
+    found = Counter(tuple(row[1:n].tolist()) for row, n in zip(captions[0], lengths[0].tolist()))
     with torch.no_grad():
-        expected = exact_probabilities(decoder.eval(), grid, 3)
+        expected = exact_probabilities(textbook_of(decoder), grid, 3)
     assert sum(expected.values()) == pytest.approx(1, abs=1e-5) and set(found) <= set(expected)
     assert len({len(caption) for caption in found}) == 3
     # of frequencies, five standard deviations
@@ -87,17 +98,19 @@ def test_samples_follow_the_models_distribution(fused):
         assert abs(found[caption] / 20_000 - probability) < 5 * deviation + 1e-4, caption
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("steps_between_checks", [1, 4, 100])
-def test_samples_do_not_depend_on_their_batch(fused, steps_between_checks, monkeypatch):
+def test_samples_do_not_depend_on_their_batch(fast, steps_between_checks, monkeypatch):
     """One by one, in a batch that is cut in two, with or without those that have ended: the same."""
-    decoder, grid, uniforms = make_decoder(), torch.rand(6, 8, 8, 16), torch.rand(6, 5, 12)
+    decoder, grid, uniforms = make_decoder(fast=fast), torch.rand(6, 8, 8, 16), torch.rand(6, 5, 12)
     decoder.fc.bias.data[WORD_MAP[END]] = 1.0
 
     def sample(*, images: slice) -> list[list[int]]:
         captions, lengths = draw_samples(
-            decoder, grid[images], uniforms[images], WORD_MAP[START], WORD_MAP[END], fused
+            decoder, grid[images], uniforms[images], WORD_MAP[START], WORD_MAP[END]
         )
+        assert captions.shape[:2] == lengths.shape == (len(grid[images]), 5)
+        captions, lengths = captions.flatten(0, 1), lengths.flatten()
         for caption, length in zip(captions, lengths):  # `<end>` last, then padding
             assert caption[0] == WORD_MAP[START] and not caption[length:].any()
             assert WORD_MAP[END] not in caption[: length - 1]
@@ -106,33 +119,32 @@ def test_samples_do_not_depend_on_their_batch(fused, steps_between_checks, monke
 
     whole = sample(images=slice(6))
     assert len({len(caption) for caption in whole}) > 3
-    monkeypatch.setattr(self_critical, "STEPS_BETWEEN_CHECKS", steps_between_checks)
+    monkeypatch.setattr(sampling, "STEPS_BETWEEN_CHECKS", steps_between_checks)
     assert sample(images=slice(6)) == whole
     assert sample(images=slice(3)) + sample(images=slice(3, 6)) == whole
     assert [caption for i in range(6) for caption in sample(images=slice(i, i + 1))] == whole
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_log_probabilities_are_those_of_teacher_forcing(fused, monkeypatch):
-    decoder, grid = make_decoder(dropout=0.5).train(), torch.rand(4, 8, 8, 16)
-    draw_words, seen = self_critical.draw_words, []
-
-    def record(logits, uniforms):
-        words = draw_words(logits, uniforms)
-        log_probs = logits.log_softmax(dim=2).expand(*words.shape, -1)
-        seen.append(log_probs.gather(2, words.unsqueeze(2)).flatten())
-        return words
-
-    monkeypatch.setattr(self_critical, "draw_words", record)
-    monkeypatch.setattr(self_critical, "STEPS_BETWEEN_CHECKS", 100)  # every sample to the last step
-    captions, lengths = draw_samples(
-        decoder, grid, torch.rand(4, 3, 9), WORD_MAP[START], WORD_MAP[END], fused
-    )
-    decoder.eval()
-    found = caption_logits(fused)(decoder, grid, captions, lengths)
-    log_probs = found.logits.log_softmax(dim=1).gather(1, found.targets.unsqueeze(1)).squeeze(1)
-    sampled = torch.stack(seen, dim=1)[found.captions, found.steps]
-    assert len(sampled) == int((lengths - 1).sum()) and len(set(lengths.tolist())) > 1
+@torch.no_grad()
+@pytest.mark.parametrize("fast", [True, False])
+def test_log_probabilities_are_those_of_teacher_forcing(fast):
+    """Of every word of every sample; after a sample's end they are 0."""
+    decoder, grid = make_decoder(dropout=0.5, fast=fast), torch.rand(4, 8, 8, 16)
+    start, end, uniforms = WORD_MAP[START], WORD_MAP[END], torch.rand(4, 3, 9)
+    captions, lengths = draw_samples(decoder.train(), grid, uniforms, start, end)
+    drawn = draw_captions([decoder.eval()], [grid], start, end, uniforms)
+    assert len(set(lengths.flatten().tolist())) > 1 and not drawn.is_stuck.any()
+    forced = torch.zeros(4, 3, 9)
+    for n, k in itertools.product(range(4), range(3)):
+        words = captions[n, k, : lengths[n, k]]
+        assert drawn.words[n, k, : len(words) - 1].tolist() == words[1:].tolist()
+        logits, *_ = textbook_of(decoder)(pool_grid(grid[n : n + 1]), words[None], lengths[n, k : k + 1])
+        chosen = logits[0].log_softmax(dim=1).gather(1, words[1:, None])[:, 0]
+        forced[n, k, : len(chosen)] = chosen
+    torch.testing.assert_close(drawn.log_probs, forced, atol=1e-4, rtol=0)
+    tokens = token_logits(decoder, grid, captions, lengths)
+    log_probs = tokens.logits.log_softmax(dim=1).gather(1, tokens.targets.unsqueeze(1)).squeeze(1)
+    sampled = drawn.log_probs.flatten(0, 1)[tokens.packing.captions, tokens.packing.steps]
     torch.testing.assert_close(sampled, log_probs, atol=1e-4, rtol=0)
 
 
@@ -191,25 +203,25 @@ def test_the_baseline_is_the_mean_of_the_others():
 # --- the loss -----------------------------------------------------------------------------------------------
 
 
-def reinforce(decoder, grid, samples: list[list[list[int]]], rewards: list[list[float]]):
+def reinforce(textbook, grid, samples: list[list[list[int]]], rewards: list[list[float]]):
     """The formula of captioning/training/self_critical.py, word by word; `samples` without `<start>`."""
     total, words = 0.0, 0
     for image, (captions, values) in enumerate(zip(samples, rewards)):
         pixels = pool_grid(grid[image : image + 1]).flatten(1, 2)
         for s, caption in enumerate(captions):
             baseline = sum(values[:s] + values[s + 1 :]) / (len(values) - 1)
-            fed, state = WORD_MAP[START], decoder.init_hidden_state(pixels)
+            fed, state = WORD_MAP[START], textbook.initial_state(pixels)
             for word in caption:
-                logits, _, state = decoder.step(torch.tensor([fed]), pixels, state)
+                logits, *state, _ = textbook.step(textbook.embedding(torch.tensor([fed])), pixels, *state)
                 total = total - logits[0].log_softmax(dim=0)[word] * (values[s] - baseline)
                 fed, words = word, words + 1
     return total / words
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_the_gradient_is_that_of_plain_reinforce(fused, monkeypatch):
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_gradient_is_that_of_plain_reinforce(fast, monkeypatch):
     """Loss and gradients, the grid's too, as where the encoder is trained."""
-    decoder, indices = make_decoder().train(), [2, 0, 1]
+    decoder, indices = make_decoder(fast=fast).train(), [2, 0, 1]
     decoder.fc.bias.data[WORD_MAP[END]] = 0.5
     grid = torch.rand(3, 8, 8, 16).requires_grad_()
     sampled, sample = [], self_critical.draw_samples
@@ -219,39 +231,40 @@ def test_the_gradient_is_that_of_plain_reinforce(fused, monkeypatch):
         return sampled[-1]
 
     monkeypatch.setattr(self_critical, "draw_samples", record)
-    objective = make_objective(decoder, dropout=0.0, fused=fused)
+    objective = make_objective(decoder, dropout=0.0)
     lengths = torch.full((3, 2), 5)
     objective.start_step(lengths.numpy())
     loss = objective(indices, grid, torch.zeros(3, 2, 6).long(), lengths)
     divisor = objective.finish_step()
     loss = loss / divisor
     loss.backward()
-    named = dict(decoder.named_parameters())
-    ours = {name: parameter.grad for name, parameter in named.items()} | {"grid": grid.grad}
+    ours = {name: parameter.grad for name, parameter in decoder.named_parameters()}
 
     ((captions, lengths),) = sampled
-    texts = [caption[1:length] for caption, length in zip(captions.tolist(), lengths.tolist())]
-    samples = [texts[start : start + 5] for start in range(0, 15, 5)]
+    samples = [
+        [caption[1:length] for caption, length in zip(*own)]
+        for own in zip(captions.tolist(), lengths.tolist())
+    ]
     documents = [[[*words, END] for words in captions] for captions in REFERENCES]
     cider = CiderD.from_references(documents)
     rewards = [
         cider.score([documents[i]] * 5, [[WORDS[word] for word in words] for words in own])
         for i, own in zip(indices, samples)
     ]
+    texts = [words for own in samples for words in own]
     assert divisor == sum(map(len, texts)) and objective.report()[REWARD] == pytest.approx(
         sum(map(sum, rewards)) / 15
     )
     assert max(map(max, rewards)) > 0 and len(set(map(len, texts))) > 2
-    decoder.zero_grad()
-    leaf = grid.detach().clone().requires_grad_()
-    expected = reinforce(decoder, leaf, samples, rewards)
+    leaf, textbook = grid.detach().clone().requires_grad_(), textbook_of(decoder)
+    expected = reinforce(textbook, leaf, samples, rewards)
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
-    for name, gradient in {name: p.grad for name, p in named.items()}.items():
-        if name != "attention.full_att.bias":  # the softmax does not depend on it
-            assert gradient.abs().max() > 1e-5, name
-            torch.testing.assert_close(ours[name], gradient, atol=1e-7, rtol=1e-3, msg=name)
-    torch.testing.assert_close(ours["grid"], leaf.grad, atol=1e-6, rtol=1e-3)
+    for name, gradient in {name: p.grad for name, p in textbook.named_parameters()}.items():
+        # the softmax does not depend on the bias of all energies
+        assert gradient.abs().max() > 1e-5 or name == "attention.full_att.bias", name
+        torch.testing.assert_close(ours[name], gradient, atol=1e-7, rtol=1e-3, msg=name)
+    torch.testing.assert_close(grid.grad, leaf.grad, atol=1e-6, rtol=1e-3)
 
 
 # --- where the stage starts ---------------------------------------------------------------------------------

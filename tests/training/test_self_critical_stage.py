@@ -190,10 +190,11 @@ def test_a_trainable_encoder_learns_too(prepared, cross_entropy, tmp_path):
         assert moved and not any("running" in name for name in moved)
 
 
-def test_the_plain_decoder_trains_as_the_fused_one(prepared, cross_entropy, tmp_path):
-    curves = [go_on(prepared, cross_entropy, tmp_path / str(fused), dropout=0.0, fused=fused)
-              for fused in (True, False)]  # fmt: skip
-    assert_same_curves(*curves)
+def test_the_plain_energies_train_as_the_fast_ones(prepared, cross_entropy, tmp_path, monkeypatch):
+    fast = go_on(prepared, cross_entropy, tmp_path / "fast", dropout=0.0)
+    for module in ("train", "captioning.captioners.attention"):
+        monkeypatch.setattr(f"{module}.use_fast_energies", lambda decoder: True)
+    assert_same_curves(fast, go_on(prepared, cross_entropy, tmp_path / "plain", dropout=0.0))
 
 
 def test_settings_that_leave_nothing_to_do_are_refused():
