@@ -9,8 +9,6 @@ docs/folders.md has more on folders.
 
 from __future__ import annotations
 
-import captioning.interrupts  # noqa: F401  before what takes seconds
-
 import webbrowser
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field

@@ -9,8 +9,6 @@ beam search their word distributions are averaged.
 
 from __future__ import annotations
 
-import captioning.interrupts  # noqa: F401  before what takes seconds
-
 import filecmp
 from dataclasses import dataclass
 from pathlib import Path

@@ -9,8 +9,6 @@ file says is run.
 
 from __future__ import annotations
 
-import captioning.interrupts  # noqa: F401  before what takes seconds
-
 from dataclasses import dataclass
 
 from captioning.command_line import run_script

@@ -15,8 +15,6 @@ as Karpathy's does.
 
 from __future__ import annotations
 
-import captioning.interrupts  # noqa: F401  before what takes seconds
-
 import hashlib
 import json
 import os

@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import re
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, NamedTuple
@@ -24,10 +24,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from captioning.data.annotations import require_image
 from captioning.data.features import REMEDY, is_up_to_date, open_features, weights_digest, write_features
 from captioning.data.hdf5 import Rows, open_dataset
-from captioning.data.images import read_image
 from captioning.data.prepared import Prepared, Record
 from utils import (
     UserError,
@@ -276,6 +274,9 @@ class BlipDataset:
 
     def _resized(self, record: Record) -> Tensor:
         """The image as the processor resizes it, uint8 (3, S, S)."""
+        from captioning.data.annotations import require_image  # here, as train.py needs neither
+        from captioning.data.images import read_image
+
         path = require_image(record.image_id, record.path)
         if path in self.kept:
             return self.kept[path]
@@ -350,32 +351,6 @@ class BlipDataset:
                 )
         self.kept.clear()
         self.features = open_dataset(file, "features", np.float16, 3, REMEDY)
-
-
-def encode_captions(
-    captioner: BlipCaptioner, records: Iterable[Record], max_length: int
-) -> list[list[list[int]]]:
-    """For each record its captions as token ids, `[DEC] ... [SEP]`, at most `max_length` of them.
-
-    They are lower-cased and without punctuation, as in BLIP's own training.
-    """
-    encoded = []
-    for record in records:
-        texts = [" ".join(words) for words in record.tokens if words]
-        ids = captioner.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
-        encoded.append([[captioner.model.config.text_config.bos_token_id, *tokens[1:]] for tokens in ids])
-    return encoded
-
-
-def pad_captions(captions: list[list[int]], pad: int) -> dict[str, Tensor]:
-    """Token ids of N captions -> input_ids, attention_mask, labels, each int64 (N, L).
-
-    Labels are -100 at padding, which leaves it out of the loss.
-    """
-    length = max(map(len, captions))
-    ids = torch.tensor([caption + [pad] * (length - len(caption)) for caption in captions])
-    mask = torch.arange(length) < torch.tensor([len(caption) for caption in captions]).unsqueeze(1)
-    return {"input_ids": ids, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask, -100)}
 
 
 # --- augmentation -------------------------------------------------------------------------------------------

@@ -11,8 +11,6 @@ are for BLIP without a prompt. docs/folders.md has more on folders.
 
 from __future__ import annotations
 
-import captioning.interrupts  # noqa: F401  before what takes seconds
-
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

@@ -17,15 +17,13 @@ all references of each image. The scores are those of the official COCO caption 
 
 from __future__ import annotations
 
-import captioning.interrupts  # noqa: F401  before what takes seconds
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from captioning.command_line import LARGEST, allow_single, check_at_least, run_script
-from captioning.data.annotations import Record
+from captioning.data.prepared import Record
 from captioning.data.submissions import (
     METADATA,
     ScoredCaption,

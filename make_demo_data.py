@@ -9,8 +9,6 @@ each shape. Test scenes show combinations that no training scene shows. The same
 
 from __future__ import annotations
 
-import captioning.interrupts  # noqa: F401  before what takes seconds
-
 import csv
 import itertools
 import random

@@ -8,19 +8,17 @@
 
 Every setting of the scripts that it runs is an option here too; those of train_model.py and direct_caption.py
 begin with blip_ (--blip_epochs). What is not given is as at the top of each script. A step whose result is
-there, made from the same input with the same settings, is skipped; an interrupted training goes on where it
-was.
+there, made from the same input with the same settings, is skipped. An interrupted training goes on, as with
+--resume: with a setting that was changed since, too, where it can; else it begins anew, and a line says why.
 """
 
 from __future__ import annotations
-
-import captioning.interrupts  # noqa: F401  before what takes seconds
 
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import caption
 import create_input_files
@@ -45,8 +43,16 @@ from captioning.data.tables import Columns
 from captioning.files import lock_folder
 from captioning.folders.plan import test_csv_places
 from captioning.report.scoring import score_submission
-from captioning.training.loop import best_epoch, repair_outputs
-from captioning.training.resume import find_same_run, is_complete
+from captioning.training.monitor import repair_outputs
+from captioning.training.resume import (
+    IN_MID_EPOCH,
+    TrainingSettings,
+    best_epoch,
+    differing_settings,
+    is_complete,
+    newest_history,
+)
+from captioning.weights.checkpoints import HISTORY, LAST, check_content, epoch_checkpoints, read_checkpoint
 from captioning.weights.pretrained import check_encoder_name
 from utils import Device, UserError, check_output, printable, read_json, write_json
 
@@ -147,23 +153,22 @@ def check_before_work(settings: Settings) -> None:
 
 def step_settings(settings: Settings, settings_class: type, prefix: str = "", **decided):
     """A step's settings: what was given of them, what is `decided` here, else the script's own."""
-    given = settings.step_values
     values = DEMO if settings.is_demo and settings_class is train.Settings else {}
     for name in settings_class.__dataclass_fields__:
         for option in (name, prefix + name) if name in FOR_BOTH else (prefix + name,):
-            if option in given and name not in SET_BY_PIPELINE:
-                values = values | {name: given[option]}
+            if option in settings.step_values and name not in SET_BY_PIPELINE:
+                values = values | {name: settings.step_values[option]}
     return make_settings(settings_class, values | decided)
 
 
 def announce_steps(count: int) -> Callable[..., None]:
-    """A function that prints a text with the number of the step, and what was chosen for it."""
+    """A function that prints a text with the number of the step, and its settings that are no defaults."""
     numbers = itertools.count(1)
 
-    def announce(text: str, chosen: dict[str, object] | None = None) -> None:
+    def announce(text: str, non_defaults: dict[str, object] | None = None) -> None:
         print(f"[{next(numbers)}/{count}] {text}", flush=True)
-        if chosen:
-            print(f"      not the defaults: {describe_settings(chosen)}", flush=True)
+        if non_defaults:
+            print(f"      not the defaults: {describe_settings(non_defaults)}", flush=True)
 
     return announce
 
@@ -178,9 +183,9 @@ def non_default_settings(step: AnySettings) -> dict[str, object]:
 
 def choose_data(settings: Settings, announce: Callable[..., None]) -> Settings:
     """The user's data, or the demonstration's where there are none of the user's."""
-    defaults = Settings()
-    own = settings.annotations != defaults.annotations or settings.image_folder != defaults.image_folder
-    if own or Path(settings.annotations[0]).exists():
+    names = "annotations", "image_folder"
+    are_given = any(getattr(settings, name) != getattr(Settings, name) for name in names)
+    if are_given or Path(settings.annotations[0]).exists():
         announce(f"data: {', '.join((*settings.annotations, *settings.image_folder))}")
         return settings if Path(settings.test_folder).is_dir() else choose_own_test(settings)
     drawing = make_demo_data.Settings()
@@ -275,21 +280,63 @@ def train_attention(settings: Settings, announce: Callable[..., None]) -> dict:
 
 
 def run_training(
-    step: str, run: Callable, wanted: AnySettings, data: object, source: str, announce: Callable[..., None]
+    step: str,
+    run: Callable,
+    wanted: TrainingSettings,
+    data: object,
+    source: str,
+    announce: Callable[..., None],
 ) -> dict:
-    """Train with the `wanted` settings, unless the output folder has the same training already."""
+    """Train with the `wanted` settings: go on with the training in the output folder where it can, or skip it
+    where it is complete and the same."""
     with lock_folder(wanted.output_folder):  # which removes what a killed run left unfinished
         repair_outputs(Path(wanted.output_folder))
-    same = find_same_run(wanted, data)
-    if not same:
-        announce(f"{step}: {source}", non_default_settings(wanted))
-        return run(wanted)
-    checkpoint, history = same
-    if is_complete(wanted, history):
-        announce(f"{step}: {wanted.output_folder}/ is up to date, skipped")
-        return history[best_epoch(history, wanted.score)]
-    announce(f"{step}: going on after {checkpoint}", non_default_settings(wanted))
-    return run(make_settings(type(wanted), asdict(wanted) | {"resume": True}))
+    earlier = find_earlier_run(wanted, data)
+    if earlier and not earlier.obstacles:
+        if not is_complete(wanted, earlier.history):
+            announce(f"{step}: going on after {earlier.file}", non_default_settings(wanted))
+            return run(make_settings(type(wanted), asdict(wanted) | {"resume": True}))
+        if not earlier.changed:
+            announce(f"{step}: {wanted.output_folder}/ is up to date, skipped")
+            return earlier.history[best_epoch(earlier.history, wanted.score)]
+    announce(f"{step}: {source}", non_default_settings(wanted))
+    if earlier:
+        reasons = describe_settings(earlier.obstacles or earlier.changed)
+        print(f"      anew, and not on from {earlier.file}: {reasons}", flush=True)
+    return run(wanted)
+
+
+class EarlierRun(NamedTuple):
+    """The newest state in an output folder, beside what is wanted now."""
+
+    file: Path
+    history: list[dict]
+    changed: dict[str, str]  # settings that are now others: "8 (was 16)"
+    obstacles: dict[str, str]  # what keeps a training from going on: some of these, or other data
+
+
+def find_earlier_run(wanted: TrainingSettings, data: object) -> EarlierRun | None:
+    """The newest state that the wanted training can go on from; where there is none such, the newest one."""
+    files, earlier_run = epoch_checkpoints(wanted.output_folder), None
+    newest = newest_history(files)
+    for file in (Path(wanted.output_folder) / LAST, *files[-1:]):
+        try:
+            checkpoint = read_checkpoint(file)
+            check_content(file, checkpoint, {"settings": dict, "history": HISTORY})
+        except (ValueError, UserError):  # no file, or none of ours
+            continue
+        if checkpoint["history"] == newest:
+            earlier = differing_settings(wanted, checkpoint["settings"])
+            earlier.pop("epochs", None)
+            changed = {name: f"{getattr(wanted, name)} (was {value})" for name, value in earlier.items()}
+            fixed = changed.keys() - IN_MID_EPOCH if file.name == LAST else {*wanted.fixed}
+            obstacles = {name: text for name, text in changed.items() if name in fixed}
+            if checkpoint.get("data") != data:
+                obstacles["training data"] = "(others)"
+            earlier_run = EarlierRun(file, newest, changed, obstacles)
+            if not obstacles:
+                break
+    return earlier_run
 
 
 def caption_with_attention(settings: Settings, announce: Callable[..., None]) -> None:

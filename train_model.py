@@ -9,19 +9,18 @@
 After every epoch the model captions the validation images by itself and is scored with BLEU-4 and CIDEr
 against all their references; the best epoch's model and processor are kept, to be loaded by direct_caption.py
 or by transformers. `--base_model tiny` is a small BLIP with random weights, for which nothing is downloaded.
-A resumed training keeps the checkpoint's settings, but for those given on the command line.
+A resumed training keeps the checkpoint's settings, but for those that are given on the command line, or were
+edited below since.
 """
 
 from __future__ import annotations
-
-import captioning.interrupts  # noqa: F401  before what takes seconds
 
 import hashlib
 import json
 import os
 import random
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -29,101 +28,91 @@ import torch
 from torch import Tensor, nn
 
 from captioning import HUB_MODEL
-from captioning.command_line import allow_single, check_above_zero, check_at_least, check_share, run_script
+from captioning.command_line import allow_single, check_at_least, check_share, run_script
 from captioning.data.annotations import read_training_splits
 from captioning.data.prepared import Record
 from captioning.data.tables import Columns
 from captioning.files import lock_folder, named_in_errors
-from captioning.training.interruption import Saver
-from captioning.training.loop import (
-    LearningRate,
-    Run,
-    caption_scores,
-    epochs_since_improvement,
-    repair_outputs,
-    report_best,
-    save_epoch,
-)
-from captioning.training.monitor import Monitor
-from captioning.training.resume import Resumed, begin_outputs
+from captioning.training.loop import Epoch, Training
+from captioning.training.monitor import caption_scores, repair_outputs
+from captioning.training.optimization import Run
+from captioning.training.resume import Resumed, TrainingSettings, find_resumable
 from captioning.weights.checkpoints import STATES, WEIGHTS, check_content, read_checkpoint
-from utils import Device, UserError, check_output, progress_bar
+from datasets import BatchSampler, BlipDataset
+from utils import UserError, check_output, progress_bar
 
 if TYPE_CHECKING:  # they import transformers, which takes seconds
     from captioning.captioners.blip import BlipCaptioner
-    from datasets import BatchSampler, BlipDataset
 
 
 @dataclass
-class Settings:
+class Settings(TrainingSettings):  # more, such as --resume: captioning/training/resume.py
+    # data
     annotations: tuple[str, ...] = ("train.csv",)  # captions to train on, any layout of docs/file_formats.md
     image_folder: tuple[str, ...] = ("train/train",)  # their images
     id_column: str | None = None  # column of the images in tables of any names; None: recognized
     caption_column: str | None = None  # column of the captions; None: recognized
     val_fraction: float = 0.1  # share of images to validate on, where the file names no splits
-    base_model: str = HUB_MODEL  # hub id or folder to start from; tiny: a small one with random weights
     output_folder: str = "blip_finetuned_model"  # where the best epoch's model and the checkpoint go
-    resume: bool = False  # go on from the newest state in output_folder
-    checkpoint: str | None = None  # or go on from this checkpoint_epoch_N.pth
+    # model
+    base_model: str = HUB_MODEL  # hub id or folder to start from; tiny: a small one with random weights
+    freeze_vision: bool = False  # train the text half alone
+    max_length: int = 40  # tokens; longer captions are cut
+    # optimization
     epochs: int | None = None  # in all, those before a resume counted; None: 3; 50 for tiny
     batch_size: int | None = None  # images that go through the model at once; None: 8; 16 for tiny
     captions_per_image: int | None = None  # drawn anew every epoch; None: 1; 2 for tiny
-    grad_accumulation: int = 1  # batches per step: big steps on a small GPU
-    augment: bool | None = None  # crop, recolour and flip images at random; None: for tiny alone
     learning_rate: float | None = None  # highest; None: 1e-5; 2e-3 for tiny
     lr_schedule: Literal["plateau", "cosine"] = "cosine"  # how the rate falls
-    decay_after: int = 8  # plateau: the rate falls after every this many epochs without a better score
-    decay: float = 0.8  # plateau: factor by which it falls
     warmup: float = 0.1  # cosine: share of the steps in which the rate rises
     patience: int | None = None  # epochs without a better score; 0: never stop; None: 5; 0 for tiny
-    weight_decay: float = 0.05  # of AdamW, on matrices alone
-    label_smoothing: float | None = None  # share of probability spread over all words; None: 0.1; 0 for tiny
     grad_clip: float = 1.0  # bound of the gradients; inf: none
     grad_clip_by: Literal["value", "norm"] = "norm"  # clip each gradient's value or the norm of all together
-    max_length: int = 40  # tokens; longer captions are cut
-    freeze_vision: bool = False  # train the text half alone
-    cache_features: bool = True  # with freeze_vision: keep the images' features on disk
     gradient_checkpointing: bool = False  # less memory, a third more time
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # 16-bit autocast, on CUDA
-    select_by: Literal["bleu4", "cider"] = "cider"  # score by which the best epoch is chosen
-    log_with: Literal["none", "tensorboard", "wandb"] = "none"  # also report every epoch there
+    # regularization
+    augment: bool | None = None  # crop, recolour and flip images at random; None: for tiny alone
+    weight_decay: float = 0.05  # of AdamW, on matrices alone
+    label_smoothing: float | None = None  # share of probability spread over all words; None: 0.1; 0 for tiny
+    # run
+    cache_features: bool = True  # with freeze_vision: keep the images' features on disk
     keep_checkpoints: int = 1  # epochs whose checkpoints stay, each three times the model's size; 0: all
-    save_every: float = 10  # minutes between saves of last.pth, for --resume; 0: saved on Ctrl-C and SIGTERM
     val_batch_size: int = 32  # images captioned at a time, greedily
-    device: Device = "auto"  # auto: a GPU where there is one
     workers: int = 4  # threads that read images
     seed: int = 123  # of the validation split, order and draws, and tiny's weights
 
+    fixed = ("base_model",)
+    rate_names = ("learning_rate", "learning_rate")  # with and without weight decay
+    output_files = (
+        "*.safetensors", "*config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json",
+        "vocab.txt", "checkpoint_epoch_*.pth", "last.pth", "history.csv", "curves.png", "train.log",
+    )  # fmt: skip
+
     def __post_init__(self):
         allow_single(self, "annotations", "image_folder")
-        for name, value in (FOR_TINY if self.base_model == "tiny" else FOR_PRETRAINED).items():
+        for name, value in self.model_defaults().items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        check_at_least(self, 1, "epochs", "batch_size", "captions_per_image", "grad_accumulation")
-        check_at_least(self, 1, "val_batch_size", "workers", "decay_after")
+        super().__post_init__()
+        check_at_least(self, 1, "captions_per_image", "val_batch_size", "workers")
         check_at_least(self, 3, "max_length")
-        check_at_least(self, 0, "learning_rate", "weight_decay", "patience", "keep_checkpoints", "seed")
-        check_at_least(self, 0, "save_every")
-        check_above_zero(self, "grad_clip", "decay")
-        check_share(self, "val_fraction", "warmup", "label_smoothing")
+        check_at_least(self, 0, "learning_rate")
+        check_share(self, "val_fraction")
 
-    @property
-    def score(self) -> str:
-        """The column of the history by which the best epoch is chosen."""
-        return f"val_{self.select_by}"
+    def model_defaults(self) -> dict[str, object]:
+        """What None stands for, with this base model."""
+        return FOR_TINY if self.base_model == "tiny" else FOR_PRETRAINED
+
+    def defaults(self) -> dict[str, object]:
+        """The settings of a run of this base model for which no other was given."""
+        defaults = super().defaults()
+        unset = {name: value for name, value in self.model_defaults().items() if defaults[name] is None}
+        return defaults | unset
 
 
 FOR_PRETRAINED = {"epochs": 3, "batch_size": 8, "captions_per_image": 1, "learning_rate": 1e-5}
 FOR_PRETRAINED |= {"augment": False, "patience": 5, "label_smoothing": 0.1}
 FOR_TINY = {"epochs": 50, "batch_size": 16, "captions_per_image": 2, "learning_rate": 2e-3}
 FOR_TINY |= {"augment": True, "patience": 0, "label_smoothing": 0.0}
-RATES = ("learning_rate", "learning_rate")  # of each optimizer group: with and without weight decay
-REMEDY = "lower --learning_rate"  # where the loss is no longer a number
-FIXED = ("base_model",)  # fixed by the checkpoint: cannot change when a training is resumed
-OUTPUT_FILES = (
-    "*.safetensors", "*config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.txt", "checkpoint_epoch_*.pth", "last.pth", "history.csv", "curves.png", "train.log",
-)  # fmt: skip
 
 
 def main(settings: Settings) -> None:
@@ -154,65 +143,39 @@ def run_training(settings: Settings) -> dict:
 
     settings, resumed = resume(settings)
     train_records, val_records = read_records(settings)
-    if resumed and resumed.checkpoint["data"] != data_digest(train_records, val_records):
+    digest = data_digest(train_records, val_records)
+    if resumed and resumed.checkpoint["data"] != digest:
         raise UserError(f"{resumed.source}: trained on other images or captions; start without --resume")
-    run, output, score = Run.start(settings.mixed_precision), Path(settings.output_folder), settings.score
-    settings = replace(settings, mixed_precision=run.mixed_precision)
-    history = resumed.history if resumed else []
+    run = Run.start(settings.mixed_precision)
+    settings = replace(settings, mixed_precision=run.mixed_precision)  # what is used
     torch.manual_seed(settings.seed)
     captioner = build_captioner(settings, train_records, resumed)
     train_set, val_set = build_datasets(captioner, train_records, val_records, settings, run)
     captions = encode_captions(captioner, train_set.records, settings.max_length)
-    sampler = build_sampler(len(captions), settings, run)
     loss_module = CaptionLoss(captioner.model).to(run.device)
     optimizer = build_optimizer(captioner.model, settings)
-    rates = LearningRate(optimizer, settings, len(sampler.steps) * settings.epochs)
     trained = sum(p.numel() for p in captioner.model.parameters() if p.requires_grad)
     images = f"{len(captions)} images to train on, {len(val_set.records)} to validate on"
     run.log(f"{settings.base_model}, {trained:,} trained parameters, {images}, {run.describe()}")
-    if resumed:
-        # modules are for checkpoints of the first release
-        run.log(resumed.restore(optimizer, rates, run, modules=(), rate_names=RATES))
-    begin_outputs(run, output, settings, optimizer, resumed, OUTPUT_FILES)
-    monitor = Monitor(run, output, settings, [record.image_id for record in val_set.records])
-    digest = data_digest(train_records, val_records)
-
-    def checkpoint() -> dict:
-        about = {"settings": asdict(settings), "data": digest, "history": list(history)}
-        return about | {"model": captioner.model.state_dict(), **run.states(optimizer, rates)}
-
-    saver = Saver(run, output, settings.save_every, checkpoint, resumed)
-    for epoch in range(len(history) + 1, settings.epochs + 1):
-        waited = epochs_since_improvement(history, score)
-        if run.patience_ends(waited, settings):
-            break
-        if not saver.goes_on:
-            rates.before_epoch(waited)
-        # an epoch does not depend on what ran before a resume
-        progress = saver.start_epoch(epoch, len(sampler.steps), settings.seed + epoch)
-        sampler.start_epoch(epoch, progress.steps)
-        line = {"epoch": epoch, "learning_rate": optimizer.param_groups[0]["lr"]} | progress.line
-        progress.line = line
-        with saver.training():
-            line["train_loss"] = train_one_epoch(
-                loss_module, train_set, captions, sampler, optimizer, rates, settings, run, saver
-            )
-        with saver.finishing():
-            scores, texts = validate(captioner, val_set, settings, run)
-            line |= scores | {"seconds": progress.seconds()}
-            history.append(line)
-            if run.is_main:
-                if epochs_since_improvement(history, score) == 0:
-                    save_model(output, captioner)  # first, so that a checkpoint's best model is always there
-                save_epoch(output, checkpoint(), score, lambda *_: None, settings.keep_checkpoints)
-            monitor.report_epoch(history, texts, describe(line))
-    return report_best(run, history, score, output)
-
-
-def describe(line: dict) -> str:
-    """An epoch's row of the history in words."""
-    validation = f"validation BLEU-4 {line['val_bleu4']:.4f}, CIDEr {line['val_cider']:.4f}"
-    return f"loss {line['train_loss']:.3f}; {validation}"
+    training = Training(
+        settings,
+        run,
+        {"model": captioner.model},
+        optimizer,
+        build_sampler(len(captions), settings, run),
+        about={"data": digest},
+        resumed=resumed,
+    )
+    with training.stopping_on_signals():
+        for epoch in training.epochs():
+            epoch.note(learning_rate=optimizer.param_groups[0]["lr"])
+            train_one_epoch(epoch, loss_module, train_set, captions, optimizer, settings, run)
+            scores, texts = evaluate(captioner, val_set, settings, run)
+            if run.is_main and training.improves(scores):
+                # before its checkpoint, so that the best model of any checkpoint is always there
+                save_model(Path(settings.output_folder), captioner)
+            epoch.finish(scores, texts)
+    return training.report_best()
 
 
 # --- what is trained, and on what ---------------------------------------------------------------------------
@@ -232,7 +195,7 @@ def resume(settings: Settings) -> tuple[Settings, Resumed | None]:
         check_content(source, checkpoint, STATES | {"settings": dict, "data": str, "model": WEIGHTS})
         return checkpoint
 
-    return Resumed.find(settings, read, FIXED)
+    return find_resumable(settings, read)
 
 
 def read_records(settings: Settings) -> tuple[list[Record], list[Record]]:
@@ -284,8 +247,6 @@ def build_datasets(
     run: Run,
 ) -> tuple[BlipDataset, BlipDataset]:
     """The images that can be read; what is wrong with the others goes to the log."""
-    from datasets import BlipDataset
-
     train_set, val_set = (
         BlipDataset(captioner, records, settings.workers) for records in (train_records, val_records)
     )
@@ -297,10 +258,23 @@ def build_datasets(
     return train_set, val_set
 
 
+def encode_captions(
+    captioner: BlipCaptioner, records: list[Record], max_length: int
+) -> list[list[list[int]]]:
+    """For each record its captions as token ids, `[DEC] ... [SEP]`, at most `max_length` of them.
+
+    They are lower-cased and without punctuation, as in BLIP's own training.
+    """
+    encoded = []
+    for record in records:
+        texts = [" ".join(words) for words in record.tokens if words]
+        ids = captioner.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+        encoded.append([[captioner.model.config.text_config.bos_token_id, *tokens[1:]] for tokens in ids])
+    return encoded
+
+
 def build_sampler(images: int, settings: Settings, run: Run) -> BatchSampler:
     """Batches of shuffled images; each process gets a share of every one."""
-    from datasets import BatchSampler
-
     return BatchSampler(
         images,
         settings.batch_size,
@@ -350,69 +324,69 @@ class CaptionLoss(nn.Module):
 
 
 def train_one_epoch(
+    epoch: Epoch,
     loss_module: CaptionLoss,
     train_set: BlipDataset,
     captions: list[list[list[int]]],
-    sampler: BatchSampler,
     optimizer: torch.optim.AdamW,
-    rates: LearningRate,
     settings: Settings,
     run: Run,
-    saver: Saver,
-) -> float:
-    """One pass over the training images, or the rest of one; return the mean loss of its steps."""
-    from datasets import pad_captions
-
+) -> None:
+    """One pass over the training images, or the rest of one."""
     loss_module.train()
-    epoch, done, pad = sampler.epoch, saver.progress, train_set.captioner.tokenizer.pad_token_id
-    drawn = draw_captions(captions, settings.captions_per_image, f"{settings.seed} {epoch}")
-    batches = [request.indices.tolist() for request in sampler]  # of this process
-    augment_seed = f"{settings.seed} {epoch}" if settings.augment and train_set.features is None else None
-    loaded = zip(batches, train_set.batches(batches, augment_seed))
-    progress = saver.steps_left(sampler.steps)
-    for indices in progress:
+    seed, pad = f"{settings.seed} {epoch.number}", train_set.captioner.tokenizer.pad_token_id
+    drawn = draw_captions(captions, settings.captions_per_image, seed)
+    batches = [request.indices.tolist() for request in epoch.sampler]  # of this process
+    augment_seed = seed if settings.augment and train_set.features is None else None
+    for step in epoch.steps(train_set.batches(batches, augment_seed)):
         # counted over all processes and micro-batches, so that every token has the same weight
-        tokens = sum(len(caption) - 1 for index in indices for caption in drawn[index])
-        for _ in range(settings.grad_accumulation):
-            batch, images = next(loaded)
+        tokens = sum(len(caption) - 1 for index in step.indices for caption in drawn[index])
+        for indices, images in step.batches:  # grad_accumulation of them
             images = images.to(run.device, torch.float32, non_blocking=True)
-            texts = [caption for index in batch for caption in drawn[index]]
+            texts = [caption for index in indices for caption in drawn[index]]
             inputs = {name: values.to(run.device) for name, values in pad_captions(texts, pad).items()}
             with run.autocast():
                 share = sum(len(caption) - 1 for caption in texts) / tokens
                 loss = loss_module(images, **inputs) * share
             run.backward(loss)
-            done.loss += loss.detach()
-        run.step(optimizer, settings.grad_clip, settings.grad_clip_by)
-        rates.after_step()
-        done.steps += 1
-        if done.steps % 10 == 0:  # seldom: reading the loss waits for the device
-            progress.set_postfix_str(f"loss {run.mean_loss(done.loss, done.steps, epoch, REMEDY):.3f}")
-        saver.after_step()
-    return run.mean_loss(done.loss, done.steps, epoch, REMEDY)
+            epoch.record(loss.detach())
+        run.reduce_gradients(optimizer)  # over all processes
+        run.clip_gradients(optimizer, settings.grad_clip, settings.grad_clip_by)
+        run.step(optimizer)
+
+
+def pad_captions(captions: list[list[int]], pad: int) -> dict[str, Tensor]:
+    """Token ids of N captions -> input_ids, attention_mask, labels, each int64 (N, L).
+
+    Labels are -100 at padding, which leaves it out of the loss.
+    """
+    length = max(map(len, captions))
+    ids = torch.tensor([caption + [pad] * (length - len(caption)) for caption in captions])
+    mask = torch.arange(length) < torch.tensor([len(caption) for caption in captions]).unsqueeze(1)
+    return {"input_ids": ids, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask, -100)}
 
 
 def draw_captions(captions: list[list[list[int]]], count: int, seed: str) -> list[list[list[int]]]:
     """`count` captions of each image, no one twice where it has enough; the same in all processes."""
     rng = random.Random(seed)
     return [
-        rng.sample(own, count) if len(own) >= count else own + rng.choices(own, k=count - len(own))
-        for own in captions
+        rng.sample(texts, count) if len(texts) >= count else texts + rng.choices(texts, k=count - len(texts))
+        for texts in captions
     ]
 
 
 @torch.no_grad()
-def validate(
+def evaluate(
     captioner: BlipCaptioner, val_set: BlipDataset, settings: Settings, run: Run
-) -> tuple[dict[str, float], dict[int, str]]:
+) -> tuple[dict[str, float], dict[str, str]]:
     """Scores of the model's own greedy captions, each image's counted once: {"val_bleu4", "val_cider"}, 0
-    where there is nothing to validate on; the captions by index."""
+    where there is nothing to validate on; the captions by image id."""
     if not val_set.records:
         return {"val_bleu4": 0.0, "val_cider": 0.0}, {}
     captioner.model.eval()
-    own = range(run.state.process_index, len(val_set.records), run.state.num_processes)
+    share = range(run.state.process_index, len(val_set.records), run.state.num_processes)
     size = settings.val_batch_size
-    batches = [list(own[start : start + size]) for start in range(0, len(own), size)]
+    batches = [list(share[start : start + size]) for start in range(0, len(share), size)]
     captions: dict[int, str] = {}
     progress = progress_bar(batches, desc="validation", unit="batch", leave=False, disable=not run.is_main)
     for batch, pixels in zip(progress, val_set.batches(batches)):
@@ -420,7 +394,8 @@ def validate(
             texts = captioner.caption_prepared(pixels, num_beams=1, max_new_tokens=settings.max_length)
         captions.update(zip(batch, texts))
     captions = run.gather(captions)
-    return caption_scores([record.tokens for record in val_set.records], captions), captions
+    scores = caption_scores([record.tokens for record in val_set.records], captions)
+    return scores, {record.image_id: captions[index] for index, record in enumerate(val_set.records)}
 
 
 # --- what is kept -------------------------------------------------------------------------------------------

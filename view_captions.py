@@ -13,8 +13,6 @@ numbers. With --figures each image's attention is drawn as a PNG too.
 
 from __future__ import annotations
 
-import captioning.interrupts  # noqa: F401  before what takes seconds
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +21,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from captioning.command_line import allow_single, check_at_least, run_script
-from captioning.data.annotations import Record
 from captioning.data.images import read_image
+from captioning.data.prepared import Record
 from captioning.data.tables import Columns
 from captioning.decoding.options import DecodingOptions
 from captioning.folders.plan import find_images

@@ -16,7 +16,7 @@ from gpu_data import Data, precision
 from torch import Tensor, nn
 
 from captioning.decoding.fused_decoder import caption_logits
-from captioning.training.loop import Run
+from captioning.training.optimization import Run
 from captioning.training.self_critical import Reward, SelfCritical
 from models import normalize_images
 from tests.reference import pool, textbook_loss

@@ -29,7 +29,7 @@ from torch import nn
 import train
 from captioning.command_line import check_at_least, run_script
 from captioning.data.features import weights_digest
-from captioning.training.loop import Run
+from captioning.training.optimization import Run
 from utils import UserError, progress_bar, write_json
 
 MAX_LEN = 50  # words
@@ -117,7 +117,9 @@ def make_loader(folder: Path, settings: Settings) -> Iterable:
     training = train.Settings(
         data_folder=str(folder), batch_size=settings.batch_size, workers=settings.workers
     )
-    loader, _ = train.start_stage(NoEncoder(), training, Run.start("no"), fine_tuned=False, epoch=1)
+    run, stage = Run.start("no"), train.Stage(is_fine_tuned=False, is_self_critical=False)
+    sampler = train.build_sampler(settings.images, training, run, training=True)
+    loader, _ = train.start_stage(stage, 1, NoEncoder(), sampler, training, run)
     return loader
 
 

@@ -36,8 +36,8 @@ from captioning.data.features import cache_features
 from captioning.decoding.beam_search import search_states
 from captioning.decoding.fused_decoder import TokenLogits
 from captioning.decoding.sampling import draw_words
-from captioning.training.loop import Run
 from captioning.training.losses import CrossEntropy, caption_logits, sample_inputs
+from captioning.training.optimization import Run
 from captioning.weights.checkpoints import load_models
 from datasets import BatchSampler, CaptionDataset
 from models import DecoderWithAttention

@@ -42,8 +42,8 @@ from captioning.command_line import check_at_least, run_script
 from captioning.data.features import encode_images
 from captioning.data.prepared import UNK
 from captioning.decoding.fast_energies import use_fast_energies
-from captioning.training.loop import Run
 from captioning.training.losses import CrossEntropy
+from captioning.training.optimization import Run
 from captioning.training.self_critical import Reward, SelfCritical
 from models import DecoderWithAttention, Encoder, normalize_images
 from tests.reference import TextbookDecoder, TextbookEncoder, pool, textbook_loss

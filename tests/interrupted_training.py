@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, read_history
 
-from captioning.training.loop import Run
+from captioning.training.optimization import Run
 from captioning.training.resume import OF_THIS_RUN
 from utils import Terminated
 

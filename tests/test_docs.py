@@ -18,13 +18,13 @@ import utils
 from captioning import command_line
 from captioning.decoding.options import DecodingOptions
 from captioning.folders.plan import FolderOptions
+from captioning.training.resume import TrainingSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS_PAGE = ROOT / "docs" / "settings.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCUMENTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md"]
 FOLDERS = ("captioning", "metrics")
-SHARED = {"A folder of images": FolderOptions, "Decoding": DecodingOptions}  # by the headings of their tables
 SCRIPTS = sorted(file.stem for file in ROOT.glob("*.py") if "\n    run_script(" in file.read_text("utf-8"))
 
 
@@ -34,6 +34,7 @@ SCRIPTS = sorted(file.stem for file in ROOT.glob("*.py") if "\n    run_script(" 
 SHARED = {  # classes that settings are inherited from, and the heading of their table
     "A folder of images": FolderOptions,
     "Decoding": DecodingOptions,
+    "Training": TrainingSettings,
 }
 
 

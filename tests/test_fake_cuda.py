@@ -16,7 +16,7 @@ from captioning.decoding.beam_search import beam_search
 from captioning.decoding.fast_energies import use_fast_energies
 from captioning.decoding.options import WordRules
 from captioning.decoding.sampling import sample_captions
-from captioning.training.loop import Run
+from captioning.training.optimization import Run
 from captioning.training.self_critical import Reward, SelfCritical, draw_samples
 from models import DecoderWithAttention, Encoder, normalize_images
 from tests.fake_cuda import CUDA, CudaTensor, FakeCuda, backward, to_cuda

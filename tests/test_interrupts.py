@@ -1,7 +1,6 @@
-"""Ctrl-C and SIGTERM: a line and the right exit status, never a traceback, never status 0."""
+"""Ctrl-C and SIGTERM once a script is at work: a line and the right exit status, never a traceback."""
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -14,9 +13,6 @@ from conftest import ROOT
 
 from captioning import command_line
 
-SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "run_script(main, Settings)" in path.read_text())
-STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
-
 
 def start(*command, **options) -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -24,38 +20,6 @@ def start(*command, **options) -> subprocess.Popen:
 
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-
-
-def catches(number: int, status: str) -> bool:
-    """Whether a process has a handler for a signal, as /proc/PID/status says."""
-    masks = dict(line.split(":", 1) for line in status.splitlines() if line.startswith("Sig"))
-    return bool(int(masks["SigCgt"], 16) >> (number - 1) & 1)
-
-
-@on_linux
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_signals_during_imports(script):
-    rng = random.Random(script)
-    for number, status in STATUS.items():
-        process = start(script, "--no_such_setting", "1")
-        status_file = Path(f"/proc/{process.pid}/status")
-        while not catches(signal.SIGTERM, status_file.read_text()):
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.1))  # importing takes 0.2 to 2 seconds
-        process.send_signal(number)
-        _, err = process.communicate()
-        is_done = process.returncode == 2 or (process.returncode == -number and "error: " in err)
-        if is_done:  # it was at its end already; the line on the wrong setting is out
-            continue
-        lines = ["interrupted before the work began"]
-        if script == "make_demo_data.py":  # its imports may already be done
-            lines.append("interrupted: finished files are kept, unfinished ones are removed")
-        assert process.returncode == status and err in [f"\n{line}\n" for line in lines]
-
-
-def test_imports_by_others_change_no_signals():
-    code = "import signal, make_demo_data; assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL"
-    assert start("-c", code).wait() == 0
 
 
 @dataclass

@@ -24,7 +24,7 @@ from fork_server import Run, Server
 from PIL import Image
 
 from captioning.data.hdf5 import open_dataset
-from captioning.training.loop import best_epoch
+from captioning.training.resume import best_epoch
 from captioning.weights.checkpoints import BEST_FILES, epoch_checkpoints, read_checkpoint
 from utils import read_json
 

@@ -1,4 +1,4 @@
-"""What create_input_files.py prepared, checked whenever a file of it is opened.
+"""What create_input_files.py prepared, checked whenever a file of it is opened; the special words.
 
     data = Prepared("data_output")
     data.word_map()                             # {"<pad>": 0, "a": 1, ...}
@@ -53,7 +53,7 @@ def find_word_map_problem(word_map: object) -> str | None:
 
 @dataclass
 class Record:
-    """One image of an annotation file.
+    """One image with its captions, of an annotation file or of the prepared data.
 
     Attributes:
         image_id: the id that the file gives it.

@@ -23,7 +23,7 @@ from accelerate.utils import reduce
 from torch import Tensor
 
 from captioning.decoding.teacher_forcing import PackedCaptions, TokenLogits
-from captioning.training.loop import Run
+from captioning.training.optimization import Run
 from models import DecoderWithAttention
 from utils import copy_to_device
 

@@ -1,431 +1,358 @@
-"""What both trainings share: processes and precision, gradients, the learning rate, the best epoch, resuming.
+"""The loop of both trainings: epochs, resuming, saving, signals, patience, reports; without model or loss.
 
-Nothing here knows a model. A training step reads in the script; here are its parts:
+    with training.stopping_on_signals():
+        for epoch in training.epochs():  # those that are left, until patience ends
+            for step in epoch.steps(loader):  # those that are left
+                for indices, batch in step.batches:  # grad_accumulation of them
+                    run.backward(loss)
+                run.step(optimizer)
+                epoch.record(loss)
+            epoch.finish(scores, captions)  # history, checkpoint, report
 
-    this batch's part of the step's loss -> run.backward(loss)
-    gradients of all processes           -> run.step(optimizer, grad_clip, grad_clip_by)
-    learning rate                        -> LearningRate, by plateau or cosine
-    end of an epoch                      -> save_epoch
+Between two steps the learning rate and the averaged weights follow, and `last.pth` is written where it is
+time, or where a signal ends the run. On the CPU a training that goes on from there ends with the same
+numbers, bit for bit, as one that was not interrupted. For that, all random numbers come from torch's default
+generators, or from generators seeded by `seed`, the epoch and the step or image.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object, reduce
-from torch import Tensor
+from torch import Tensor, nn
 
-from captioning.files import named_in_errors
-from captioning.training.curves import REWARD, draw_curves
-from captioning.weights.checkpoints import (
-    BEST_FILES,
-    LAST,
-    archive,
-    archive_previous_run,
-    epoch_checkpoints,
-    peek,
-    read_checkpoint,
-    save_checkpoint,
-    write_best,
+from captioning.training.monitor import Monitor, begin_outputs, describe_training, save_epoch
+from captioning.training.optimization import LearningRate, Run, TrainedWeights
+from captioning.training.resume import (
+    Resumed,
+    StopSignals,
+    TrainingSettings,
+    best_epoch,
+    ending,
+    epochs_of_patience,
+    epochs_since_improvement,
+    random_states,
+    set_random_states,
 )
-from metrics import CiderD, bleu4, tokenize
-from utils import (
-    Messages,
-    UserError,
-    is_main_process,
-    pick_device,
-    printable,
-    processes,
-    write_table,
-)
+from captioning.weights.checkpoints import LAST, check_room, load_optimizer, save_checkpoint
+from datasets import BatchSampler
+from utils import Terminated, UserError, progress_bar
 
-# --- processes and precision --------------------------------------------------------------------------------
+SAVE = 1  # what the processes agree on after a step: this, or the number of the signal that ends the run
 
 
-@dataclass
-class Run:
-    """Where a training runs: its processes, this process's device, its precision."""
+class Training:
+    """The state of a training, of which checkpoints are made, and its epochs.
 
-    state: PartialState
-    device: torch.device
-    mixed_precision: str  # what is used, whatever was asked for
-    autocast_dtype: torch.dtype | None
-    scaler: torch.amp.GradScaler
-    log_file: Path | None = None  # what is logged is appended here too
-    waiting: list[str] = field(default_factory=list)  # logged before there was a file
-    busy: BusyWatch = field(default_factory=lambda: BusyWatch())
+    Args:
+        models: by the names under which a checkpoint has their weights.
+        optimizer: with a group for each of `settings.rate_names`.
+        sampler: of the training images.
+        about: what a checkpoint has beside the state: a word map, what the data are.
+        resumed: what the training goes on from, if anything.
+        data: plain values by which the training data are recognized in mid-epoch.
+        average: decay of the moving average of the weights; 0: none.
 
-    @classmethod
-    def start(cls, mixed_precision: str) -> Run:
-        """mixed_precision: "no", "bf16" or "fp16"; the latter two on CUDA alone."""
-        device = pick_device()
-        if device.type != "cuda" and mixed_precision != "no":
-            processes().print("mixed precision is for CUDA; training in float32")
-            mixed_precision = "no"
-        dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
-        scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision == "fp16")
-        return cls(processes(), device, mixed_precision, dtype, scaler)
+    Attributes:
+        history: a row of numbers for each complete epoch.
+        epoch: the one that runs.
+    """
 
-    @property
-    def is_main(self) -> bool:
-        return self.state.is_main_process
+    def __init__(
+        self,
+        settings: TrainingSettings,
+        run: Run,
+        models: dict[str, nn.Module],
+        optimizer: torch.optim.Optimizer,
+        sampler: BatchSampler,
+        about: dict[str, object],
+        resumed: Resumed | None = None,
+        data: object = None,
+        average: float = 0.0,
+    ):
+        self.settings, self.run, self.optimizer, self.sampler = settings, run, optimizer, sampler
+        self.about, self.resumed, self.data, self.output = about, resumed, data, Path(settings.output_folder)
+        self.history: list[dict] = list(resumed.history) if resumed else []
+        self.schedule = LearningRate(optimizer, settings, len(sampler.steps) * settings.scheduled_epochs)
+        self.weights = TrainedWeights(models, average)
+        if resumed:
+            self._restore(resumed)
+        self.monitor = Monitor(settings, run.log, run.is_main)
+        self.first_epoch, self.epoch = len(self.history) + 1, None
+        self.signals, self.outputs_begun = StopSignals(), False
+        self.save_interval = 60 * settings.save_every or math.inf  # seconds
+        self.after_steps: dict | None = None  # content of `last.pth`, while the epoch is validated and saved
+        self.group = None
+        if run.state.num_processes > 1:  # on the CPU: asking the others must not wait for the GPU
+            self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=12))
 
-    def log(self, text: str) -> None:
-        """Print, and append to `log_file`, once for all processes."""
-        if not self.is_main:
-            return
-        print(text, flush=True)
-        self.waiting.append(text)
-        if self.log_file:
-            self.log_file.parent.mkdir(parents=True, exist_ok=True)
-            with named_in_errors(self.log_file), self.log_file.open("a", encoding="utf-8") as stream:
-                stream.writelines(f"{line}\n" for line in self.waiting)
-            self.waiting.clear()
+    def epochs(self) -> Iterator[Epoch]:
+        """The epochs that are left, until `patience` of them bring no better score."""
+        settings, interrupted = self.settings, self.resumed.mid_epoch if self.resumed else None
+        while len(self.history) < settings.epochs:
+            without_better = epochs_of_patience(self.history, settings)
+            if 0 < settings.patience <= without_better:
+                self.begin_outputs()  # where it has come to that before the resume
+                self.run.log(f"stopped: no better {settings.select_by} for {without_better} epochs")
+                break
+            if not interrupted:
+                self.schedule.before_epoch(epochs_since_improvement(self.history, settings.score))
+            self.epoch = Epoch(self, len(self.history) + 1, interrupted)
+            interrupted = None
+            yield self.epoch
 
-    def log_many(self, kind: str, texts: Sequence[str]) -> None:
-        """Append messages of one kind to `log_file`, before the next line that is logged; print a few."""
-        if not self.is_main:
-            return
-        messages = Messages(kind)
-        for text in texts:
-            messages.add(text)
-        messages.finish("; train.log lists all")
-        self.waiting += [printable(f"{kind}: {text}") for text in texts]
+    def improves(self, scores: dict[str, float]) -> bool:
+        """Whether an epoch with these scores is the best so far."""
+        return epochs_since_improvement([*self.history, scores], self.settings.score) == 0
 
-    def patience_ends(self, waited: int, settings) -> bool:
-        """Whether so many epochs without a better score are as many as `settings.patience`; if so, say it."""
-        ends = bool(settings.patience) and waited >= settings.patience
-        if ends:
-            self.log(f"stopped: no better {settings.select_by} for {waited} epochs")
-        return ends
+    def report_best(self) -> dict:
+        """Log and return the best epoch's row of the history."""
+        best = self.history[best_epoch(self.history, self.settings.score)]
+        self.run.log(
+            f"best: epoch {best['epoch']} with validation BLEU-4 {best['val_bleu4']:.4f}, "
+            f"CIDEr {best['val_cider']:.4f}; written to {self.output}/"
+        )
+        return best
 
-    def describe(self) -> str:
-        return f"{self.state.num_processes} x {self.device.type}"
-
-    def autocast(self) -> AbstractContextManager:
-        if self.autocast_dtype is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.autocast_dtype)
-
-    def backward(self, loss: Tensor) -> None:
-        """Add a loss's gradients; the losses of a step, over all its batches and processes, add up."""
-        with self.busy:
-            self.scaler.scale(loss).backward()
-        if self.device.type == "cpu" and self.busy.is_new():
-            self.log(
-                f"the machine is busy: a step takes {self.busy.slowdown():.0f} times its CPU time; with "
-                f"OMP_NUM_THREADS=1 in front of the command, threads do not wait for each other"
-            )
-
-    def step(
-        self, optimizer: torch.optim.Optimizer, grad_clip: float, grad_clip_by: str, divisor: float = 1.0
-    ) -> None:
-        """Add up the processes' gradients, divide them by `divisor`, clip them, update the weights, forget
-        the gradients.
-
-        grad_clip: largest value of a gradient, or largest norm of all together, as `grad_clip_by` says
-            ("value" or "norm").
-        """
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if self.state.num_processes > 1:
-            sum_gradients(parameters)
-        self.scaler.unscale_(optimizer)
-        if divisor != 1:
-            torch._foreach_div_([parameter.grad for parameter in parameters], divisor)
-        if grad_clip_by == "norm":
-            torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
-        else:
-            torch.nn.utils.clip_grad_value_(parameters, grad_clip)
-        self.scaler.step(optimizer)
-        self.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-
-    def mean_loss(self, total: Tensor, steps: int, epoch: int, remedy: str) -> float:
-        """Mean loss per step: `total` is this process's share of the summed losses; the processes' shares are
-        added.
-
-        Raises:
-            UserError: it is not a number; `remedy` says what to do.
-        """
-        total = reduce(total.clone(), "sum") if self.state.num_processes > 1 else total
-        mean = float(total) / steps
-        if not math.isfinite(mean):
-            raise UserError(f"the loss is no longer a number in epoch {epoch}: {remedy}")
-        return mean
-
-    def states(self, optimizer: torch.optim.Optimizer, rates: LearningRate) -> dict[str, dict]:
-        """What `Resumed.restore` needs of a checkpoint."""
+    def checkpoint(self) -> dict:
+        """What a checkpoint of the last complete epoch has, with the weights as they are."""
         return {
-            "optimizer": optimizer.state_dict(),
-            "rates": rates.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "settings": asdict(self.settings),
+            "defaults": self.settings.defaults(),
+            **self.about,
+            "history": list(self.history),
+            **self.weights.states(),
+            "optimizer": self.optimizer.state_dict(),
+            "rates": self.schedule.state_dict(),
+            "scaler": self.run.scaler.state_dict(),
         }
 
-    def gather(self, items: dict[int, object]) -> dict[int, object]:
-        """The processes' dictionaries joined."""
-        if self.state.num_processes == 1:
-            return items
-        return {key: value for part in gather_object([items]) for key, value in part.items()}
+    def _restore(self, resumed: Resumed) -> None:
+        """Take the state from a checkpoint; one from elsewhere has weights alone."""
+        content, names = resumed.checkpoint, self.settings.rate_names
+        self.weights.load(content)
+        has_optimizer = {"optimizer", "rates"} <= content.keys()
+        if has_optimizer:
+            load_optimizer(self.optimizer, content["optimizer"], resumed.source)
+            if len(content["rates"]["decays"]) != len(names):
+                raise UserError(f"{resumed.source}: its learning rates are damaged")
+            changed = [group for group, name in enumerate(names) if name in resumed.changed]
+            self.schedule.load_state_dict(content["rates"], restart=changed)
+            if content.get("scaler") and self.run.scaler.is_enabled():
+                self.run.scaler.load_state_dict(content["scaler"])
+        self.run.log(
+            f"going on {resumed.describe_place()}; {resumed.differences}; Adam's state "
+            f"{'kept' if has_optimizer else 'starts anew'}; learning rates now {self.schedule.describe()}"
+        )
+
+    def begin_outputs(self) -> None:
+        """Before the first step: look for room, make the output folder this run's, begin its log."""
+        if not self.outputs_begun:
+            if self.run.is_main:
+                epochs, keep = self.settings.epochs - len(self.history), self.settings.keep_checkpoints
+                check_room(self.output, self.optimizer, epochs, keep, self.run.log)
+                begin_outputs(self.settings, self.resumed)
+            self.run.log_to(self.output / "train.log")
+            self.save_time, self.outputs_begun = time.monotonic() + self.save_interval, True
+
+    @contextmanager
+    def stopping_on_signals(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C end the run such that it can go on: during the steps, after the current one;
+        while the epoch is validated and saved, at once, with the state after its last step. A second signal
+        ends it without saving."""
+        with self.signals.caught():
+            try:
+                try:
+                    yield
+                except RuntimeError:  # so collectives fail when another process has left, as it got a signal
+                    if self.group:
+                        time.sleep(1)  # this one gets it too
+                        if self.signals.number:
+                            raise ending(self.signals.number) from None
+                    raise
+            except KeyboardInterrupt as interrupt:
+                if self.after_steps is None:
+                    raise
+                number = signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT
+                self.signals.delay(number)
+                complete = (self.output / f"checkpoint_epoch_{self.epoch.number}.pth").is_file()
+                problem = None if complete else self._write(self.after_steps)
+                raise ending(number, self._how_to_go_on(problem, complete)) from None
+
+    def save_or_stop(self) -> None:
+        """Between two steps, in all processes: write `last.pth` where it is time, and end the run where a
+        signal came."""
+        request = self.signals.number
+        if not request and self.run.is_main and time.monotonic() >= self.save_time:
+            request = SAVE
+        if self.group:
+            requests = torch.tensor(request)
+            torch.distributed.all_reduce(requests, torch.distributed.ReduceOp.MAX, self.group)
+            request = int(requests)
+        if request:
+            problem = self._write(self.mid_epoch_state())
+            if request != SAVE:
+                raise ending(request, self._how_to_go_on(problem))
+            if problem:
+                self.run.log(f"epoch {self.epoch.number} is {problem}; the training goes on")
+
+    def mid_epoch_state(self) -> dict:
+        """The content of `last.pth`, in the main process; the others give their share."""
+        progress = self.epoch.state() | {"data": self.data}
+        return self.checkpoint() | {"progress": progress} if self.run.is_main else {}
+
+    def _write(self, state: dict) -> str | None:
+        """Write `last.pth`, in the main process; return what went wrong, if anything did."""
+        problem = None
+        if self.run.is_main:
+            try:
+                save_checkpoint(self.output / LAST, state)
+            except OSError as error:
+                problem = f"not saved in {error.filename} ({error.strerror})"
+        self.save_time = time.monotonic() + self.save_interval
+        return problem
+
+    def _how_to_go_on(self, problem: str | None, complete: bool = False) -> str:
+        epoch = self.epoch
+        saved = f"saved after {epoch.steps_done} of its {epoch.total_steps} steps in {self.output / LAST}"
+        if problem or complete:
+            saved = problem or f"complete in {self.output}/"
+        return f"epoch {epoch.number} is {saved}; go on with --resume (run_pipeline.py goes on by itself)"
 
 
-class BusyWatch:
-    """Detects that too many threads compete for the cores: the backward pass takes far more time than CPU
-    time."""
+class Step(NamedTuple):
+    """The batches of one update of the weights."""
 
-    def __init__(self):
-        self.wall = self.cpu = 0.0  # seconds inside the `with` blocks: passed, and worked by this thread
-        self.is_told = torch.get_num_threads() == 1
-
-    def __enter__(self) -> None:
-        self.began = time.perf_counter(), time.thread_time()
-
-    def __exit__(self, *_) -> None:
-        self.wall += time.perf_counter() - self.began[0]
-        self.cpu += time.thread_time() - self.began[1]
-
-    def slowdown(self) -> float:
-        return self.wall / max(self.cpu, 1e-9)
-
-    def is_new(self) -> bool:
-        """True once, when over five seconds or more the work took three times its CPU time."""
-        if self.is_told or self.wall < 5 or self.slowdown() < 3:
-            return False
-        self.is_told = True
-        return True
+    indices: np.ndarray  # of all its images, over all micro-batches and processes
+    batches: Iterator[tuple[np.ndarray, object]]  # this process's: indices of the images, what was loaded
 
 
-BUCKET = 2**23  # gradients that are added up at once
+class Epoch:
+    """An epoch, and what it has come to so far, which `last.pth` keeps.
 
-
-def sum_gradients(parameters: list[Tensor]) -> None:
-    """Add up the processes' gradients in place, a bucket of parameters at a time."""
-    bucket: list[Tensor] = []
-    for number, parameter in enumerate(parameters, start=1):
-        bucket.append(parameter.grad)
-        sizes = [gradient.numel() for gradient in bucket]
-        if sum(sizes) >= BUCKET or number == len(parameters):
-            summed = reduce(torch.cat([gradient.flatten() for gradient in bucket]), "sum")
-            for gradient, values in zip(bucket, summed.split(sizes)):
-                gradient.copy_(values.view_as(gradient))
-            bucket = []
-
-
-# --- learning rate ------------------------------------------------------------------------------------------
-
-
-class LearningRate:
-    """Learning-rate schedule of an optimizer's groups; their rates at construction are the base rates.
-
-    plateau: times `decay` after every `decay_after` epochs without a better score.
-    cosine: rises over the first `warmup` share of the steps, then falls to 0 along a half cosine (Loshchilov
-    and Hutter, 2017, without restarts).
-
-    Args:
-        settings: of the training: `lr_schedule` ("plateau" or "cosine"), `warmup`, `decay_after`, `decay`.
-        total_steps: of the whole training.
+    Attributes:
+        number: from 1.
+        is_resumed: it was interrupted, and goes on.
+        sampler: of its batches, those that are left.
+        totals: what an objective adds up over this process's batches, by name.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, settings, total_steps: int):
-        self.optimizer, self.kind, self.total_steps = optimizer, settings.lr_schedule, total_steps
-        self.warmup_steps = round(settings.warmup * total_steps)
-        self.decay_after, self.decay = settings.decay_after, settings.decay
-        self.base = [group["lr"] for group in optimizer.param_groups]
-        self.steps, self.decays, self.constant = 0, [0] * len(self.base), None
-        self._apply()
+    def __init__(self, training: Training, number: int, saved: dict | None = None):
+        """saved: the `state` of the interrupted epoch."""
+        self.training, self.number, self.is_resumed = training, number, saved is not None
+        self.sampler = training.sampler
+        self.total_steps, self.steps_done, self.captions = len(self.sampler.steps), 0, 0
+        self.loss = torch.zeros((), device=training.run.device)  # summed over this process's batches
+        self.totals: dict[str, float | Tensor] = {}
+        self.row: dict[str, float] = {"epoch": number}  # of the history, as far as it is known
+        self.start_time, self.earlier_seconds, self.random_states = time.monotonic(), 0.0, None
+        if saved:
+            if saved["total_steps"] != self.total_steps or saved["steps"] > self.total_steps:
+                raise UserError(
+                    f"{training.output / LAST}: from an epoch of {saved['total_steps']} steps, but there "
+                    f"are {self.total_steps}; give --checkpoint and an epoch's file"
+                )
+            share = saved["processes"][training.run.state.process_index]
+            self.loss += share["loss"]
+            self.totals, self.random_states = dict(share["totals"]), share["random"]
+            self.steps_done, self.captions = saved["steps"], saved["captions"]
+            self.row, self.earlier_seconds = self.row | saved["line"], saved["seconds"]
+        self.sampler.start_epoch(number, self.steps_done)
 
-    def hold(self, rate: float | None) -> None:
-        """From now on this rate for all groups; None: the schedule."""
-        self.constant = rate
-        self._apply()
+    def state(self) -> dict:
+        """What the epoch goes on from; every process gives its share."""
+        run = self.training.run
+        totals = {name: float(value) for name, value in self.totals.items() if math.isfinite(value)}
+        share = {"loss": float(self.loss), "totals": totals, "random": random_states(run.device)}
+        shares = run.gather({run.state.process_index: share})
+        return {
+            "epoch": self.number,
+            "steps": self.steps_done,
+            "total_steps": self.total_steps,
+            "captions": self.captions,
+            "seconds": self.seconds(),
+            "line": dict(self.row),
+            "processes": [shares[rank] for rank in range(len(shares))],
+        }
 
-    def after_step(self) -> None:
-        self.steps += 1
-        if self.kind == "cosine":
-            self._apply()
+    def seconds(self) -> float:
+        return self.earlier_seconds + time.monotonic() - self.start_time
 
-    def before_epoch(self, epochs_since_improvement: int) -> None:
-        waited = epochs_since_improvement
-        if self.kind == "plateau" and waited and waited % self.decay_after == 0:
-            self.decays = [count + 1 for count in self.decays]
-            self._apply()
+    def note(self, **numbers: float) -> None:
+        """Numbers at the epoch's beginning, for its row of the history."""
+        self.row = self.row | {name: self.row.get(name, value) for name, value in numbers.items()}
 
-    def describe(self) -> str:
-        return " and ".join(f"{group['lr']:.2g}" for group in self.optimizer.param_groups)
+    def steps(self, batches: Iterable, report: Callable[[], dict[str, float]] = dict) -> Iterator[Step]:
+        """The steps that are left. Before the first one, torch's generators get the epoch's seed, or the
+        states that they had; between two, the rates and averages follow, and `Training.save_or_stop` acts.
 
-    def state_dict(self) -> dict:
-        return {"steps": self.steps, "decays": self.decays}
+        Args:
+            batches: what is loaded for each of the sampler's requests that are left.
+            report: further numbers on the epoch so far, for the progress bar and the history.
 
-    def load_state_dict(self, state: dict, restart: Iterable[int] = ()) -> None:
-        """Go on; the groups in `restart` got another base rate, so that they begin without decays."""
-        self.steps, self.decays = state["steps"], list(state["decays"])
-        for group in restart:
-            self.decays[group] = 0
-        self._apply()
+        Raises:
+            UserError: the loss is no longer a number.
+        """
+        training, run, sampler = self.training, self.training.run, self.sampler
+        training.begin_outputs()
+        # order and dropout of an epoch do not depend on a resume; dropout differs between processes
+        torch.manual_seed(training.settings.seed + self.number + 1000 * run.state.process_index)
+        if self.random_states:
+            set_random_states(self.random_states, run.device)
+        self.start_time = time.monotonic()
+        training.signals.delay()
+        loaded = ((request.indices, batch) for request, batch in zip(sampler, batches))
+        bar = {"desc": f"epoch {self.number}", "unit": "step", "disable": not run.is_main}
+        left = sampler.steps[self.steps_done :]
+        steps = progress_bar(left, initial=self.steps_done, total=self.total_steps, **bar)
+        for indices in steps:
+            yield Step(indices, itertools.islice(loaded, sampler.accumulation_steps))
+            training.schedule.after_step()
+            training.weights.update(training.schedule.steps)
+            self.steps_done += 1
+            if self.steps_done % 10 == 0:  # seldom: reading the loss waits for the device
+                steps.set_postfix_str(describe_training(self._numbers(report)))
+            training.save_or_stop()
+        self.row |= self._numbers(report)
+        if training.group or training.signals.number:  # one may have come since
+            training.save_or_stop()
+        training.after_steps = training.mid_epoch_state()
+        training.signals.release()
 
-    def _apply(self) -> None:
-        factor = 1.0
-        if self.kind == "cosine":
-            after = self.steps - self.warmup_steps
-            if after < 0:
-                factor = self.steps / self.warmup_steps
-            else:
-                share = after / max(1, self.total_steps - self.warmup_steps)
-                factor = max(0.0, 0.5 * (1 + math.cos(math.pi * share)))
-        for group, base, decays in zip(self.optimizer.param_groups, self.base, self.decays):
-            group["lr"] = base * factor * self.decay**decays if self.constant is None else self.constant
+    def record(self, loss: Tensor, captions: int = 0) -> None:
+        """Add this process's part of a step's loss, and how many captions all processes trained on."""
+        self.loss += loss
+        self.captions += captions
 
+    def _numbers(self, report: Callable[[], dict[str, float]]) -> dict[str, float]:
+        loss = float(self.training.run.sum(self.loss)) / self.steps_done
+        if not math.isfinite(loss):
+            remedy = " or ".join(f"--{name}" for name in dict.fromkeys(self.training.schedule.names))
+            raise UserError(f"the loss is no longer a number in epoch {self.number}: lower {remedy}")
+        rate = {"captions_per_second": self.captions / self.seconds()} if self.captions else {}
+        return {"train_loss": loss} | rate | report()
 
-# --- history ------------------------------------------------------------------------------------------------
+    def finish(self, scores: dict[str, float], captions: dict[str, str]) -> None:
+        """Add the epoch to the history, write its checkpoint and report it.
 
-
-def best_epoch(history: list[dict], score: str) -> int:
-    """Index of the first epoch with the highest `score` ("val_cider"); where all are 0, of the last."""
-    if not any(line[score] > 1e-6 for line in history):  # without a match, BLEU-4 is not quite 0
-        return len(history) - 1
-    return max(range(len(history)), key=lambda index: history[index][score])
-
-
-def epochs_since_improvement(history: list[dict], score: str) -> int:
-    return len(history) - 1 - best_epoch(history, score) if history else 0
-
-
-def epochs_of_patience(history: list[dict], settings) -> int:
-    """Epochs without a better score that count against `patience`; where a self-critical stage follows or has
-    begun, those of that stage alone."""
-    waited = epochs_since_improvement(history, settings.score)
-    if getattr(settings, "self_critical_after", None) is None:
-        return waited
-    return min(waited, sum(REWARD in line for line in history))
-
-
-def caption_scores(references: list[list[list[str]]], captions: dict[int, str]) -> dict[str, float]:
-    """{"val_bleu4", "val_cider"} of captions by index; references are tokenized, several of each image."""
-    hypotheses = [tokenize(captions[index]) for index in range(len(references))]
-    cider = CiderD.from_references(references).score(references, hypotheses)
-    return {"val_bleu4": bleu4(references, hypotheses), "val_cider": math.fsum(cider) / len(cider)}
-
-
-def report_best(run: Run, history: list[dict], score: str, output: Path) -> dict:
-    """Log and return the best epoch's row of the history."""
-    best = history[best_epoch(history, score)]
-    run.log(
-        f"best: epoch {best['epoch']} with validation BLEU-4 {best['val_bleu4']:.4f}, "
-        f"CIDEr {best['val_cider']:.4f}; written to {output}/"
-    )
-    return best
-
-
-def start_outputs(output: Path, source: Path | None, epochs: int, patterns: Sequence[str]) -> None:
-    """Leave in the output folder what belongs to the run that begins, and move the rest to earlier_N.
-
-    Args:
-        source: the checkpoint that the run goes on from, if any. epochs: that it has.
-        patterns: of a run's files.
-    """
-    if source is None or source.resolve().parent != output.resolve():
-        archive_previous_run(output, *patterns)
-        return
-    abandoned = epoch_checkpoints(output, after=epochs)
-    if source.name != LAST:
-        remove_superseded_state(output)
-        abandoned += output.glob(LAST)
-    if abandoned:
-        print(f"what {output}/ had after epoch {epochs} is now in {archive(output, abandoned)}/")
-    repair_outputs(output)
-
-
-def copy_best(source: Path, history: list[dict], score: str, output: Path) -> None:
-    """Give the output folder of a run that goes on from the checkpoint `source` of another folder the best
-    epoch so far, which is that checkpoint or stands beside it: the run may not find a better one."""
-    if not history or source.resolve().parent == output.resolve():
-        return
-    wanted = history[: best_epoch(history, score) + 1]
-    for file in (source, source.parent / "best_checkpoint.pth"):
-        if peek(file).get("history") == wanted:
-            output.mkdir(parents=True, exist_ok=True)
-            write_best(file, read_checkpoint(file), output)
-            return
-
-
-def repair_outputs(output: Path) -> None:
-    """Make a folder's best files, history.csv and curves.png those of its newest checkpoint, and remove the
-    checkpoints before it that do not stay, where a training was killed while it did so."""
-    remove_superseded_state(output)
-    files = epoch_checkpoints(output)
-    if not files or not is_main_process():
-        return
-    try:
-        newest = peek(files[-1])
-        history, score = newest["history"], f"val_{newest['settings']['select_by']}"
-        best = best_epoch(history, score)
-        file = output / f"checkpoint_epoch_{best + 1}.pth"
-        wanted = history[: best + 1]
-        stale = [name for name in BEST_FILES if peek(output / name).get("history") != wanted]
-        if "decoder" in newest and stale:
-            source = file if file.is_file() else output / "best_checkpoint.pth"
-            checkpoint = read_checkpoint(source)
-            if checkpoint["history"] == wanted:
-                write_best(source, checkpoint)
-                print(f"{output}: {', '.join(stale)} written again from {source.name}")
-        table = output / "history.csv"
-        if not table.is_file() or table.read_bytes().count(b"\n") != len(history) + 1:
-            write_table(table, history)
-        curves = output / "curves.png"
-        if not curves.is_file() or curves.stat().st_mtime < table.stat().st_mtime:
-            draw_curves(history, best, curves)
-        superfluous = superfluous_checkpoints(output, newest["settings"]["keep_checkpoints"])
-        if superfluous and read_checkpoint(files[-1]):  # whole
-            for older in superfluous:
-                older.unlink()
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError, UserError):
-        return  # not ours, or damaged: whoever reads it says so
-
-
-def remove_superseded_state(output: Path) -> None:
-    """Remove the state within an epoch that is now complete, where a training was killed between the two."""
-    files = epoch_checkpoints(output)
-    if files and (output / LAST).is_file() and is_main_process():
-        history, earlier = (peek(file).get("history") for file in (files[-1], output / LAST))
-        if is_earlier(earlier, history):
-            (output / LAST).unlink()
-
-
-def is_earlier(history: object, other: object) -> bool:
-    """Whether one history is of the same run as another one, some epochs before."""
-    if not isinstance(history, list) or not isinstance(other, list):
-        return False
-    return len(history) < len(other) and other[: len(history)] == history
-
-
-def save_epoch(
-    output: Path,
-    checkpoint: dict,
-    score: str,
-    write_best: Callable[[Path, dict], None],
-    keep_checkpoints: int,
-) -> None:
-    """Write the epoch's checkpoint and history.csv, and remove the state within it; where it is the best so
-    far, call `write_best(file, checkpoint)`.
-
-    keep_checkpoints: how many epochs' files stay; 0: all.
-    """
-    history = checkpoint["history"]
-    file = output / f"checkpoint_epoch_{len(history)}.pth"
-    save_checkpoint(file, checkpoint)
-    if epochs_since_improvement(history, score) == 0:
-        write_best(file, checkpoint)
-    write_table(output / "history.csv", history)
-    (output / LAST).unlink(missing_ok=True)
-    for older in superfluous_checkpoints(output, keep_checkpoints):
-        older.unlink()
-
-
-def superfluous_checkpoints(output: Path, keep_checkpoints: int) -> list[Path]:
-    return epoch_checkpoints(output)[:-keep_checkpoints] if keep_checkpoints else []
+        Args:
+            scores: on the validation images. captions: of them, by their ids.
+        """
+        training = self.training
+        self.row |= scores | {"seconds": self.seconds()}
+        training.history.append(self.row)
+        if training.run.is_main:
+            save_epoch(training.settings, training.checkpoint())
+        training.monitor.report_epoch(training.history, captions)
+        training.after_steps = None

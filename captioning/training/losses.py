@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from captioning.data.features import encode_images
 from captioning.data.prepared import UNK
 from captioning.decoding.teacher_forcing import token_logits
-from captioning.training.hard_attention import LocationLoss
-from captioning.training.loop import Run
+from captioning.training.optimization import Run
 from models import DecoderWithAttention, Encoder, normalize_images
 
 SAMPLING_STEPS = 5  # in which the probability of scheduled sampling rises to its value
@@ -59,8 +58,6 @@ class CrossEntropy:
         history: of the training so far. totals: of the epoch so far, kept up to date.
     """
 
-    remedy = "lower --decoder_lr or --encoder_lr"  # where the loss is no longer a number
-
     def __init__(
         self,
         encoder: Encoder,
@@ -74,7 +71,11 @@ class CrossEntropy:
     ):
         self.encoder, self.decoder, self.settings, self.run = encoder, decoder, settings, run
         self.unk, self.scheduled_sampling = word_map[UNK], scheduled_sampling
-        self.hard = LocationLoss(settings, run, history, totals) if settings.attention == "hard" else None
+        self.hard = None
+        if settings.attention == "hard":
+            from captioning.training.hard_attention import LocationLoss  # most trainings have none
+
+            self.hard = LocationLoss(settings, run, history, totals)
 
     def start_step(self, lengths: np.ndarray) -> None:
         """lengths: of all the step's captions, over all micro-batches and processes, so that every token has

@@ -1,269 +1,184 @@
-"""Resuming a training: which settings hold, what comes from the checkpoint, whether it is the same run."""
+"""Resuming a training: the settings that both trainings share, which of them hold, and where a run goes on.
+
+That is after an epoch, with its `checkpoint_epoch_N.pth`, or within one, with `last.pth`: a checkpoint with
+one more key, `progress`, the mid-epoch state. `loop.py` writes both.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from captioning.command_line import describe_settings, given_names
-from captioning.training.loop import LearningRate, Run, epochs_of_patience, is_earlier, start_outputs
-from captioning.weights.checkpoints import (
-    HISTORY,
-    LAST,
-    PROGRESS,
-    check_content,
-    check_room,
-    epoch_checkpoints,
-    peek,
-    read_checkpoint,
+from captioning.command_line import (
+    check_above_zero,
+    check_at_least,
+    check_share,
+    describe_settings,
+    given_names,
 )
-from utils import UserError, processes
+from captioning.weights.checkpoints import LAST, PROGRESS, check_content, epoch_checkpoints, peek
+from utils import Device, Terminated, UserError, processes
+
+# --- settings -----------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class TrainingSettings:
+    """Settings of both trainings.
+
+    Those that differ between the two, or are often changed, stand at the top of train.py and train_model.py.
+
+    Attributes:
+        fixed: settings that cannot change when a training is resumed.
+        rate_names: of each group of the optimizer, the setting of its learning rate.
+        output_files: patterns of the files that a training writes to its folder.
+    """
+
+    grad_accumulation: int = 1  # batches per step: big steps on a small GPU
+    decay_after: int = 8  # plateau: the rates fall after every this many epochs without a better score
+    decay: float = 0.8  # plateau: factor by which they fall
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # 16-bit autocast, on CUDA
+    select_by: Literal["bleu4", "cider"] = "cider"  # score by which the best epoch is chosen
+    resume: bool = False  # go on from the newest state in output_folder
+    checkpoint: str | None = None  # or go on from this file
+    log_with: Literal["none", "tensorboard", "wandb"] = "none"  # also report every epoch there
+    save_every: float = 10  # minutes between saves of last.pth, for --resume; 0: saved on Ctrl-C and SIGTERM
+    device: Device = "auto"  # auto: a GPU where there is one
+
+    if TYPE_CHECKING:  # in both scripts, each with its own default
+        output_folder: str
+        epochs: int
+        lr_schedule: Literal["plateau", "cosine"]
+        warmup: float
+        patience: int
+        keep_checkpoints: int
+        seed: int
+
+    fixed = rate_names = output_files = ()
+
+    def __post_init__(self):
+        check_at_least(self, 1, "epochs", "batch_size", "grad_accumulation", "decay_after")
+        check_at_least(self, 0, "patience", "weight_decay", "keep_checkpoints", "save_every", "seed")
+        check_above_zero(self, "grad_clip", "decay")
+        check_share(self, "warmup", "label_smoothing")
+
+    def defaults(self) -> dict[str, object]:
+        """The settings of a run for which none was given."""
+        return {field.name: field.default for field in fields(self)}
+
+    @property
+    def score(self) -> str:
+        """The column of the history by which the best epoch is chosen."""
+        return f"val_{self.select_by}"
+
+    @property
+    def scheduled_epochs(self) -> int:
+        """The epochs over which the learning rate's schedule runs."""
+        return self.epochs
+
+    @property
+    def has_self_critical_stage(self) -> bool:
+        return False
+
+
+SettingsType = TypeVar("SettingsType", bound=TrainingSettings)
 
 # these are of each run, whatever the checkpoint says
-OF_THIS_RUN = {"data_folder", "annotations", "image_folder", "output_folder", "resume", "checkpoint"}
-OF_THIS_RUN |= {
-    "id_column",
-    "caption_column",
-    "device",
-    "log_with",
-    "workers",
-    "cache_features",
-    "mixed_precision",
-    "keep_checkpoints",
-    "val_batch_size",
-    "save_every",
-}
+OF_THIS_RUN = {"data_folder", "annotations", "image_folder", "id_column", "caption_column", "output_folder",
+               "resume", "checkpoint", "device", "log_with", "workers", "cache_features", "mixed_precision",
+               "keep_checkpoints", "val_batch_size", "save_every"}  # fmt: skip
 # changed, these let an interrupted epoch go on where it was
-IN_MID_EPOCH = {"epochs", "patience", "select_by", "decoder_lr", "encoder_lr", "learning_rate"}
-IN_MID_EPOCH |= {"decay", "decay_after", "grad_clip", "grad_clip_by", "weight_decay"}
+IN_MID_EPOCH = {"epochs", "patience", "select_by", "decoder_lr", "encoder_lr", "learning_rate", "decay",
+                "decay_after", "grad_clip", "grad_clip_by", "weight_decay"}  # fmt: skip
 
 
-@dataclass
-class Resumed:
-    """A checkpoint that a training goes on from."""
-
-    checkpoint: dict
-    source: Path
-    changed: dict[str, str]  # settings with another value than the checkpoint's: "8 (was 16)"
-    # one line for the log: what this run changes, and what it takes from the checkpoint instead of its
-    # defaults
-    differences: str
-    unused: str = ""  # a newer state that cannot be gone on from, and why
-
-    @property
-    def history(self) -> list[dict]:
-        return self.checkpoint["history"]
-
-    @property
-    def progress(self) -> dict | None:
-        """Of a state within an epoch: how far the epoch has come; see captioning/training/interruption.py."""
-        return self.checkpoint.get("progress")
-
-    @classmethod
-    def find(
-        cls, settings, read: Callable[[Path], dict], fixed: Iterable[str], data: object = None
-    ) -> tuple[Any, Resumed | None]:
-        """The settings of the run, and what it goes on from, if it does: the file `settings.checkpoint`, or
-        with `settings.resume` the newest state in the output folder. That is `last.pth`, where it is whole
-        and within the epoch after the newest complete one, and where what this run changes leaves the
-        epoch's batches as they were; else the newest epoch's checkpoint.
-
-        Args:
-            read: a checkpoint's content, checked.
-            fixed: settings that cannot change, such as the sizes of the model.
-            data: plain values by which the training data are recognized.
-
-        Raises:
-            UserError: both settings are given; there is nothing to go on from; what `merge` raises.
-        """
-        if settings.resume and settings.checkpoint:
-            raise UserError("--resume and --checkpoint are two ways to say where to go on: give one")
-        if settings.checkpoint:
-            return cls._go_on(settings, read, Path(settings.checkpoint), fixed, data)
-        if not settings.resume:
-            return settings, None
-        files, last = epoch_checkpoints(settings.output_folder), Path(settings.output_folder) / LAST
-        newest, unused = newest_history(files), ""
-        if last.is_file() and not is_earlier(peek(last).get("history"), newest):  # else its epoch is complete
-            try:
-                merged, resumed = cls._go_on(settings, read, last, fixed, data)
-                if resumed.progress is None or resumed.history != newest:
-                    raise UserError(f"{last}: not of the epoch after the newest in its folder; remove it")
-                return merged, resumed
-            except UserError as error:
-                if not files:
-                    raise
-                unused = str(error).partition(";")[0]
-        if not files:
-            raise UserError(
-                f"{settings.output_folder}: no checkpoint_epoch_N.pth or {LAST} in it; start without --resume"
-            )
-        merged, resumed = cls._go_on(settings, read, files[-1], fixed, data)
-        return merged, replace(resumed, unused=unused)
-
-    @classmethod
-    def _go_on(
-        cls, settings, read: Callable[[Path], dict], source: Path, fixed: Iterable[str], data: object
-    ) -> tuple[Any, Resumed]:
-        """`merge`, and where the source is within an epoch, UserError if that cannot go on."""
-        checkpoint = read(source)
-        check_content(source, checkpoint, {"progress?": PROGRESS})
-        merged, resumed = cls.merge(settings, checkpoint, source, fixed)
-        progress = resumed.progress
-        if progress is None:
-            return merged, resumed
-        obstacles = [f"{name} {text}" for name, text in resumed.changed.items() if name not in IN_MID_EPOCH]
-        count, earlier = processes().num_processes, len(progress["processes"])
-        if count != earlier:
-            obstacles.append(f"processes {count} (was {earlier})")
-        if progress.get("data") != data:
-            obstacles.append("other training data")
-        if progress["epoch"] != len(resumed.history) + 1:
-            obstacles.append(f"a history of {len(resumed.history)} epochs")
-        if obstacles:
-            raise UserError(
-                f"{source}: in the middle of epoch {progress['epoch']}, which cannot go on with "
-                f"{', '.join(obstacles)}; leave that out, go on from an epoch's checkpoint, or train anew"
-            )
-        return merged, resumed
-
-    @classmethod
-    def merge(cls, settings, checkpoint: dict, source: Path, fixed: Iterable[str]) -> tuple[Any, Resumed]:
-        """The settings of the run that goes on, and what it goes on from.
-
-        Settings given on the command line apply. All others come from the checkpoint, except those in
-        OF_THIS_RUN, and `epochs`, for which the larger value is used.
-
-        Args:
-            settings: of this run.
-            fixed: settings that cannot change, such as the sizes of the model.
-
-        Raises:
-            UserError: a fixed setting was given another value, or there is no epoch left.
-        """
-        given, values, changed, kept = given_names(settings), {}, {}, {}
-        for name in settings.__dataclass_fields__:
-            ours = getattr(settings, name)
-            theirs = checkpoint["settings"].get(name, ours)
-            if name in OF_THIS_RUN or ours == theirs:
-                continue
-            if name in given and name in fixed:
-                raise UserError(
-                    f"--{name} {ours}: {source} was trained with {theirs}; leave it out, or train anew"
-                )
-            if name in given or (name == "epochs" and ours > theirs):
-                changed[name] = f"{ours} (was {theirs})"
-            else:
-                values[name] = theirs
-                kept[name] = f"{theirs} (not {ours})"
-        settings, history = replace(settings, **values), checkpoint["history"]
-        if len(history) >= settings.epochs:
-            raise UserError(f"{source} has its {len(history)} epochs: raise --epochs to go on")
-        parts = ["changed: " + describe_settings(changed)] if changed else []
-        parts += ["from the checkpoint: " + describe_settings(kept)] if kept else []
-        differences = "; ".join(parts) or "the settings are the checkpoint's"
-        return settings, cls(checkpoint, source, changed, differences)
-
-    def restore(
-        self,
-        optimizer: torch.optim.Optimizer,
-        rates: LearningRate,
-        run: Run,
-        modules: Sequence[nn.Module],
-        rate_names: Sequence[str],
-    ) -> str:
-        """Take optimizer, rates and scaler from the checkpoint; return a line on what is in force.
-
-        Args:
-            modules: whose parameters the optimizer's groups hold, one module per group.
-            rate_names: the setting of each group's rate; one that was changed begins without decays.
-        """
-        states = self.checkpoint
-        if "optimizers" in states:
-            states = states | merge_optimizers(states["optimizers"], optimizer, modules)
-        kept = "optimizer" in states
-        if kept:
-            options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-            try:
-                optimizer.load_state_dict(states["optimizer"])
-            except ValueError:  # of the first release, which left out what was frozen
-                kept = False
-            except (KeyError, TypeError, AttributeError, IndexError, RuntimeError):
-                raise UserError(
-                    f"{self.source}: its optimizer's state is damaged; go on from another"
-                ) from None
-            for group, ours in zip(optimizer.param_groups, options):
-                group.update(ours)  # the weight decay is a setting; the rates follow below
-            self._check_averages(optimizer)
-            if len(states.get("rates", {}).get("decays", rates.decays)) != len(rates.decays):
-                raise UserError(f"{self.source}: its learning rates are damaged")
-            restarted = [number for number, name in enumerate(rate_names) if name in self.changed]
-            earlier = {"steps": states.get("schedule", {}).get("last_epoch", 0), "decays": rates.decays}
-            rates.load_state_dict(states.get("rates", earlier), restarted)
-            if states.get("scaler") and run.scaler.is_enabled():
-                run.scaler.load_state_dict(states["scaler"])
-        where, progress = f"after epoch {len(self.history)} of {self.source}", self.progress
-        if progress:
-            steps = f"{progress['steps']} of its {progress['total_steps']} steps"
-            where = f"in epoch {progress['epoch']} after {steps}, from {self.source}"
-        if self.unused:
-            where += f" (not from {self.unused})"
-        return (
-            f"going on {where}; {self.differences}; Adam's state "
-            f"{'kept' if kept else 'starts anew'}; learning rates now {rates.describe()}"
-        )
-
-    def _check_averages(self, optimizer: torch.optim.Optimizer) -> None:
-        for parameter, state in optimizer.state.items():
-            averages = [state.get(name) for name in ("exp_avg", "exp_avg_sq")]
-            shapes = [getattr(average, "shape", None) for average in averages]
-            if shapes != [parameter.shape] * 2 or not all(bool(a.isfinite().all()) for a in averages):
-                raise UserError(f"{self.source}: its optimizer's state is damaged")
+def differing_settings(settings: TrainingSettings, earlier: Mapping[str, object]) -> dict[str, object]:
+    """Of the settings that now have another value than `earlier`, and are not of each run, that value."""
+    names = [field.name for field in fields(settings) if field.name not in OF_THIS_RUN]
+    ours = {name: getattr(settings, name) for name in names if name in earlier}
+    return {name: earlier[name] for name, value in ours.items() if value != earlier[name]}
 
 
-def begin_outputs(
-    run: Run,
-    output: Path,
-    settings,
-    optimizer: torch.optim.Optimizer,
-    resumed: Resumed | None,
-    patterns: Sequence[str],
-) -> None:
-    """Look whether there is room for what the run will write, `start_outputs`, and begin its log.
+def merge_settings(
+    settings: SettingsType, checkpoint: dict, source: Path
+) -> tuple[SettingsType, dict[str, str], str]:
+    """The settings of a run that goes on from the checkpoint in the file `source`.
+
+    Those that were given on the command line hold, and those whose default is another one than when the
+    checkpoint was written: it was edited. All others are the checkpoint's, but for those that are of each
+    run, and for `epochs`, of which the larger holds.
+
+    Returns:
+        The settings; what they change, by name: "8 (was 16)"; a line on this and on what they keep.
 
     Raises:
-        UserError: there is not enough for one epoch.
+        UserError: a fixed setting would change, or there is no epoch left.
     """
-    done, source = (len(resumed.history), resumed.source) if resumed else (0, None)
-    if run.is_main:
-        check_room(output, optimizer, settings.epochs - done, settings.keep_checkpoints, run.log)
-        start_outputs(output, source, done, patterns)
-    run.log_file = output / "train.log"  # set only now: archiving would move it
+    defaults, earlier_defaults = settings.defaults(), checkpoint.get("defaults", {})
+    from_user = given_names(settings)
+    edited = {name for name, value in defaults.items() if earlier_defaults.get(name, value) != value}
+    edited, from_user = edited - from_user, edited | from_user
+    kept, changed, from_checkpoint = {}, {}, {}
+    for name, theirs in differing_settings(settings, checkpoint["settings"]).items():
+        ours = getattr(settings, name)
+        if name in settings.fixed and name in from_user:
+            setting, remedy = (name, "edit it back") if name in edited else (f"--{name}", "leave it out")
+            raise UserError(f"{setting} {ours}: {source} was trained with {theirs}; {remedy}, or train anew")
+        if name in from_user or (name == "epochs" and ours > theirs):
+            changed[name] = f"{ours} (was {theirs}{'; edited' if name in edited else ''})"
+        else:
+            kept[name], from_checkpoint[name] = theirs, f"{theirs} (not {ours})"
+    settings, epochs = replace(settings, **kept), len(checkpoint["history"])
+    if epochs >= settings.epochs:
+        raise UserError(f"{source} has its {epochs} epochs: raise --epochs to go on")
+    parts = [f"changed: {describe_settings(changed)}"] if changed else []
+    parts += [f"from the checkpoint: {describe_settings(from_checkpoint)}"] if kept else []
+    return settings, changed, "; ".join(parts) or "the settings are the checkpoint's"
 
 
-def merge_optimizers(
-    earlier: dict[str, dict], optimizer: torch.optim.Optimizer, modules: Sequence[nn.Module]
-) -> dict:
-    """The states of the first release's two optimizers, "decoder" and "encoder", which held what was
-    trainable then, as those of one optimizer with a group per module; {} where they do not fit."""
-    state, decays, offset = {}, [], 0
-    for name, module, group in zip(("decoder", "encoder"), modules, optimizer.param_groups):
-        trainable = [i for i, parameter in enumerate(module.parameters()) if parameter.requires_grad]
-        ours = earlier.get(name, {"param_groups": [{"params": [], "lr": group["lr"]}]})["param_groups"][0]
-        decays.append(round(math.log(ours["lr"] / group["lr"], 0.8)) if ours["params"] else 0)
-        if ours["params"] and len(ours["params"]) == len(trainable):
-            state |= {offset + trainable[i]: values for i, values in earlier[name]["state"].items()}
-        offset += len(list(module.parameters()))
-    if not state:
-        return {}
-    merged = {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-    return {"optimizer": merged, "rates": {"steps": 0, "decays": decays}}
+# --- the history --------------------------------------------------------------------------------------------
+
+REWARD = "train_reward"  # column of the epochs of self-critical training
+
+
+def best_epoch(history: list[dict], score: str) -> int:
+    """Index of the first epoch with the highest `score` ("val_cider"); where all are 0, of the last."""
+    if not any(row[score] for row in history):
+        return len(history) - 1
+    return max(range(len(history)), key=lambda index: history[index][score])
+
+
+def epochs_since_improvement(history: list[dict], score: str) -> int:
+    return len(history) - 1 - best_epoch(history, score) if history else 0
+
+
+def epochs_of_patience(history: list[dict], settings: TrainingSettings) -> int:
+    """Epochs without a better score that count against `patience`; where a self-critical stage follows or has
+    begun, those of that stage alone."""
+    epochs = epochs_since_improvement(history, settings.score)
+    if settings.has_self_critical_stage:
+        return min(epochs, sum(REWARD in row for row in history))
+    return epochs
+
+
+def is_complete(settings: TrainingSettings, history: list[dict]) -> bool:
+    return len(history) >= settings.epochs or 0 < settings.patience <= epochs_of_patience(history, settings)
+
+
+def is_earlier(history: object, other: object) -> bool:
+    """Whether one history is of the same run as another one, some epochs before."""
+    if not isinstance(history, list) or not isinstance(other, list):
+        return False
+    return len(history) < len(other) and other[: len(history)] == history
 
 
 def newest_history(files: Sequence[Path]) -> list[dict] | None:
@@ -271,27 +186,177 @@ def newest_history(files: Sequence[Path]) -> list[dict] | None:
     return peek(files[-1]).get("history") if files else []
 
 
-def find_same_run(settings, data: object) -> tuple[Path, list[dict]] | None:
-    """The newest state in the output folder and its history, where it was trained on these data with these
-    settings; their number of epochs, and what is of each run, may differ."""
-    files = epoch_checkpoints(settings.output_folder)
-    newest = newest_history(files)
-    for file in (Path(settings.output_folder) / LAST, *files[-1:]):
+# --- where a run goes on ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A checkpoint that a training goes on from.
+
+    Attributes:
+        changed: settings with another value than the checkpoint's: "8 (was 16)".
+        differences: a line on these, and on what comes from the checkpoint in place of this run's defaults.
+        refused: a newer state that this run cannot go on from, and why.
+    """
+
+    checkpoint: dict
+    source: Path
+    changed: dict[str, str]
+    differences: str
+    refused: str = ""
+
+    @property
+    def history(self) -> list[dict]:
+        return self.checkpoint["history"]
+
+    @property
+    def mid_epoch(self) -> dict | None:
+        """How far an interrupted epoch had come; see `loop.Epoch.state`."""
+        return self.checkpoint.get("progress")
+
+    def describe_place(self) -> str:
+        place = f"after epoch {len(self.history)} of {self.source}"
+        if self.mid_epoch:
+            steps = f"{self.mid_epoch['steps']} of its {self.mid_epoch['total_steps']} steps"
+            place = f"in epoch {self.mid_epoch['epoch']} after {steps}, from {self.source}"
+        return f"{place} (not from {self.refused})" if self.refused else place
+
+
+def find_resumable(
+    settings: SettingsType, read: Callable[[Path], dict], data: object = None
+) -> tuple[SettingsType, Resumed | None]:
+    """The settings of the run, and what it goes on from, if it does: the file `settings.checkpoint`, or with
+    `settings.resume` the newest state in the output folder. That is `last.pth`, where it is whole and within
+    the epoch after the newest complete one, and where what this run changes leaves the epoch's batches as
+    they were; else the newest epoch's checkpoint.
+
+    Args:
+        read: a checkpoint's content, checked.
+        data: plain values by which the training data are recognized in mid-epoch.
+
+    Raises:
+        UserError: both settings are given; there is nothing to go on from; what `merge_settings` raises.
+    """
+    if settings.resume and settings.checkpoint:
+        raise UserError("--resume and --checkpoint are two ways to say where to go on: give one")
+    if settings.checkpoint:
+        return _resume_from(Path(settings.checkpoint), settings, read, data)
+    if not settings.resume:
+        return settings, None
+    files, last = epoch_checkpoints(settings.output_folder), Path(settings.output_folder) / LAST
+    newest, refused = newest_history(files), ""
+    if last.is_file() and not is_earlier(peek(last).get("history"), newest):  # else its epoch is complete
         try:
-            checkpoint = read_checkpoint(file)
-            check_content(file, checkpoint, {"settings": dict, "history": HISTORY})
-            earlier, history = checkpoint["settings"], checkpoint["history"]
-            same = checkpoint["data"] == data and history == newest
-        except (KeyError, ValueError, UserError):  # no file, or none of ours
-            continue
-        for name, value in asdict(settings).items():
-            if name not in {*OF_THIS_RUN, "epochs"}:
-                same = same and earlier.get(name, value) == value
-        if same:
-            return file, history
-    return None
+            merged, resumed = _resume_from(last, settings, read, data)
+            if resumed.mid_epoch is None or resumed.history != newest:
+                raise UserError(f"{last}: not of the epoch after the newest in its folder; remove it")
+            return merged, resumed
+        except UserError as error:
+            if not files:
+                raise
+            refused = str(error).partition(";")[0]
+    if not files:
+        raise UserError(
+            f"{settings.output_folder}: no checkpoint_epoch_N.pth or {LAST} in it; start without --resume"
+        )
+    merged, resumed = _resume_from(files[-1], settings, read, data)
+    return merged, replace(resumed, refused=refused)
 
 
-def is_complete(settings, history: list[dict]) -> bool:
-    waited = epochs_of_patience(history, settings)
-    return len(history) >= settings.epochs or 0 < settings.patience <= waited
+def _resume_from(
+    source: Path, settings: SettingsType, read: Callable[[Path], dict], data: object
+) -> tuple[SettingsType, Resumed]:
+    """Raises UserError also where the source is within an epoch that cannot go on."""
+    checkpoint = read(source)
+    check_content(source, checkpoint, {"progress?": PROGRESS, "defaults?": dict})
+    settings, changed, differences = merge_settings(settings, checkpoint, source)
+    resumed = Resumed(checkpoint, source, changed, differences)
+    state = resumed.mid_epoch
+    if state is None:
+        return settings, resumed
+    obstacles = [f"{name} {text}" for name, text in changed.items() if name not in IN_MID_EPOCH]
+    count, earlier_count = processes().num_processes, len(state["processes"])
+    if count != earlier_count:
+        obstacles.append(f"processes {count} (was {earlier_count})")
+    if state.get("data") != data:
+        obstacles.append("other training data")
+    if state["epoch"] != len(resumed.history) + 1:
+        obstacles.append(f"a history of {len(resumed.history)} epochs")
+    if obstacles:
+        raise UserError(
+            f"{source}: in the middle of epoch {state['epoch']}, which cannot go on with "
+            f"{', '.join(obstacles)}; leave that out, go on from an epoch's checkpoint, or train anew"
+        )
+    return settings, resumed
+
+
+# --- in mid-epoch -------------------------------------------------------------------------------------------
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """The states of torch's default generators, of the CPU and of the device, by the device's type."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[device.type] = torch.get_device_module(device).get_rng_state()
+    return states
+
+
+def set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
+    """Go on from `random_states`; a device that they have none of stays as it was seeded."""
+    torch.set_rng_state(states["cpu"])
+    if device.type != "cpu" and device.type in states:
+        torch.get_device_module(device).set_rng_state(states[device.type])
+
+
+SAME_SIGNAL = 2.0  # seconds: torchrun passes on a Ctrl-C that its processes get from the terminal too
+
+
+class StopSignals:
+    """SIGTERM and Ctrl-C: while they are delayed the first one is noted, and a second one ends the run; else
+    they end it at once.
+
+    Attributes:
+        number: of the signal that was noted; 0: none came.
+    """
+
+    def __init__(self):
+        self.number, self.time, self.are_delayed = 0, 0.0, False
+        self.earlier_handlers: dict[int, object] = {}
+
+    def delay(self, number: int = 0) -> None:
+        """From now on until `release`. number: of one that has come already."""
+        self.are_delayed, self.number, self.time = True, self.number or number, time.monotonic()
+
+    def release(self) -> None:
+        """End the run if one has come."""
+        self.are_delayed = False
+        if self.number:
+            raise ending(self.number)
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """Within the block; other threads than the main one get no signals."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.earlier_handlers[number] = signal.signal(number, self._handle)
+        try:
+            yield
+        finally:
+            for number, handler in self.earlier_handlers.items():
+                if handler is not None:  # it was Python's
+                    signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if not self.are_delayed:
+            if callable(self.earlier_handlers[number]):
+                self.earlier_handlers[number](number, frame)
+            raise ending(number)
+        if not self.number:
+            self.number, self.time = int(number), time.monotonic()
+        elif time.monotonic() > self.time + SAME_SIGNAL:
+            raise ending(number)
+
+
+def ending(number: int, message: str = "") -> KeyboardInterrupt:
+    """The exception that ends the run after a signal."""
+    return (Terminated if number == signal.SIGTERM else KeyboardInterrupt)(message)

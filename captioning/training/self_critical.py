@@ -12,22 +12,19 @@ others. There is no greedy pass. With S samples of an image, reward r_s and word
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captioning.data.prepared import END, START, Prepared
+from captioning.data.prepared import END, START
 from captioning.decoding.sampling import draw_captions
 from captioning.decoding.teacher_forcing import token_logits
-from captioning.training.averaging import WeightAverage
-from captioning.training.curves import REWARD
-from captioning.training.loop import LearningRate, Run
 from captioning.training.losses import drop_channels, encode
-from captioning.weights.checkpoints import load_checkpoint
-from metrics import CiderD, tokenize
+from captioning.training.optimization import Run
+from captioning.training.resume import REWARD
+from metrics import CiderD
 from metrics.ngrams import bleu_counts, named_bleu
 from models import DecoderWithAttention, Encoder
 
@@ -67,8 +64,6 @@ class SelfCritical:
         totals: of this process's samples in the epoch so far, kept up to date: "rewards" summed, "samples"
             counted.
     """
-
-    remedy = "lower --self_critical_lr"  # where the loss is no longer a number
 
     def __init__(
         self,
@@ -110,13 +105,13 @@ class SelfCritical:
 
     def finish_step(self) -> float:
         """The number of words of the step's samples, over all processes."""
-        words = self.run.gather({self.run.state.process_index: self.step_words})
-        return float(sum(words.values()))
+        return float(self.run.sum(torch.tensor(self.step_words)))
 
     def report(self) -> dict[str, float]:
         """The mean reward of all processes' samples in the epoch so far."""
-        parts = self.run.gather({self.run.state.process_index: self.totals}).values()
-        return {REWARD: sum(part["rewards"] for part in parts) / sum(part["samples"] for part in parts)}
+        totals = torch.tensor([self.totals["rewards"], self.totals["samples"]], dtype=torch.float64)
+        rewards, samples = self.run.sum(totals).tolist()
+        return {REWARD: rewards / samples}
 
     def _uniforms(self, indices: Sequence[int]) -> Tensor:
         """Random numbers in [0, 1) (N, S, longest), each image's its own."""
@@ -164,42 +159,3 @@ def draw_samples(
     captions = F.pad(words, (1, 0), value=start)
     captions = captions * (torch.arange(captions.shape[2]) < lengths.unsqueeze(2))
     return captions[:, :, : int(lengths.max())], lengths
-
-
-def start_self_critical(
-    settings,
-    average: WeightAverage,
-    optimizer: torch.optim.Optimizer,
-    rates: LearningRate,
-    history: list[dict],
-    is_given: bool,
-    run: Run,
-    has_begun: bool = False,
-) -> Reward:
-    """Prepare the self-critical stage: a new Adam and, unless `is_given`, the best epoch's weights.
-
-    Args:
-        settings: of the training: `data_folder`, `output_folder`, `self_critical_lr`, `reward_bleu4`.
-        history: of the epochs so far; where the last one was self-critical, the stage goes on.
-        is_given: begin with the weights as they are, those of a checkpoint that the user chose.
-        has_begun: the run goes on in the middle of an epoch of the stage.
-    """
-    records = Prepared(settings.data_folder).records("train")
-    reward = Reward([[tokenize(text) for text in r.captions] for r in records], settings.reward_bleu4)
-    rates.hold(settings.self_critical_lr)
-    run.log(
-        f"from epoch {len(history) + 1} on training is self-critical, with a rate of {rates.constant:.2g}"
-    )
-    if has_begun or (history and REWARD in history[-1]):
-        return reward
-    optimizer.state.clear()
-    run.state.wait_for_everyone()  # until the best is written
-    best = Path(settings.output_folder) / "best_checkpoint.pth"
-    start = average.states()
-    if best.is_file() and not is_given:
-        start = load_checkpoint(best, "encoder", "decoder")
-        run.log(f"    it starts from the weights of epoch {len(start['history'])}, the best one")
-    average.restart(
-        {name: start[name] for name in ("encoder", "decoder")}, average.steps
-    )  # from the averages
-    return reward

@@ -1,8 +1,8 @@
 """Checkpoint files: writing them, reading them without running what they say, models out of them.
 
 A checkpoint is a dictionary of tensors and plain values: `settings` of the training, `word_map`, `data` (the
-record of the prepared data), `history` (a line an epoch), and the state_dicts `encoder`, `decoder`,
-`optimizers`. `encoder.pth` and `decoder.pth` have one of the models each.
+record of the prepared data), `history` (a line an epoch), the state_dicts `encoder`, `decoder`, `optimizer`,
+and what else a training needs to go on. `encoder.pth` and `decoder.pth` have one of the models each.
 """
 
 from __future__ import annotations
@@ -11,19 +11,17 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from captioning.command_line import LARGEST
 from captioning.data.hdf5 import require_disk_space
-from captioning.data.prepared import find_word_map_problem, read_prepared
+from captioning.data.prepared import find_word_map_problem
 from captioning.files import Number, OutputFile, find_mismatch
 from captioning.weights.pretrained import build_encoder
-from captioning.weights.tutorial_checkpoint import read_tutorial_checkpoint
 from models import Attention, DecoderWithAttention, Encoder, HardAttention
 from utils import UserError, atomic_write, pick_device, read_json, readable_size
 
@@ -33,20 +31,6 @@ def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
     it."""
     with atomic_write(path) as tmp_path, OutputFile(tmp_path, path) as stream:
         torch.save(checkpoint, stream)
-
-
-def checkpoint_content(
-    states: dict[str, dict], history: list[dict], word_map: dict[str, int], settings
-) -> dict:
-    """What a checkpoint of the attention model holds: the `states` of the training, and what they are of."""
-    record = read_prepared(settings.data_folder)
-    about = {
-        "settings": asdict(settings),
-        "word_map": word_map,
-        "data": {key: record[key] for key in ("settings", "inputs")},
-        "history": list(history),
-    }
-    return about | states
 
 
 def read_checkpoint(path: str | Path) -> object:
@@ -86,7 +70,9 @@ def load_checkpoint(path: str | Path, *needed: str, word_map_path: str | Path | 
     word_map = None if word_map_path is None else read_json(word_map_path)
     try:
         checkpoint = read_checkpoint(path)
-    except ValueError:
+    except ValueError:  # not one of ours
+        from captioning.weights.tutorial_checkpoint import read_tutorial_checkpoint
+
         checkpoint = read_tutorial_checkpoint(path, word_map)
     check_content(path, checkpoint, CHECKPOINT | {name: WEIGHTS for name in needed})
     problem = find_word_map_problem(checkpoint["word_map"])
@@ -127,6 +113,24 @@ def check_room(
         )
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, source: str | Path) -> None:
+    """Load the state of Adam, read from the file `source`; rates and weight decay stay as they are set.
+
+    Raises:
+        UserError: it is damaged, or of other parameters.
+    """
+    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state)
+        moments = [(p, s[name]) for p, s in optimizer.state.items() for name in ("exp_avg", "exp_avg_sq")]
+        if any(m.shape != p.shape or not bool(m.isfinite().all()) for p, m in moments):
+            raise ValueError
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError):
+        raise UserError(f"{source}: its optimizer's state is damaged; go on from another") from None
+    for group, values in zip(optimizer.param_groups, options):
+        group.update(values)
+
+
 class Weights:
     """A state_dict of finite numbers; a schema."""
 
@@ -159,9 +163,7 @@ STATES = {  # what a training that goes on takes from a checkpoint, if it is the
     "unaveraged?": {"encoder?": WEIGHTS, "decoder": WEIGHTS},
     "history": HISTORY,
     "optimizer?": {"state": dict, "param_groups": [{"params": [int], "lr": Number(0, whole=False)}]},
-    "optimizers?": {str: {"state": dict, "param_groups": [{"params": [int], "lr": Number(0, whole=False)}]}},
     "rates?": {"steps": Number(0), "decays": [int]},
-    "schedule?": {"last_epoch?": Number(0)},
     "scaler?": dict,
 }
 
@@ -184,7 +186,7 @@ class CpuRandomState(RandomState):
             return False
 
 
-# the state within an epoch, beside the epochs' checkpoints; see captioning/training/interruption.py
+# the mid-epoch state, beside the epochs' checkpoints; see captioning/training/loop.py
 LAST = "last.pth"
 PROGRESS = {
     "epoch": Number(1),
@@ -301,7 +303,8 @@ def encoder_from(checkpoint: dict, source: str | Path) -> Encoder:
         encoder.image_size = checkpoint["data"]["settings"]["image_size"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{source}: a damaged checkpoint: {error} is missing or misused") from None
-    _load_state(encoder, checkpoint["encoder"], source)
+    _require_same_weights(encoder.state_dict(), checkpoint["encoder"], "encoder", source)
+    encoder.load_state_dict(checkpoint["encoder"])
     return encoder
 
 
@@ -316,18 +319,31 @@ def decoder_from(checkpoint: dict, source: str | Path) -> DecoderWithAttention:
         sizes += [len(checkpoint["word_map"]), weights["f_beta.weight"].shape[0], settings["dropout"]]
         with torch.device("meta"):  # shapes without memory: damaged sizes would ask for much of it
             expected = DecoderWithAttention(*sizes, attention).state_dict()
-        if any(expected[name].shape != weights[name].shape for name in expected):
-            raise UserError(f"{source}: its weights do not fit its settings; train it anew")
+        _require_same_weights(expected, weights, "decoder", source)
         decoder = DecoderWithAttention(*sizes, attention)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{source}: a damaged checkpoint: {error} is missing or misused") from None
-    _load_state(decoder, weights, source)
+    decoder.load_state_dict(weights)
     return decoder.eval()
 
 
-def _load_state(module: nn.Module, state: dict, source: str | Path) -> None:
-    try:
-        module.load_state_dict(state)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{source}: its weights do not fit its settings ({reason}); train it anew") from None
+SHOWN = 6  # of the weights that differ
+
+
+def _require_same_weights(
+    expected: dict[str, Tensor], weights: dict[str, Tensor], part: str, source: str | Path
+) -> None:
+    """Raise UserError, which names those that differ, unless the weights are as `expected`."""
+    differences = [f"lacks {name}" for name in expected if name not in weights]
+    differences += [f"has {name}" for name in weights if name not in expected]
+    differences += [
+        f"has {name} of {tuple(weights[name].shape)} in place of {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    if differences:
+        more = f", and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
+        raise UserError(
+            f"{source}: its {part} is not the one of models.py and its settings: it "
+            f"{', '.join(differences[:SHOWN])}{more}; train it anew, or put models.py back as it was"
+        )

@@ -63,7 +63,7 @@ def no_meteor(monkeypatch):
     def missing():
         raise MeteorDataError("METEOR needs the data of pycocoevalcap: pip install pycocoevalcap")
 
-    monkeypatch.setattr(metrics, "Meteor", missing)
+    monkeypatch.setattr(metrics.scores, "Meteor", missing)
 
 
 @pytest.fixture(params=["photographs", "demonstration"])

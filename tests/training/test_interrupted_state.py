@@ -18,8 +18,9 @@ from interrupted_training import OPTIONS, assert_same, assert_same_training, int
 
 import train
 from captioning.command_line import make_settings
-from captioning.training import interruption, validation
-from captioning.training.loop import Run
+from captioning.training import loop
+from captioning.training import resume as resuming
+from captioning.training.optimization import Run
 from utils import UserError
 
 
@@ -34,7 +35,7 @@ def whole(prepared, tmp_path_factory):
 def test_a_signal_in_the_validation_keeps_the_epochs_training(prepared, whole, tmp_path, monkeypatch, capsys):
     settings = small_settings(prepared, tmp_path / "cut", **OPTIONS)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="8 of its 8 steps") as raised:
-        patch.setattr(validation, "caption_scores", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(train, "caption_scores", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         train.train(settings)
     assert "epoch 1 is saved after" in str(raised.value)
     interrupt(monkeypatch, train.train, replace(settings, resume=True), 1)  # that of epoch 2
@@ -46,7 +47,7 @@ def test_a_signal_in_the_validation_keeps_the_epochs_training(prepared, whole, t
 def test_a_signal_after_an_epochs_checkpoint(prepared, whole, tmp_path, monkeypatch):
     settings = small_settings(prepared, tmp_path / "cut", **OPTIONS)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="epoch 1 is complete in"):
-        patch.setattr(train.Monitor, "report_epoch", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(loop.Monitor, "report_epoch", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         train.train(settings)
     assert not (tmp_path / "cut" / "last.pth").exists()
     train.train(replace(settings, resume=True))
@@ -196,8 +197,8 @@ def test_going_back_moves_the_state_away(prepared, cut, capsys):
 def test_the_clock_decides(prepared, tmp_path, monkeypatch):
     """Every 0.1 minutes, of steps that take 2 seconds: after every third of eight."""
     clock, written = itertools.count(0, 2), []
-    monkeypatch.setattr(interruption.time, "monotonic", lambda: now[0])
-    now, step, save = [0.0], Run.step, interruption.save_checkpoint
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    now, step, save = [0.0], Run.step, loop.save_checkpoint
 
     def timed(*arguments):
         step(*arguments)
@@ -208,7 +209,7 @@ def test_the_clock_decides(prepared, tmp_path, monkeypatch):
         written.append((content["progress"]["epoch"], content["progress"]["steps"]))
 
     monkeypatch.setattr(Run, "step", timed)
-    monkeypatch.setattr(interruption, "save_checkpoint", recorded)
+    monkeypatch.setattr(loop, "save_checkpoint", recorded)
     train.train(small_settings(prepared, tmp_path / "a", **OPTIONS, save_every=0.1))
     assert written == [(1, 3), (1, 6), (2, 1), (2, 4), (2, 7)] and not (tmp_path / "a" / "last.pth").exists()
     written.clear()
@@ -220,7 +221,7 @@ def test_a_full_disk_does_not_end_the_training(prepared, whole, tmp_path, monkey
     def fail(path, _):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(interruption, "save_checkpoint", fail)
+    monkeypatch.setattr(loop, "save_checkpoint", fail)
     train.train(small_settings(prepared, tmp_path / "a", **OPTIONS, epochs=1, save_every=1e-9))
     assert "(No space left on device); the training goes on" in capsys.readouterr().out
     told = interrupt(
@@ -231,7 +232,7 @@ def test_a_full_disk_does_not_end_the_training(prepared, whole, tmp_path, monkey
 
 
 def test_a_second_signal_ends_at_once(prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(interruption, "SAME_SIGNAL", 0.0)
+    monkeypatch.setattr(resuming, "SAME_SIGNAL", 0.0)
     settings, backward, calls = small_settings(prepared, tmp_path, **OPTIONS), Run.backward, []
 
     def impatient(*arguments):

@@ -16,9 +16,7 @@ import train
 from captioning.data.features import cache_features, encode_images
 from captioning.data.prepared import UNK
 from captioning.decoding.teacher_forcing import token_logits
-from captioning.training import losses
-from captioning.training.averaging import WeightAverage
-from captioning.training.loop import Run
+from captioning.training import loop, losses
 from captioning.training.losses import (
     CrossEntropy,
     coverage_penalty,
@@ -27,6 +25,7 @@ from captioning.training.losses import (
     sample_inputs,
     sampling_probability,
 )
+from captioning.training.optimization import Run, TrainedWeights
 from captioning.weights.checkpoints import load_checkpoint
 from datasets import CaptionDataset, Request, augment_image
 from models import DecoderWithAttention, Encoder
@@ -212,21 +211,22 @@ def test_the_probability_rises_in_steps():
 def test_the_average_follows_its_formula_and_is_what_is_kept(prepared, tmp_path, monkeypatch):
     averages = []
 
-    class Recorded(WeightAverage):
-        def __init__(self, encoder, decoder, decay):
-            super().__init__(encoder, decoder, decay)
+    class Recorded(TrainedWeights):
+        def __init__(self, models, decay):
+            super().__init__(models, decay)
             averages.append(self)
-            self.expected = {name: value.double() for name, value in decoder.state_dict().items()}
+            self.expected = {name: value.double() for name, value in models["decoder"].state_dict().items()}
             self.count = 0
 
-        def update(self):
-            super().update()
+        def update(self, steps):
+            super().update(steps)
             self.count += 1
+            assert steps == self.count
             decay = min(0.9, (1 + self.count) / (10 + self.count))
-            for name, value in self.trained[1].state_dict().items():
+            for name, value in self.models["decoder"].state_dict().items():
                 self.expected[name] = decay * self.expected[name] + (1 - decay) * value.double()
 
-    monkeypatch.setattr(train, "WeightAverage", Recorded)
+    monkeypatch.setattr(loop, "TrainedWeights", Recorded)
     options = {"encoder_name": "resnet18", "encoder_weights": "none", "average_weights": 0.9}
     train.train(small_settings(prepared, tmp_path, **options, batch_size=4))
     (average,) = averages
@@ -260,9 +260,9 @@ def test_the_average_of_a_trainable_encoder_resumes_to_the_bit(prepared, tmp_pat
 
 def test_without_a_decay_the_models_are_their_own_average():
     decoder = make_decoder()
-    average = WeightAverage(torch.nn.Linear(1, 1), decoder, 0.0)
-    average.update()
-    assert average.decoder is decoder and "unaveraged" not in average.states()
+    weights = TrainedWeights({"decoder": decoder})
+    weights.update(1)
+    assert weights.averaged("decoder") is decoder and "unaveraged" not in weights.states()
 
 
 # --- cached views -------------------------------------------------------------------------------------------
@@ -330,7 +330,9 @@ def test_caches_of_other_views_are_other_files(prepared, views):
 def test_validation_images_are_never_changed(prepared, tmp_path):
     settings = small_settings(prepared, tmp_path, cached_views=2)
     encoder = Encoder("resnet18")
-    training, validation = train.start_stage(encoder, settings, Run.start("no"), False, 1)
+    run, stage = Run.start("no"), train.Stage(is_fine_tuned=False, is_self_critical=False)
+    sampler = train.build_sampler(32, settings, run, training=True)
+    training, validation = train.start_stage(stage, 1, encoder, sampler, settings, run)
     assert training.dataset._open().shape[1] == 2 and not validation.dataset.augment
     with h5py.File(prepared / "val_images.hdf5") as stored:
         truth = encode_images(encoder, torch.from_numpy(stored["images"][:])).numpy()

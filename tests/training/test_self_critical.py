@@ -13,9 +13,8 @@ from captioning.decoding.fast_energies import use_fast_energies
 from captioning.decoding.sampling import draw_captions
 from captioning.decoding.teacher_forcing import token_logits
 from captioning.training import self_critical
-from captioning.training.averaging import WeightAverage
-from captioning.training.curves import REWARD
-from captioning.training.loop import Run
+from captioning.training.optimization import Run, TrainedWeights
+from captioning.training.resume import REWARD
 from captioning.training.self_critical import Reward, SelfCritical, draw_samples, leave_one_out
 from metrics import CiderD
 from models import DecoderWithAttention, pool_grid
@@ -289,8 +288,8 @@ def test_without_averaging_an_average_is_what_goes_on():
         parameter.data.add_(1)
     checkpoint = {"encoder": states[0], "decoder": averaged.state_dict()}
     checkpoint["unaveraged"] = {"encoder": states[1], "decoder": make_decoder().state_dict()}
-    average = WeightAverage(encoder, decoder, decay=0.0)
-    average.restart(checkpoint, 5)
-    assert average.encoder is encoder and average.decoder is decoder
+    weights = TrainedWeights({"encoder": encoder, "decoder": decoder})
+    weights.load(checkpoint)
+    assert weights.averaged("encoder") is encoder and weights.averaged("decoder") is decoder
     assert torch.equal(encoder.weight, states[0]["weight"])
     assert torch.equal(decoder.fc.weight, averaged.fc.weight)

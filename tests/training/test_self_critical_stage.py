@@ -12,9 +12,8 @@ from conftest import ROOT, small_settings
 import train
 from captioning.data.features import cache_features
 from captioning.data.prepared import Prepared
-from captioning.training import self_critical
-from captioning.training.curves import REWARD
-from captioning.training.loop import Run, epochs_of_patience
+from captioning.training.optimization import Run
+from captioning.training.resume import REWARD, epochs_of_patience
 from captioning.training.self_critical import Reward, SelfCritical
 from captioning.weights.checkpoints import decoder_from, encoder_from, load_checkpoint
 from datasets import CaptionDataset, Request
@@ -66,7 +65,9 @@ def test_it_raises_the_reward(prepared, cross_entropy):
         objective = SelfCritical(encoder, decoder, settings, run, word_map, Reward(references), 12, step)
         objective.start_step(dataset.lengths[request.indices])
         run.backward(objective(request.indices, *dataset[request]))
-        run.step(optimizer, 5.0, "value", objective.finish_step())
+        run.reduce_gradients(optimizer, objective.finish_step())
+        run.clip_gradients(optimizer, 5.0, "value")
+        run.step(optimizer)
         rewards.append(objective.report()[REWARD])
     assert sum(rewards[-10:]) > 1.08 * sum(rewards[:10])
 
@@ -104,24 +105,26 @@ def test_the_stage_begins_with_the_best_weights_and_a_new_adam(prepared, tmp_pat
     """The best epoch is not the last one of cross-entropy: its rate is far too high."""
     seen = {}
 
-    def look(settings, average, optimizer, rates, history, *rest):
-        reward = self_critical.start_self_critical(settings, average, optimizer, rates, history, *rest)
+    start_self_critical = train.start_self_critical
+
+    def look(training, *rest):
+        objective = start_self_critical(training, *rest)
         best = load_checkpoint(tmp_path / "best_checkpoint.pth")
-        seen["epoch"], seen["state"] = len(best["history"]), len(optimizer.state)
-        for module in (average.decoder, average.trained[1]):
+        seen["epoch"], seen["state"] = len(best["history"]), len(training.optimizer.state)
+        for module in (training.weights.averaged("decoder"), training.weights.models["decoder"]):
             for name, tensor in module.state_dict().items():
                 assert torch.equal(tensor, best["decoder"][name]), name
-        return reward
+        return objective
 
     monkeypatch.setattr(train, "start_self_critical", look)
     scores = iter([0.5, 0.2, 0.3])
-    validate = train.validate
+    evaluate = train.evaluate
 
     def scored(*arguments):
-        found, captions = validate(*arguments)
-        return found | {"val_cider": next(scores)}, captions
+        measured, captions = evaluate(*arguments)
+        return measured | {"val_cider": next(scores)}, captions
 
-    monkeypatch.setattr(train, "validate", scored)
+    monkeypatch.setattr(train, "evaluate", scored)
     options = OPTIONS | {"self_critical_after": 2, "average_weights": 0.9}
     train.train(small_settings(prepared, tmp_path, **options, epochs=3))
     assert seen == {"epoch": 1, "state": 0}

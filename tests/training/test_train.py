@@ -13,7 +13,8 @@ from conftest import ROOT, small_settings
 import train
 from caption import caption_images
 from captioning.data.annotations import read_annotations
-from captioning.training import loop as engine
+from captioning.training.monitor import caption_scores
+from captioning.training.resume import best_epoch, epochs_since_improvement
 from captioning.weights.checkpoints import decoder_from, encoder_from, load_checkpoint
 from metrics import bleu4, tokenize
 from utils import UserError
@@ -200,14 +201,21 @@ def test_word_vectors_from_a_file(prepared, tmp_path):
     )
 
 
+def test_captions_without_a_match_score_0():
+    """And not 5e-155, as NLTK has it."""
+    references = [[["a", "dog", "runs", "here"]], [["a", "cat", "sleeps", "there"]]]
+    assert caption_scores(references, {0: "one two", 1: ""}) == {"val_bleu4": 0.0, "val_cider": 0.0}
+    scores = caption_scores(references, {0: "a dog runs home", 1: "the cat"})
+    assert scores["val_bleu4"] == 0.0 and scores["val_cider"] > 0.1
+    assert caption_scores(references, {0: "a dog runs here", 1: "a cat sleeps"})["val_bleu4"] > 0.5
+
+
 def test_epoch_bookkeeping():
     history = [{"val_bleu4": value} for value in (0.1, 0.3, 0.2, 0.3)]
-    assert (
-        engine.best_epoch(history, "val_bleu4") == 1
-        and engine.epochs_since_improvement(history, "val_bleu4") == 2
-    )
-    assert engine.epochs_since_improvement([], "val_cider") == 0
+    assert best_epoch(history, "val_bleu4") == 1 and epochs_since_improvement(history, "val_bleu4") == 2
+    assert epochs_since_improvement([], "val_cider") == 0
+    assert best_epoch([{"val_cider": 0.0}] * 3, "val_cider") == 2, "patience does not count"
     for line, value in zip(history, (0.1, 0.2, 0.5, 0.3)):
         line["val_cider"] = value
-    assert engine.best_epoch(history, "val_cider") == 2
+    assert best_epoch(history, "val_cider") == 2
     assert tokenize("A dog.") == ["a", "dog"]

@@ -15,8 +15,7 @@ from conftest import ROOT, blip_settings, read_history
 import train_model
 from captioning.captioners.blip import load_captioner
 from captioning.captioners.tiny_blip import tiny_captioner
-from captioning.training.loop import Run
-from datasets import pad_captions
+from captioning.training.optimization import Run
 from utils import UserError
 
 CAPTIONS = ["a red circle on grass", "two blue squares on gravel", "a large star above a small circle"]
@@ -34,7 +33,7 @@ def test_loss_is_transformers_own_without_padding():
     captioner = tiny_captioner([*CAPTIONS, "two small black stars lie on the gravel"])
     captioner.model.text_decoder.label_smoothing = 0.1
     images, captions = a_batch(captioner)
-    words = pad_captions(captions, captioner.tokenizer.pad_token_id)
+    words = train_model.pad_captions(captions, captioner.tokenizer.pad_token_id)
     loss = train_model.CaptionLoss(captioner.model)(images, **words)
     own = captioner.model(pixel_values=images, **words)
     torch.testing.assert_close(loss, own.loss)
@@ -53,7 +52,7 @@ def test_loss_is_transformers_own_without_padding():
 def test_an_image_is_encoded_once_for_its_captions():
     captioner = tiny_captioner([*CAPTIONS, "two small black stars lie on the gravel"])
     images, captions = a_batch(captioner)
-    words = pad_captions(captions, captioner.tokenizer.pad_token_id)
+    words = train_model.pad_captions(captions, captioner.tokenizer.pad_token_id)
     loss = train_model.CaptionLoss(captioner.model)
     torch.testing.assert_close(loss(images[:1], **words), loss(images[[0, 0]], **words))
 
@@ -102,7 +101,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(demo, tmp_path, monkeypatch)
     train_one_epoch = train_model.train_one_epoch
 
     def interrupted(*arguments):
-        if arguments[3].epoch == 2:
+        if arguments[0].number == 2:
             raise KeyboardInterrupt
         return train_one_epoch(*arguments)
 
@@ -196,7 +195,7 @@ def test_splits_of_the_file_are_kept_and_bad_images_left_out(demo, tmp_path, cap
 def test_the_log_has_all_messages_and_the_terminal_the_first(tmp_path, capsys):
     run = Run.start("no")
     run.log_many("skipped", [f"image{number}: missing" for number in range(1000)])
-    run.log_file = tmp_path / "train.log"
+    run.log_to(tmp_path / "train.log")
     run.log("epoch 1")
     lines = capsys.readouterr().err.splitlines()
     assert lines[:5] == [f"skipped: image{number}: missing" for number in range(5)]

@@ -9,9 +9,12 @@ import torch
 from conftest import small_settings
 
 import train
-from captioning.training.loop import best_epoch, repair_outputs
+from captioning.training.monitor import repair_outputs
+from captioning.training.resume import best_epoch
+from captioning.weights import checkpoints
 from captioning.weights.checkpoints import (
     BEST_FILES,
+    decoder_from,
     epoch_checkpoints,
     load_checkpoint,
     load_models,
@@ -183,3 +186,26 @@ def test_two_trainings_in_one_folder_are_refused(prepared, tmp_path):
     with pytest.raises(UserError, match="another run is at work"):
         train.train(small_settings(prepared, tmp_path))
     holder.kill()
+
+
+def test_the_weights_that_differ_are_named(models, monkeypatch):
+    """As docs/change_the_model.md promises: after a change of models.py, of an old checkpoint."""
+    checkpoint = load_checkpoint(models / "best_checkpoint.pth", "decoder")
+
+    class Changed(checkpoints.DecoderWithAttention):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            self.second_layer = torch.nn.LSTMCell(4, 4)
+            self.init_c = torch.nn.Linear(self.init_c.in_features, 7)
+            del self.attention.full_att
+
+    monkeypatch.setattr(checkpoints, "DecoderWithAttention", Changed)
+    with pytest.raises(UserError) as error:
+        decoder_from(checkpoint, "old.pth")
+    text = str(error.value)
+    assert "\n" not in text and "lacks second_layer.weight_ih" in text and "train it anew" in text
+    assert "has attention.full_att.weight" in text and "and 2 more" in text
+    decoder = dict(checkpoint["decoder"]) | {"fc.bias": torch.zeros(3)}
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"it has fc\.bias of \(3,\) in place of \(\d+,\)"):
+        decoder_from(checkpoint | {"decoder": decoder}, "old.pth")
