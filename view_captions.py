@@ -24,7 +24,7 @@ import numpy as np
 
 from captioning.command_line import check_at_least, run_script
 from captioning.data.annotations import Record
-from captioning.data.images import read_image
+from captioning.data.images import check_image
 from captioning.decoding.options import DecodingOptions
 from captioning.folders.plan import find_images
 from captioning.report.comparison import compare_pairs
@@ -110,7 +110,7 @@ def main(settings: Settings) -> None:
 
 def view_image(settings: Settings) -> None:
     """Write a gallery of one image, in which each of the n best captions has a row."""
-    read_image(settings.img)  # complain before the model is loaded
+    check_image(settings.img)  # complain before the model is loaded
     (name, captioner), *_ = load_captioners(settings)
     n_best = captioner.caption(settings.img, settings.beam_size, details=True).n_best
     key = Path(settings.img).name
