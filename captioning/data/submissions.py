@@ -17,7 +17,7 @@ from itertools import compress
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from utils import UserError, atomic_write, read_json, write_csv, write_json
+from utils import UserError, atomic_write, read_json, require_regular_file, write_csv, write_json
 
 FORMATS = (".csv", ".json", ".jsonl")
 MORE_COLUMNS = ("rank", "log_prob", "log_prob_per_word")
@@ -93,7 +93,7 @@ def _unescape_formula(text: str) -> str:
 
 def coco_id(image_id: str) -> int | str:
     """COCO's number of an image: its file names are like COCO_val2014_000000391895.jpg. Other ids stay."""
-    number = re.fullmatch(r"(?:COCO_\w+?_)?0*(\d+)(?:\.jpg)?", image_id)
+    number = re.fullmatch(r"(?:COCO_\w+?_)?0*(\d{1,18})(?:\.jpg)?", image_id)
     return int(number[1]) if number else image_id
 
 
@@ -113,6 +113,14 @@ def read_submission(path: str | Path) -> list[tuple[str, str]]:
         raise UserError(f"{path}: no captions {'of rank 1 ' if rows else ''}in it")
     if len(best) < len(rows):
         print(f"{path}: several captions per image; those of rank 1 count, {len(rows) - len(best)} do not")
+    for image_id, caption in best:
+        try:
+            f"{image_id}{caption}".encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{path}: half a character (an unpaired surrogate) in the id or caption of {image_id!a}; "
+                f"mend or replace the file"
+            ) from None
     return best
 
 
@@ -132,7 +140,7 @@ def _read_lines(path: Path) -> list[RankedRow]:
         for number, line in enumerate(stream, start=1):
             try:
                 row = _rows_of([json.loads(line)]) if line.strip() else []
-            except (json.JSONDecodeError, RecursionError):
+            except (ValueError, RecursionError):  # the former also of a number with thousands of digits
                 row = None
             if row is None:
                 raise UserError(
@@ -177,18 +185,17 @@ def _rank(text: str | None, place: str) -> int | None:
     """The rank in a CSV's row. place: for the message."""
     if text is None:
         return None
-    if not text.strip().isdecimal():
-        raise UserError(f"{place}: its rank is {text!r}; give a number from 1, or leave out the column")
+    if not text.strip().isdecimal() or len(text) > 18:
+        raise UserError(f"{place}: its rank is {text[:20]!r}; give a number from 1, or leave out the column")
     return int(text)
 
 
 @contextmanager
 def _open_text(path: Path) -> Iterator[TextIO]:
+    require_regular_file(path, "no such file of captions")
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             yield stream
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file of captions") from None
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
