@@ -41,6 +41,7 @@ from transformers.models.blip import modeling_blip_text
 
 from captioning import HUB_MODEL
 from captioning.captioners.base import BaseCaptioner, Caption, stack_maps
+from captioning.captioners.blip_files import check_config, check_files, check_preparation
 from captioning.data.hdf5 import require_disk_space
 from captioning.data.images import read_image
 from captioning.data.submissions import ScoredCaption
@@ -352,6 +353,8 @@ def load_captioner(model_path: str | Path) -> BlipCaptioner:
         raise UserError(f"{name}: no model in it (no config.json); give the folder that train_model.py wrote")
     if not in_folder and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UserError(f"{name}: no such folder; train_model.py writes one, {HUB_MODEL} is on the hub")
+    if in_folder:
+        check_files(name)
     try:
         return _read_captioner(name, local_files_only=True)
     except UserError:
@@ -377,6 +380,7 @@ def _read_captioner(name: str, local_files_only: bool) -> BlipCaptioner:
         raise UserError(
             f"{name}: a {config.model_type} model, which captions no images; give BLIP or the like"
         )
+    check_config(name, config)
     model, loaded = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **options)
     classes = config.architectures or [type(model).__name__]
     missing = find_missing(model, loaded["missing_keys"])
@@ -387,7 +391,10 @@ def _read_captioner(name: str, local_files_only: bool) -> BlipCaptioner:
     if damaged:
         raise UserError(f"{name}: damaged weights ({damaged} is not finite); fetch or train them anew")
     image_processor = AutoImageProcessor.from_pretrained(name, **options)
-    return BlipCaptioner(model.eval(), image_processor, AutoTokenizer.from_pretrained(name, **options))
+    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    captioner = BlipCaptioner(model.eval(), image_processor, tokenizer)
+    check_preparation(name, captioner)
+    return captioner
 
 
 def find_missing(model: nn.Module, missing_keys: Iterable[str]) -> list[str]:
