@@ -240,15 +240,15 @@ def _read(file: Path, finder: ImageFinder | None, columns: Columns, lowercase: b
 def _images_of(rows: Iterable[Row], name: Path, finder: ImageFinder | None, lowercase: bool) -> list[Image]:
     """The images of a table's rows, which may be several of each."""
     images: dict[str, Image] = {}
-    splits = Counter()
     for row in rows:
-        split = None if row.split is None else row.split.strip().lower()
-        splits[split] += 1
-        if row.image_id not in images:
+        split = row.split and row.split.strip().lower()
+        image = images.get(row.image_id)
+        if image is None:
             path = finder.save(row.file_name or row.image_id, row.image) if finder and row.image else None
             names = tuple(filter(None, (row.file_name, row.image_id)))
-            images[row.image_id] = Record(row.image_id, path, split=split, file_name=row.file_name), names
-        record = images[row.image_id][0]
+            image = Record(row.image_id, path, split=split, file_name=row.file_name), names
+            images[row.image_id] = image
+        record = image[0]
         if record.split != split:
             raise UserError(
                 f"{name}: {row.image_id} is in the {record.split} and the {split} split; mend one row"
@@ -259,6 +259,7 @@ def _images_of(rows: Iterable[Row], name: Path, finder: ImageFinder | None, lowe
             record.tokens += [tokenize(caption, lowercase) for caption in captions]
         else:
             record.tokens += [_cased(words, lowercase) for words in row.tokens]
+    splits = {record.split: None for record, _ in images.values()}
     unknown = [str(split) for split in splits if split not in SPLITS]
     if unknown and unknown != ["None"]:
         if len(unknown) < len(splits):

@@ -156,13 +156,14 @@ def read_delimited(text: str, name: str | Path, columns: Columns) -> Iterator[Ro
     layout = _find_layout(name, rows, columns)
     if layout is None:
         raise refuse(name, text)
+    places = [-1 if index is None else index for index in layout[2:]]
     problems, without = [], 0
     for line, fields in rows[layout.has_header :]:
         fields, problem = _fit(fields, layout, separator)
-        image_id, caption, *others = (
-            fields[index].strip() if index is not None and index < len(fields) else "" for index in layout[2:]
-        )
-        image_id = re.sub(r"(\.\w+)#\d+$", r"\1", image_id)
+        width = len(fields)
+        image_id, caption, *others = [fields[i].strip() if 0 <= i < width else "" for i in places]
+        if "#" in image_id:
+            image_id = re.sub(r"(\.\w+)#\d+$", r"\1", image_id)
         captions = None if layout.caption is None else [] if problem else _captions_of_cell(caption)
         if not image_id:
             problem = problem or "no image named"
@@ -172,7 +173,7 @@ def read_delimited(text: str, name: str | Path, columns: Columns) -> Iterator[Ro
         if problem:
             problems.append(f"line {line}: {problem}")
         if image_id:
-            yield Row(f"line {line}", image_id, captions, *(other or None for other in others))
+            yield Row(f"line {line}", image_id, captions, *[other or None for other in others])
     if without == len(rows) - layout.has_header:
         say_once(f"{name}: none of its rows has a caption")
     else:
