@@ -18,8 +18,7 @@ from captioning.data.sidecars import EXISTING, Backup, Sidecars
 from captioning.data.submissions import FORMATS, METADATA
 from captioning.decoding.options import DecodingOptions
 from captioning.files import is_locked, lock_file_of, lock_output, remove_unfinished
-from captioning.folders.journal import Entry, Journal, file_stamp, files_digest
-from captioning.folders.sidecar_changes import SidecarChanges
+from captioning.folders.journal import Entry, Journal, SidecarChanges, file_stamp, files_digest
 from utils import Messages, UserError, check_output, counted, printable
 
 

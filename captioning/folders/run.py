@@ -2,7 +2,7 @@
 direct_caption.py do with one.
 
 The main process plans (plan.py). Every process captions its share into a journal (journal.py) and writes the
-sidecars (sidecar_changes.py). The main process makes the output of the journals.
+sidecars (journal.py). The main process makes the output of the journals.
 """
 
 from __future__ import annotations

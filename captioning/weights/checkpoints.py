@@ -63,6 +63,7 @@ def load_checkpoint(path: str | Path, *needed: str, word_map_path: str | Path | 
 
         checkpoint = read_tutorial_checkpoint(path, word_map)
     check_content(path, checkpoint, CHECKPOINT | {name: WEIGHTS for name in needed})
+    checkpoint["settings"].setdefault("attention", "soft")  # as the tutorial's is
     problem = find_word_map_problem(checkpoint["word_map"])
     if problem:
         raise UserError(f"{path}: a damaged checkpoint ({problem}); train it anew")

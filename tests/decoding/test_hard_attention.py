@@ -16,8 +16,7 @@ from captioning.data.prepared import UNK
 from captioning.decoding.beam_search import beam_search
 from captioning.decoding.fast_energies import use_fast_energies
 from captioning.decoding.teacher_forcing import PackedCaptions, TokenLogits, token_logits
-from captioning.training.hard_attention import BASELINE, LocationLoss
-from captioning.training.losses import CrossEntropy
+from captioning.training.losses import BASELINE, CrossEntropy, LocationLoss
 from captioning.training.optimization import Run
 from captioning.weights.checkpoints import load_checkpoint, save_checkpoint
 from models import Attention, DecoderWithAttention, HardAttention
