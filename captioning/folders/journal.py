@@ -67,7 +67,10 @@ class Entry:
         except (TypeError, UnicodeEncodeError):
             return None
         if not captions or any(
-            find_mismatch(list(caption[1:]), [AnyOf(float, None)]) for caption in captions
+            find_mismatch(list(caption[1:3]), [AnyOf(float, None)])
+            or find_mismatch(caption.words, AnyOf([[AnyOf(str, float)]], None))
+            or any(list(map(type, pair)) != [str, float] for pair in caption.words or ())
+            for caption in captions
         ):
             return None
         if not all(isinstance(caption.text, str) for caption in captions):
