@@ -168,10 +168,13 @@ class ImageFinder:
         Raises:
             UserError: another file of that name is there.
         """
-        last = (parts_of(name) or ["image"])[-1].lstrip(".") or "image"
+        parts = [
+            "".join(c if c.isprintable() and c not in '<>:"|?*' else "_" for c in p) for p in parts_of(name)
+        ]
+        last = (parts or ["image"])[-1].lstrip(".") or "image"
         if stem(last) == last:
             last += next((own for start, own in SIGNATURES.items() if content.startswith(start)), ".jpg")
-        path = self.tiers[0][0] / last
+        path = self.tiers[0][0].joinpath(*parts[:-1], last)
         if path.is_file():
             if path.read_bytes() != content:
                 raise UserError(

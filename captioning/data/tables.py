@@ -18,6 +18,7 @@ from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from captioning.data.image_names import parts_of
 from captioning.data.images import IMAGE_EXTENSIONS, PACKAGES
 from captioning.data.text_files import parse_json_lines, read_told, report_problems, say_once, split_rows
 from utils import UserError, parse_json
@@ -64,10 +65,8 @@ class Row(NamedTuple):
 
 @dataclass
 class Columns:
-    """The columns that hold the images' ids and the captions, by the names that the user gives.
-
-    A file that lacks one of them is read by the usual names; `check` refuses a name that no file had.
-    """
+    """The names that the user gives for the columns of ids and of captions. A file that lacks one is read by
+    the usual names; `check` refuses a name that no file had."""
 
     id: str | None = None
     caption: str | None = None
@@ -132,7 +131,7 @@ def refuse(name: str | Path, text: str, reason: str = "its layout is not recogni
 
 
 class Layout(NamedTuple):
-    """Which columns of a delimited text have what, by their index; width: the number of columns."""
+    """The columns of a delimited text, by their index; width: how many there are."""
 
     width: int
     has_header: bool
@@ -336,22 +335,23 @@ def read_objects(
     """The rows of objects such as {"image_id": "photo", "caption": "A dog"} or {"file_name": "a/b.jpg",
     "text": ["A dog", "A cat"]}.
 
-    Args:
-        entries: (number for messages, object). unit: what the number counts.
+    entries: (number for messages, object). unit: what the number counts.
 
     Raises:
         UserError: another object.
     """
-    problems, count = [], 0
+    problems, count, images = [], 0, {}
     for number, entry in entries:
         if not isinstance(entry, Mapping):
             raise UserError(f'{name}, {unit} {number}: not like {{"image_id": "photo", "caption": "A dog"}}')
         row = _row_of(entry, f"{unit} {number}", name, columns)
-        if not row.image_id:
-            if row.image is None:
-                there = ", ".join(map(str, entry))[:100]
-                raise UserError(f"{name}, {unit} {number}: no image named in it; it has {there}")
-            row = row._replace(image_id=f"{Path(name).stem}_{number:06d}")
+        if not row.image_id and row.image is None:
+            there = ", ".join(map(str, entry))[:100]
+            raise UserError(f"{name}, {unit} {number}: no image named in it; it has {there}")
+        if row.image is not None:
+            of_name = images.setdefault(row.image_id, hash(row.image))
+            if not row.image_id or of_name != hash(row.image):  # no name, or that of another image
+                row = row._replace(image_id=f"{Path(name).stem}_{number:06d}", file_name=None)
         count += 1
         if not row.captions:
             problems.append(f"{unit} {number}: no caption ({row.image_id})")
@@ -369,7 +369,7 @@ def _row_of(entry: Mapping[str, Any], place: str, name: str | Path, columns: Col
     file_name = str(entry[file_key]) if file_key else path
     if entry.get("filepath") and "filename" in entry:  # Karpathy's: folder and file
         file_name = f"{entry['filepath']}/{entry['filename']}"
-    image_id = str(entry[id_key]).strip() if id_key else re.split(r"[\\/]", path or "")[-1]
+    image_id = str(entry[id_key]).strip() if id_key else "/".join(parts_of(path or ""))
     captions, tokens = None, None
     if caption_key is not None:
         captions, tokens = _captions_of_value(entry[caption_key], f"{name}, {place}")
@@ -443,8 +443,7 @@ def read_parquet(path: Path, columns: Columns) -> Iterator[Row]:
                         number += 1
                         yield number, entry
         except (ArrowException, OSError, ValueError) as error:
-            raise UserError(
-                f"{path}: not a Parquet file, or damaged ({str(error).splitlines()[0]})"
-            ) from None
+            reason, *_ = str(error).split("\n")
+            raise UserError(f"{path}: not a Parquet file, or damaged ({reason})") from None
 
     yield from read_objects(entries(), path, columns, "row")

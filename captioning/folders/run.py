@@ -316,7 +316,9 @@ def metadata_rows(
     for (_, path), (_, own) in zip(plan.rows, captions, strict=True):
         if path is not None and own[0].text:
             name = metadata_name(path, options.output_csv, options.test_folder)
-            text = own[0].text if path in plan.skipped else options.metadata.text(path, own[0].text)
+            text = own[0].text
+            if path not in plan.skipped:  # else it is what the sidecar says
+                text = options.metadata.compose(path, text, None).decode("utf-8").strip()
             rows.append((name, [own[0]._replace(text=text)]))
     return rows
 

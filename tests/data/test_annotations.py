@@ -1,6 +1,7 @@
 """Images of annotations, several files together, splits, the lengths and the case of captions."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -139,7 +140,7 @@ def test_several_files_and_folders(tmp_path, capsys):
         read_annotations(more, folders)
 
 
-def test_images_of_parquet_are_written_once(tmp_path):
+def test_images_of_parquet_are_written_once(tmp_path, monkeypatch):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     draw(tmp_path, "a.png", "b.jpg")
     content = [(tmp_path / name).read_bytes() for name in ("a.png", "b.jpg")]
@@ -151,14 +152,33 @@ def test_images_of_parquet_are_written_once(tmp_path):
     for _ in range(2):
         records = read_annotations(tmp_path / "d.parquet", tmp_path / "out")
         assert [(own.image_id, own.captions, own.split) for own in records] == [
-            ("a.png", ["A dog"], "train"), ("d_000002", ["A cat"], "test"),
+            ("x/a.png", ["A dog"], "train"), ("d_000002", ["A cat"], "test"),
         ]  # fmt: skip
         assert [Path(own.path).read_bytes() for own in records] == content
-        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "d_000002.jpg"]
-    (tmp_path / "out" / "a.png").write_bytes(b"mine")
+        assert sorted(path.name for path in (tmp_path / "out").rglob("*.*")) == ["a.png", "d_000002.jpg"]
+    strange = [
+        {"image": {"bytes": content[0], "path": "x\0y:z/\n.png"}, "text": "A dog"},
+        {"image": {"bytes": content[0], "path": "0.png"}, "text": "A dog"},
+        {"image": {"bytes": content[0], "path": "0.png"}, "text": "Again"},
+        {"image": {"bytes": content[1], "path": "0.png"}, "text": "Another image of the same name"},
+        {"image": {"bytes": content[1], "path": "cats\\0.png"}, "text": "In a folder"},
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(strange), tmp_path / "e.parquet")
+    records = read_annotations(tmp_path / "e.parquet", tmp_path / "strange")
+    assert [Path(own.path).relative_to(tmp_path / "strange").as_posix() for own in records] == [
+        "x_y_z/_.png", "0.png", "e_000004.jpg", "cats/0.png",
+    ]  # fmt: skip
+    assert records[1].captions == ["A dog", "Again"]
+    (tmp_path / "out" / "x" / "a.png").write_bytes(b"mine")
     with pytest.raises(UserError, match="is another image than the annotations'"):
         read_annotations(tmp_path / "d.parquet", tmp_path / "out")
-    assert (tmp_path / "out" / "a.png").read_bytes() == b"mine"
+    assert (tmp_path / "out" / "x" / "a.png").read_bytes() == b"mine"
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "pyarrow", None)
+        with pytest.raises(
+            UserError, match=r"d.parquet: to read Parquet, pip install pyarrow; or save it as CSV"
+        ):
+            read_annotations(tmp_path / "d.parquet")
     (tmp_path / "d.parquet").write_bytes((tmp_path / "d.parquet").read_bytes()[:-20])
     with pytest.raises(UserError, match=r"d.parquet: not a Parquet file, or damaged"):
         read_annotations(tmp_path / "d.parquet", tmp_path / "out")
