@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import stat
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from utils import UserError, natural_order
 
@@ -31,14 +33,25 @@ IMAGE_EXTENSIONS = (
 )
 # formats that not every Pillow reads, and what makes it read them
 PACKAGES = {".heic": "pillow-heif", ".heif": "pillow-heif", ".avif": '"pillow>=11.3"'}
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "MPO", "JPEG2000", "ICO", "AVIF", "HEIF")
+
+LARGEST = 2**28  # pixels of a file; what says it has more is damaged, or made to fill the memory
+FULL = 2**24  # pixels that are read of it where no size is asked for: more is of no use to any model
+Image.MAX_IMAGE_PIXELS = LARGEST // 2  # Pillow warns from here on, and refuses twice as many
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of what is odd in a file that it reads all the same
 
 
-def read_image(path: str | Path, size: int | None = None) -> np.ndarray:
-    """An image file as RGB, uint8 in [0, 255], (3, height, width); (3, size, size) where a size is given.
+def read_image(path: str | Path, size: int | None = None, longest: int | None = None) -> np.ndarray:
+    """An image file as RGB, uint8 in [0, 255], (3, height, width).
 
-    The whole image is kept and stretched to the square, as the encoder's training data was in Xu et al.
-    and its successors. EXIF rotation is applied, transparency is laid on white, 16 bits become 8, and of an
-    animation the first frame is taken.
+    EXIF rotation is applied, transparency is laid on white, 16 bits become 8, of an animation the first frame
+    is taken, and colours are those of sRGB, whatever profile the file has. Of an image of more than `FULL`
+    pixels a smaller copy is given.
+
+    Args:
+        size: stretch the whole image to a square, (3, size, size), as the encoder's training data was in
+            Xu et al. and its successors.
+        longest: make it smaller, keeping its shape, such that no side is longer; for display.
 
     Raises:
         UserError: the file is missing or holds no readable image.
@@ -46,41 +59,91 @@ def read_image(path: str | Path, size: int | None = None) -> np.ndarray:
     try:
         _check_file(path)
         with open_image(path) as image:
-            if size:
-                image.draft(
-                    None, (2 * size, 2 * size)
-                )  # a JPEG decodes at a fraction of its size, never below
+            _decode_smaller(image, size, longest)
             with DECODING.share(image.width * image.height):
-                return to_array(image, size)
+                return to_array(image, size, longest)
     except FileNotFoundError:
         raise UserError(f"{path}: no such image") from None
-    except (MemoryError, PermissionError, UserError):
+    except UserError:
         raise
+    except MemoryError:
+        raise UserError(f"{path}: too large for this machine's memory; make it smaller") from None
+    except Image.DecompressionBombError:
+        raise UserError(
+            f"{path}: says it has more than {LARGEST // 10**6} million pixels; make it smaller or remove it"
+        ) from None
     except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
+        if isinstance(error, OSError) and error.errno is not None:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         reason = str(error)
-        if "cannot identify" in reason:
-            package = PACKAGES.get(Path(path).suffix.lower())
-            if package and not (package == "pillow-heif" and _heif_is_readable()):
-                raise UserError(
-                    f"{path}: this Pillow does not read {Path(path).suffix} files: pip install {package}, or "
-                    f"convert it to JPEG"
-                ) from None
+        if isinstance(error, UnidentifiedImageError):
             reason = "none of the formats " + ", ".join(_formats())
         raise UserError(f"{path}: not a readable image ({reason}); replace or remove it") from None
 
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "MPO", "JPEG2000", "ICO", "AVIF", "HEIF")
+def check_image(path: str | Path) -> None:
+    """Raise UserError where `read_image` would, in less time."""
+    read_image(path, longest=64)
 
 
 def open_image(path: str | Path) -> Image.Image:
     """`Image.open` for files from anywhere: of Pillow's formats those that are decoded by a library, and not,
-    as EPS is, by a program of another vendor."""
-    return Image.open(path, formats=_formats())
+    as EPS is, by a program of another vendor.
+
+    Raises:
+        UserError: it needs a package that is not installed. OSError, and whatever else Pillow raises.
+    """
+    try:
+        return Image.open(path, formats=_formats())
+    except UnidentifiedImageError:
+        package = _needed_package(path)
+        if package is None:
+            raise
+        if package == "pillow-heif" and _heif_is_readable():
+            return Image.open(path, formats=_formats())
+        raise UserError(
+            f"{path}: this Pillow does not read its format: pip install {package}, or convert it to JPEG"
+        ) from None
 
 
 def _formats() -> list[str]:
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _needed_package(path: str | Path) -> str | None:
+    """What reads a file of HEIF's family, whatever its name says: phones send HEIC as photo.jpg."""
+    with open(path, "rb") as stream:
+        start = stream.read(12)
+    if start[4:8] != b"ftyp":
+        return None
+    if start[8:12] in (b"avif", b"avis"):
+        return None if "AVIF" in _formats() else PACKAGES[".avif"]
+    return PACKAGES[".heic"]
+
+
+@cache
+def _heif_is_readable() -> bool:
+    """Let Pillow read HEIC files, where the package for it is installed."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
+
+
+def _decode_smaller(image: Image.Image, size: int | None, longest: int | None) -> None:
+    """Where it is a JPEG, let it be decoded at a half, a quarter or an eighth of its size: never below twice
+    the size that is wanted, which makes no difference that can be seen."""
+    if size or longest:
+        side = 2 * (size or longest)
+        image.draft(None, (side, side))
+        return
+    width, height = image.size
+    while width * height > FULL:
+        width, height = width // 2, height // 2
+    image.draft(None, (max(1, width), max(1, height)))
 
 
 class Budget:
@@ -121,49 +184,122 @@ def _check_file(path: str | Path) -> None:
         raise UserError(f"{path}: a {kind}, not an image file; remove it")
     if status.st_size == 0:
         raise UserError(f"{path}: an empty file; replace or remove it")
-    if PACKAGES.get(Path(path).suffix.lower()) == "pillow-heif":
-        _heif_is_readable()
 
 
-@cache
-def _heif_is_readable() -> bool:
-    """Let Pillow read HEIC files, where the package for it is installed."""
-    try:
-        from pillow_heif import register_heif_opener
-    except ImportError:
-        return False
-    register_heif_opener()
-    return True
+# --- pixels -------------------------------------------------------------------------------------------------
 
 
-def to_array(image: Image.Image, size: int | None = None) -> np.ndarray:
+def to_array(image: Image.Image, size: int | None = None, longest: int | None = None) -> np.ndarray:
     """An image in memory as `read_image` gives that of a file."""
-    if image.getexif().get(0x0112, 1) != 1:  # rotated or mirrored
-        image = ImageOps.exif_transpose(image)
+    image.load()
+    turn = TURNS.get(_orientation(image))
+    if turn is not None:
+        image = image.transpose(turn)
     image = _to_rgb(image)
     if size:
         image = image.resize((size, size), Image.Resampling.BILINEAR)
+    elif longest:
+        image.thumbnail((longest, longest), reducing_gap=2.0)
+    while image.width * image.height > FULL:
+        image = image.reduce(2)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
+TURNS = {  # what undoes each orientation of EXIF
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _orientation(image: Image.Image) -> object:
+    try:
+        return image.getexif().get(0x0112)
+    except Exception:  # damaged EXIF data, which make Pillow raise nearly anything; the pixels are sound
+        return None
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode[0] in "IF":  # one channel of 16 or 32 bits
-        values = np.asarray(image).astype(np.float64)
-        largest = values.max(initial=0)
-        white = next((white for white in (1.0, 255.0, 65535.0) if largest <= white), largest)
-        if image.mode[0] == "I":
-            white = max(white, 65535.0)  # integers: a dark 16-bit image is dark, not an 8-bit one
-        image = Image.fromarray((values.clip(0) * (255.0 / white)).round().astype(np.uint8))
+    profile = image.info.get("icc_profile")
+    profile = profile if isinstance(profile, bytes) else None  # a damaged TIFF may have anything there
+    if image.mode[0] in "IF":
+        image = _to_8_bits(image)
     if image.has_transparency_data:
         if image.mode != "RGBA":
             image = image.convert("RGBA")
         page = Image.new("RGB", image.size)
         for top in range(0, image.height, 256):  # in strips, as a large image would take much memory
             strip = image.crop((0, top, image.width, min(top + 256, image.height)))
+            if profile:
+                alpha = strip.getchannel("A")
+                strip = _to_srgb(strip.convert("RGB"), profile)
+                strip.putalpha(alpha)
             white = Image.new("RGBA", strip.size, "white")
             page.paste(Image.alpha_composite(white, strip), (0, top))
         return page
+    if image.mode not in ("RGB", "L", "CMYK"):
+        image = image.convert("RGB")
+    if profile:
+        image = _to_srgb(image, profile)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """An image of one channel of 16 or 32 bits as one of mode L."""
+    values = np.asarray(image).astype(np.float64)
+    values[~np.isfinite(values)] = 0
+    largest = values.max(initial=0)
+    white = next((white for white in (1.0, 255.0, 65535.0) if largest <= white), largest)
+    if image.mode[0] == "I":
+        white = max(white, 65535.0)  # integers: a dark 16-bit image is dark, not an 8-bit one
+    return Image.fromarray((values.clip(0) * (255.0 / white)).round().astype(np.uint8))
+
+
+# --- colours ------------------------------------------------------------------------------------------------
+
+
+def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """An image of mode RGB, L or CMYK, whose colours are those of the ICC profile, as one of sRGB.
+
+    A profile that is damaged, or of another kind of image, is ignored, as browsers do.
+    """
+    if image.mode == "RGB" and profile[16:20] == b"GRAY":
+        image = image.getchannel("R")  # transparency has made it RGB
+    transform = _srgb_transform(profile, image.mode)
+    return image if transform is None else ImageCms.applyTransform(image, transform)
+
+
+@lru_cache(maxsize=16)
+def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From the colours of an ICC profile to sRGB; None where these are sRGB's but for rounding, or the
+    profile cannot be used."""
+    try:
+        transform = ImageCms.buildTransform(
+            ImageCms.ImageCmsProfile(BytesIO(profile)), ImageCms.createProfile("sRGB"), mode, "RGB",
+            ImageCms.Intent.RELATIVE_COLORIMETRIC, flags=BLACK_POINT_COMPENSATION,
+        )  # fmt: skip
+    except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
+        return None
+    return None if mode in ("RGB", "L") and _changes_little(transform, mode) else transform
+
+
+BLACK_POINT_COMPENSATION = 0x2000  # black stays black; a flag of lcms
+
+
+def _changes_little(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
+    levels = np.linspace(0, 255, 18).round().astype(np.uint8)
+    colours = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)
+    before = Image.fromarray(levels.reshape(1, -1) if mode == "L" else colours)
+    after = ImageCms.applyTransform(before, transform)
+    change = np.asarray(after).astype(int) - np.asarray(before.convert("RGB")).astype(int)
+    return bool(np.abs(change).max() <= 2)
+
+
+# --- folders ------------------------------------------------------------------------------------------------
 
 
 class ImageFiles(NamedTuple):
