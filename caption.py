@@ -18,7 +18,7 @@ from torch import Tensor
 
 from captioning.captioners.attention import Captioner
 from captioning.command_line import run_script
-from captioning.data.images import read_image
+from captioning.data.images import check_image
 from captioning.decoding.options import DecodingOptions
 from captioning.folders.plan import FolderOptions
 from captioning.folders.run import caption_folder
@@ -75,7 +75,7 @@ def main(settings: Settings) -> int:
         )
         return 1 if failed else 0
     for image in settings.images:
-        read_image(image)  # complain before the models are loaded
+        check_image(image)  # complain before the models are loaded
     encoder, decoder, word_map = load_models(encoder_path, decoder_path, settings.word_map)
     captioner = Captioner([(encoder, decoder)], word_map)
     options = DecodingOptions.of(settings)

@@ -20,7 +20,7 @@ import torch
 
 from captioning import HUB_MODEL
 from captioning.command_line import check_at_least, run_script
-from captioning.data.images import read_image
+from captioning.data.images import check_image
 from captioning.decoding.options import CommonDecodingOptions, DecodingOptions
 from captioning.folders.plan import FolderOptions
 from captioning.folders.run import caption_folder
@@ -85,7 +85,7 @@ def main(settings: Settings) -> int:
 def caption_single_images(settings: Settings) -> int:
     """Print each image's captions, and draw where the model looked if it is BLIP without a prompt."""
     for image in settings.images:
-        read_image(image)  # complain before the model is loaded
+        check_image(image)  # complain before the model is loaded
     half = settings.mixed_precision and torch.cuda.is_available()
     captioner = _load(settings.model_path, half, settings.mixed_precision, settings.prompt)
     options = DecodingOptions.of(settings, beam_size=settings.num_beams)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from captioning.command_line import allow_single, check_at_least, run_script
-from captioning.data.images import read_image
+from captioning.data.images import check_image
 from captioning.data.prepared import Record
 from captioning.data.tables import Columns
 from captioning.decoding.options import DecodingOptions
@@ -114,7 +114,7 @@ def main(settings: Settings) -> None:
 
 def view_image(settings: Settings) -> None:
     """Write a gallery of one image, in which each of the n best captions has a row."""
-    read_image(settings.img)  # complain before the model is loaded
+    check_image(settings.img)  # complain before the model is loaded
     (name, captioner), *_ = load_captioners(settings)
     n_best = captioner.caption(settings.img, settings.beam_size, details=True).n_best
     key = Path(settings.img).name

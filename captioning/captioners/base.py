@@ -160,15 +160,20 @@ def describe_files(
     return captions, problems
 
 
-def as_array(image: Any) -> np.ndarray:
+def as_array(image: Any, longest: int | None = None) -> np.ndarray:
     """An image in any form that `BaseCaptioner.caption` takes, as RGB values, uint8 (3, height, width).
+
+    Args:
+        longest: make it smaller, such that no side is longer.
 
     Raises:
         UserError: something that is no such image, or a file that cannot be read.
     """
     if isinstance(image, (str, Path)):
-        return read_image(image)
-    return to_array(image) if isinstance(image, Image.Image) else checked_array(image)
+        return read_image(image, longest=longest)
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(checked_array(image).transpose(1, 2, 0))
+    return to_array(image, longest=longest)
 
 
 def checked_array(image: Any) -> np.ndarray:

@@ -18,21 +18,11 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 
 from utils import UserError, natural_order
 
-IMAGE_EXTENSIONS = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".jfif",
-    ".ppm",
-    ".pgm",
-)
 # formats that not every Pillow reads, and what makes it read them
 PACKAGES = {".heic": "pillow-heif", ".heif": "pillow-heif", ".avif": '"pillow>=11.3"'}
+IMAGE_EXTENSIONS = (
+    ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", *PACKAGES,
+)  # fmt: skip
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "MPO", "JPEG2000", "ICO", "AVIF", "HEIF")
 
 LARGEST = 2**28  # pixels of a file; what says it has more is damaged, or made to fill the memory
@@ -198,8 +188,9 @@ def to_array(image: Image.Image, size: int | None = None, longest: int | None = 
     image = _to_rgb(image)
     if size:
         image = image.resize((size, size), Image.Resampling.BILINEAR)
-    elif longest:
-        image.thumbnail((longest, longest), reducing_gap=2.0)
+    elif longest and longest < max(image.size):
+        sides = (max(1, round(side * longest / max(image.size))) for side in image.size)
+        image = image.resize(tuple(sides), Image.Resampling.BICUBIC, reducing_gap=2.0)
     while image.width * image.height > FULL:
         image = image.reduce(2)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
@@ -347,8 +338,7 @@ def walk_images(folder: str | Path, recursive: bool = False) -> ImageFiles:
 
 
 def _has_image_extension(name: str) -> bool:
-    extension = os.path.splitext(name)[1].lower()
-    return extension in IMAGE_EXTENSIONS or extension in PACKAGES
+    return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
 
 
 def list_images(folder: str | Path) -> list[Path]:

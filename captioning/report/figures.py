@@ -18,7 +18,7 @@ from captioning.data.images import read_image
 from captioning.data.submissions import ScoredCaption
 from captioning.decoding.options import DecodingOptions
 from captioning.files import write_encoded
-from utils import UserError, printable
+from utils import UserError, printable, tell
 
 if TYPE_CHECKING:  # files of captions are drawn without torch, which takes seconds to import
     from torch import Tensor
@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # files of captions are drawn without torch, which takes seco
     from captioning.captioners.base import BaseCaptioner
 
 PANEL = 2.4  # inches, the longer side of an image
+DPI = 110  # dots per inch of a figure
+SHOWN = 640  # pixels that are read of an image's longer side: more than the largest panel has dots
 
 
 def check_figure(file: str | Path) -> str:
@@ -41,7 +43,7 @@ def check_figure(file: str | Path) -> str:
 def save_figure(figure, file: str | Path) -> None:
     """Write a matplotlib figure; the file's extension is the format."""
     extension = check_figure(file)
-    write_encoded(file, partial(figure.savefig, format=extension, dpi=110))
+    write_encoded(file, partial(figure.savefig, format=extension, dpi=DPI))
 
 
 def enlarge(attention: np.ndarray, width: int = 224, height: int = 224) -> np.ndarray:
@@ -70,7 +72,7 @@ def draw_attention(
     from captioning.captioners.base import as_array  # here, as it imports torch
 
     check_figure(file)
-    pixels = as_array(image).transpose(1, 2, 0)
+    pixels = as_array(image, longest=SHOWN).transpose(1, 2, 0)
     height, width = pixels.shape[:2]
     columns = min(len(words) + 1, 6)
     rows = math.ceil((len(words) + 1) / columns)
@@ -178,7 +180,10 @@ def draw_captions(file: str | Path, rows: Sequence[tuple[str, str, str, Sequence
         axis.axis("off")
     for i, (path, heading, caption, references) in enumerate(rows):
         image_axis, beside = axes[i // 2, 2 * (i % 2) : 2 * (i % 2) + 2]
-        image_axis.imshow(read_image(path).transpose(1, 2, 0))
+        try:
+            image_axis.imshow(read_image(path, longest=SHOWN).transpose(1, 2, 0))
+        except UserError as error:
+            tell(f"drawn without image: {error}")
         lines = textwrap.wrap(caption, 34) or ["(no caption)"]
         written = {"va": "top", "transform": beside.transAxes, "parse_math": False}
         beside.text(0, 1.0, heading, fontsize=9, color="dimgray", **written)

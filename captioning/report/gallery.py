@@ -209,11 +209,10 @@ def write_thumbnails(
         try:
             if record.path is None:
                 raise UserError(f"{record.image_id}: no image file")
-            image = Image.fromarray(read_image(record.path).transpose(1, 2, 0))
+            image = Image.fromarray(read_image(record.path, longest=THUMBNAIL).transpose(1, 2, 0))
         except UserError as error:
             problems.append(str(error))
             return None
-        image.thumbnail((THUMBNAIL, THUMBNAIL), reducing_gap=2.0)
         write_encoded(folder / f"{number:05d}.jpg", partial(image.save, format="JPEG", quality=85))
         return image.size
 

@@ -125,7 +125,7 @@ def _size(path: str | Path | None) -> tuple[int, int] | None:
     try:
         with open_image(path) as image:
             return image.size
-    except (OSError, AttributeError):
+    except (OSError, UserError, AttributeError):
         return None
 
 
