@@ -190,6 +190,7 @@ def _create_contiguous(file: h5py.File, name: str, shape: tuple[int, ...], dtype
     options.set_layout(h5py.h5d.CONTIGUOUS)
     options.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     options.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    options.set_obj_track_times(False)  # the same rows make the same file, bit for bit
     kind, space = h5py.h5t.py_create(dtype), h5py.h5s.create_simple(shape)
     return h5py.h5d.create(file.id, name.encode(), kind, space, options).get_offset()
 
@@ -264,7 +265,7 @@ def open_dataset(
             raise ValueError(f"its {name} are not {np.dtype(dtype)}")
         if dataset.ndim != (dimensions or dataset.ndim):
             raise ValueError(f"its {name} have {dataset.ndim} dimensions, not {dimensions}")
-        if dataset.is_virtual or dataset.external or dataset.compression or dataset.scaleoffset is not None:
+        if _leads_elsewhere(dataset):
             raise ValueError(f"its {name} are compressed or in other files")
         if dataset.id.get_storage_size() < math.prod(dataset.shape) * dataset.dtype.itemsize:
             raise ValueError(f"some of its {name} were never written")
@@ -277,10 +278,19 @@ def open_dataset(
         raise
 
 
+def _leads_elsewhere(dataset: h5py.Dataset) -> bool:
+    """Whether its values are compressed, or in other files."""
+    packed = dataset.compression or dataset.scaleoffset is not None
+    return bool(dataset.is_virtual or dataset.external or packed)
+
+
 def _read_checksums(file: h5py.File, shape: tuple[int, ...]) -> np.ndarray | None:
     link = file.get(CHECKSUMS, getlink=True)
     if link is None:  # written by an earlier release
         return None
-    if not isinstance(link, h5py.HardLink) or file[CHECKSUMS].shape != checksum_shape(shape):
+    checksums = file[CHECKSUMS] if isinstance(link, h5py.HardLink) else None
+    if not isinstance(checksums, h5py.Dataset) or checksums.dtype != np.uint32 or _leads_elsewhere(checksums):
         raise ValueError(f"its {CHECKSUMS} are damaged")
-    return file[CHECKSUMS][:].astype(np.uint32)
+    if checksums.shape != checksum_shape(shape):
+        raise ValueError(f"its {CHECKSUMS} are not those of its rows")
+    return checksums[:]
