@@ -146,6 +146,27 @@ def _check_kind(path: Path) -> bool:
     return stat.S_ISDIR(mode)
 
 
+def require_regular_file(path: str | Path, missing: str = "no such file") -> None:
+    """Raise UserError for what is no file with a content of its own: a pipe is waited for, and a device such
+    as /dev/zero read, for ever.
+
+    Args:
+        missing: what is said where there is nothing of this name.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # a ValueError: a name with a NUL
+        raise UserError(f"{path}: {missing}") from None
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path}: a {kind_of_file(mode)}, not a file; give another, or remove it")
+
+
+def kind_of_file(mode: int) -> str:
+    """What `os.stat` found, by its `st_mode`."""
+    kinds = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+    return kinds.get(stat.S_IFMT(mode), "device")
+
+
 def check_output(path: str | Path, folder: bool = False) -> None:
     """Raise UserError, before any work, where no file, or folder, of this name can be written."""
     path = Path(path)
@@ -188,13 +209,12 @@ def write_csv(path: str | Path, rows: Iterable[Iterable]) -> None:
 def read_json(path: str | Path, digest: str | None = None):
     """The content of a JSON file. Raises UserError where it is missing, no JSON, or has not the SHA-256
     `digest`."""
+    require_regular_file(path)
     try:
         content = Path(path).read_bytes()
         if digest and hashlib.sha256(content).hexdigest() != digest:
             raise UserError(f"{path}: damaged, or replaced since; run the script again that wrote it")
         return parse_json(content.decode("utf-8-sig"), path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a JSON file ({error})") from None
 
@@ -204,8 +224,9 @@ def parse_json(text: str, name: str | Path):
     try:
         with _no_garbage_collection():
             return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{name}: not a JSON file ({error})") from None
+    except (ValueError, RecursionError) as error:  # the former also of a number with thousands of digits
+        reason = str(error).partition(";")[0]
+        raise UserError(f"{name}: not a JSON file ({reason})") from None
 
 
 @contextmanager
@@ -223,7 +244,7 @@ def _no_garbage_collection() -> Iterator[None]:
 def natural_order(name: str) -> list:
     """Sort key by which img2 comes before img10."""
     return [
-        (0, int(part), part) if part.isdecimal() else (1, 0, part)
+        (0, int(part[:4000]), part) if part.isdecimal() else (1, 0, part)  # longer ones Python does not read
         for part in re.split(r"(\d+)", name)
         if part
     ]

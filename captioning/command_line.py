@@ -50,15 +50,11 @@ def run_script(main: Callable, settings_class: type[AnySettings]) -> typing.NoRe
     except UserError as error:
         _report(f"error: {error}")
         status = 2
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; torch may not have been imported
-            raise
-        _report("error: the GPU's memory is full: lower --batch_size, or use a smaller encoder")
-        status = 2
-    except OSError as error:
-        if errno.errorcode.get(error.errno) not in OF_THE_USER:
+    except (MemoryError, RuntimeError, OSError, ImportError) as error:
+        message = _explain(error)
+        if message is None:
             raise  # not the user's doing: show where it comes from
-        _report(f"error: {error.strerror}: {error.filename or 'while writing'}")
+        _report(f"error: {message}")
         status = 2
     except KeyboardInterrupt as error:
         leave_signals_to_main_process()  # this one is ending already
@@ -71,6 +67,24 @@ def run_script(main: Callable, settings_class: type[AnySettings]) -> typing.NoRe
         sys.stderr.flush()
         os._exit(status or 0)  # as threads of the process group can abort an ordinary exit
     sys.exit(status or 0)
+
+
+def _explain(error: Exception) -> str | None:
+    """What an error says to the user, where it is of the machine and not of the program."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; torch may not have been imported
+        return "the GPU's memory is full: lower --batch_size, or use a smaller encoder"
+    if isinstance(error, MemoryError) or any(words in str(error) for words in MEMORY_IS_FULL):
+        return "this machine's memory is full: lower --batch_size or --workers, or end other programs"
+    if isinstance(error, OSError) and errno.errorcode.get(error.errno) in OF_THE_USER:
+        return f"{error.strerror}: {error.filename or 'while writing'}"
+    return None
+
+
+# how torch, the loader of shared libraries, threads and the system say so
+MEMORY_IS_FULL = (
+    "can't allocate memory", "not enough memory", "Cannot allocate memory", "failed to map segment",
+    "can't start new thread", "bad_alloc", "Unable to allocate",
+)  # fmt: skip
 
 
 @contextmanager
@@ -172,6 +186,9 @@ def parse_settings(
         decided = {*settings_class.__dataclass_fields__, *step.decided}
         _add_options(parser, step.settings_class, step.prefix, decided, step.title)
     argv = list(sys.argv[1:] if argv is None else argv)
+    for argument in argv:
+        if re.fullmatch(r"--\w+=--", argument):  # argparse takes the value for the end of the options
+            raise UserError(f"{argument}: no value is called --; {parser.prog} --help lists the settings")
     fields = settings_class.__dataclass_fields__
     positional = [name for name in fields if fields[name].metadata.get("positional")]
     if positional:
@@ -282,6 +299,7 @@ class _Parser(argparse.ArgumentParser):
             for name in difflib.get_close_matches(word, self._option_string_actions, 1)
         ]
         question = f"; did you mean {' '.join(meant)}?" if meant else ""
+        message = re.sub(r"\S{80,}", lambda word: f"{word[0][:60]}...", message)
         raise UserError(f"{message}{question}; {self.prog} --help lists the settings")
 
 
@@ -405,6 +423,16 @@ def allow_single(settings: AnySettings, *names: str) -> None:
         value = getattr(settings, name)
         if isinstance(value, (str, os.PathLike)):
             setattr(settings, name, (str(value),))
+
+
+def check_different_files(settings: AnySettings, *names: str) -> None:
+    """Raise UserError where two of the named settings would write one file or folder; None writes none."""
+    files: dict[str, str] = {}
+    for name in names:
+        if value := getattr(settings, name):
+            other = files.setdefault(os.path.realpath(value), name)
+            if other != name:
+                raise UserError(f"--{other} and --{name} are both {value}: give different names")
 
 
 def check_share(settings: AnySettings, *names: str) -> None:

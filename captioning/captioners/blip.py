@@ -46,7 +46,8 @@ from captioning.data.images import read_image
 from captioning.data.submissions import ScoredCaption
 from captioning.decoding.options import DecodingOptions
 from captioning.decoding.sampling import draw_words, image_seed, uniform_numbers
-from utils import UserError
+from captioning.weights.torch_files import check_archive
+from utils import UserError, require_regular_file
 
 try:
     from transformers import AutoModelForImageTextToText
@@ -352,6 +353,12 @@ def load_captioner(model_path: str | Path) -> BlipCaptioner:
         raise UserError(f"{name}: no model in it (no config.json); give the folder that train_model.py wrote")
     if not in_folder and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UserError(f"{name}: no such folder; train_model.py writes one, {HUB_MODEL} is on the hub")
+    if in_folder:
+        for file in Path(name).iterdir():
+            if not file.is_dir():
+                require_regular_file(file)
+            if file.suffix == ".bin":
+                check_archive(file)
     try:
         return _read_captioner(name, local_files_only=True)
     except UserError:

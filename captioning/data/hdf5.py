@@ -251,11 +251,11 @@ def open_dataset(
     Raises:
         ValueError: it is missing, cut short, of another kind, or leads to another file.
     """
+    if not Path(path).is_file():
+        raise ValueError("the file is missing, or no file")
     try:
         file = h5py.File(path, "r")
     except (OSError, RuntimeError):
-        if not Path(path).is_file():
-            raise ValueError("the file is missing") from None
         raise ValueError("it is cut short or no HDF5 file") from None
     try:
         if not isinstance(file.get(name, getlink=True), h5py.HardLink):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from utils import UserError, natural_order
+from utils import UserError, kind_of_file, natural_order
 
 # formats that not every Pillow reads, and what makes it read them
 PACKAGES = {".heic": "pillow-heif", ".heif": "pillow-heif", ".avif": '"pillow>=11.3"'}
@@ -169,9 +169,7 @@ def _check_file(path: str | Path) -> None:
             raise
         raise UserError(f"{path}: a link that leads to no file; replace or remove it") from None
     if not stat.S_ISREG(status.st_mode):
-        kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
-        kind = kinds.get(stat.S_IFMT(status.st_mode), "device")
-        raise UserError(f"{path}: a {kind}, not an image file; remove it")
+        raise UserError(f"{path}: a {kind_of_file(status.st_mode)}, not an image file; remove it")
     if status.st_size == 0:
         raise UserError(f"{path}: an empty file; replace or remove it")
 

@@ -91,9 +91,9 @@ def read_prepared(data_folder: str | Path) -> dict:
 def digest_files(folder: str | Path) -> dict[str, str]:
     """The digest of each file of a preparation: of a JSON file's bytes, of an HDF5 file's pixels."""
     digests = {}
-    for path in sorted(Path(folder).glob("*.json")):
+    for path in filter(Path.is_file, sorted(Path(folder).glob("*.json"))):  # and no pipe
         digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    for path in sorted(Path(folder).glob("*_images.hdf5")):
+    for path in filter(Path.is_file, sorted(Path(folder).glob("*_images.hdf5"))):
         with h5py.File(path, "r") as file:
             digests[path.name] = file.attrs["digest"]
     return digests

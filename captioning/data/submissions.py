@@ -120,8 +120,6 @@ def _unescape_formula(text: str) -> str:
 def read_submission(path: str | Path, columns: Columns | None = None) -> list[tuple[str, str]]:
     """The (id, caption) rows of a table in any of the layouts of tables.py, in file order, doubled ones too.
 
-    Of a file with the n best captions of each image those of rank 1 are given, and a line says so.
-
     If the file has several captions per image, only those of rank 1 are returned, and a line says so.
 
     Raises:
@@ -134,12 +132,20 @@ def read_submission(path: str | Path, columns: Columns | None = None) -> list[tu
             raise UserError(f"{where}: no caption in it; give a file of captions")
         if len(row.captions) > 1:
             raise UserError(f"{where}: {len(row.captions)} captions; give one for each image")
-        if row.rank is not None and not row.rank.isdecimal():
-            raise UserError(f"{where}: its rank is {row.rank!r}; give a number from 1")
+        if row.rank is not None and not (row.rank.isdecimal() and len(row.rank) < 18):
+            raise UserError(f"{where}: its rank is {row.rank[:20]!r}; give a number from 1")
         rows.append(row)
     best = [row for row in rows if row.rank is None or int(row.rank) == 1]
     if not best:
         raise UserError(f"{path}: no captions {'of rank 1 ' if rows else ''}in it")
     if len(best) < len(rows):
         say_once(f"{path}: several captions per image; those of rank 1 count, {len(rows) - len(best)} do not")
+    for row in best:
+        try:
+            f"{row.image_id}{row.captions}".encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{path}, {row.place}: half a character (an unpaired surrogate) in the id or caption of "
+                f"{row.image_id!a}; mend or replace the file"
+            ) from None
     return [(_unescape_formula(row.image_id), _unescape_formula("".join(row.captions))) for row in best]

@@ -16,7 +16,7 @@ import numpy as np
 
 from captioning.report.scoring import COLUMNS, matched_bleu, report_scores
 from metrics import Scores, rouge_l, tokenize
-from utils import UserError, counted
+from utils import UserError, counted, require_regular_file
 
 RESAMPLES = 2000
 DIGITS = 4  # to which scores are printed: a difference that is 0 there is 0
@@ -237,6 +237,7 @@ def compare_files(first: str, second: str) -> None:
 
 def read_per_image(file: str) -> dict[str, dict[str, float]]:
     """Read a file of --per_image_csv that has one row per image: {image id: scores}."""
+    require_regular_file(file, f"no such file; eval.py --per_image_csv {file} writes one")
     table: dict[str, dict[str, float]] = {}
     try:
         with open(file, encoding="utf-8-sig", newline="") as stream:
@@ -246,8 +247,6 @@ def read_per_image(file: str) -> dict[str, dict[str, float]]:
                         f"{file}: has {row['image_id']} more than once; write it with one of --beam_sizes"
                     )
                 table[row["image_id"]] = {name: float(row[name]) for name in COLUMNS if row.get(name)}
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file; eval.py --per_image_csv {file} writes one") from None
     except (KeyError, ValueError, TypeError, csv.Error) as error:
         raise UserError(f"{file}: not a file of --per_image_csv ({error}); write it anew") from None
     return table

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import zipfile
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from captioning.data.hdf5 import require_disk_space
 from captioning.data.prepared import find_word_map_problem
 from captioning.files import Number, OutputFile, find_mismatch
 from captioning.weights.pretrained import build_encoder
+from captioning.weights.torch_files import load_torch_file
 from models import Attention, DecoderWithAttention, Encoder, HardAttention
 from utils import UserError, atomic_write, pick_device, read_json, readable_size
 
@@ -37,22 +37,10 @@ def read_checkpoint(path: str | Path) -> object:
     """What `torch.save` wrote, on the CPU, without running anything that the file says.
 
     Raises:
-        UserError: no such file, or it is damaged. ValueError: no file of torch's, or one that names more than
-            tensors and plain values.
+        UserError: no such file, it is damaged, or `load_torch_file` refuses it. ValueError: no file of
+            torch's, or one that names more than tensors and plain values.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such checkpoint; train.py writes them to output_models/")
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()  # torch does not look at the checksums
-            if damaged:
-                raise UserError(f"{path}: damaged ({damaged} has another checksum); copy it or train again")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except Exception as error:  # pickle, zipfile and torch each fail in their own ways
-        raise ValueError(f"{path}: not a checkpoint") from error
+    return load_torch_file(path, "no such checkpoint; train.py writes them to output_models/")
 
 
 def load_checkpoint(path: str | Path, *needed: str, word_map_path: str | Path | None = None) -> dict:
@@ -220,8 +208,8 @@ BEST_FILES = ("encoder.pth", "decoder.pth", "best_checkpoint.pth")
 def peek(path: str | Path) -> dict:
     """What is in a checkpoint, its tensors unread; {} where it cannot be read."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # as in `read_checkpoint`
+        content = load_torch_file(path, mmap=True)
+    except (UserError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 

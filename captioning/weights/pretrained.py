@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from captioning.weights.torch_files import load_torch_file
 from models import ENCODERS, Encoder, EncoderSpec, torchvision_network
-from utils import UserError
+from utils import UserError, require_regular_file
 
 
 def efficientnet_lite(name: str, dim: int) -> EncoderSpec:
@@ -109,11 +110,9 @@ def build_encoder(encoder_name: str, encoder_weights: str = "imagenet") -> Encod
 
 
 def read_weights(path: str) -> dict:
-    if not Path(path).is_file():
-        raise UserError(f"encoder weights {path!r}: no such file; give imagenet, none or a file")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # whatever pickle, zipfile or torch find wrong with it
+        return load_torch_file(path, "no such file of encoder weights; give imagenet, none or a file")
+    except ValueError:
         raise UserError(
             f"{path}: not a file of weights saved with torch.save(model.state_dict(), file)"
         ) from None
@@ -158,6 +157,7 @@ def load_embeddings(path: str | Path, word_map: dict[str, int]) -> tuple[Tensor,
     vectors: dict[str, np.ndarray] = {}
     wanted = {*word_map, *map(str.lower, word_map)}
     width, number = None, 0
+    require_regular_file(path, "no such file of word vectors")
     try:
         with open(path, encoding="utf-8") as stream:
             for number, line in enumerate(stream, start=1):
@@ -172,8 +172,6 @@ def load_embeddings(path: str | Path, word_map: dict[str, int]) -> tuple[Tensor,
                         raise ValueError(f"{len(values)} numbers where {width} were expected")
                     if not np.isfinite(vectors[word]).all():
                         raise ValueError("one is nan or infinite")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file of word vectors") from None
     except ValueError as error:  # UnicodeDecodeError is one
         raise UserError(
             f"{path}, line {number + 1 if isinstance(error, UnicodeDecodeError) else number}: not a word and "
