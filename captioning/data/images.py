@@ -326,7 +326,7 @@ def walk_images(folder: str | Path, recursive: bool = False) -> ImageFiles:
 
     for place, subfolders, files in os.walk(folder, onerror=note):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found = [name for name in files if not name.startswith(".") and _has_image_extension(name)]
+        found = [name for name in files if not name.startswith(".") and has_image_extension(name)]
         parts = Path(place).relative_to(folder).parts
         if parts and not recursive:
             left_out += len(found)
@@ -335,7 +335,7 @@ def walk_images(folder: str | Path, recursive: bool = False) -> ImageFiles:
     return ImageFiles(sorted(names, key=natural_order), left_out, problems if recursive else [])
 
 
-def _has_image_extension(name: str) -> bool:
+def has_image_extension(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
 
 
