@@ -41,13 +41,13 @@ from transformers.models.blip import modeling_blip_text
 
 from captioning import HUB_MODEL
 from captioning.captioners.base import BaseCaptioner, Caption, stack_maps
+from captioning.captioners.blip_files import check_config, check_files, check_preparation
 from captioning.data.hdf5 import require_disk_space
 from captioning.data.images import read_image
 from captioning.data.submissions import ScoredCaption
 from captioning.decoding.options import DecodingOptions
 from captioning.decoding.sampling import draw_words, image_seed, uniform_numbers
-from captioning.weights.torch_files import check_archive
-from utils import UserError, require_regular_file
+from utils import UserError
 
 try:
     from transformers import AutoModelForImageTextToText
@@ -354,11 +354,7 @@ def load_captioner(model_path: str | Path) -> BlipCaptioner:
     if not in_folder and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UserError(f"{name}: no such folder; train_model.py writes one, {HUB_MODEL} is on the hub")
     if in_folder:
-        for file in Path(name).iterdir():
-            if not file.is_dir():
-                require_regular_file(file)
-            if file.suffix == ".bin":
-                check_archive(file)
+        check_files(name)
     try:
         return _read_captioner(name, local_files_only=True)
     except UserError:
@@ -384,6 +380,7 @@ def _read_captioner(name: str, local_files_only: bool) -> BlipCaptioner:
         raise UserError(
             f"{name}: a {config.model_type} model, which captions no images; give BLIP or the like"
         )
+    check_config(name, config)
     model, loaded = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **options)
     classes = config.architectures or [type(model).__name__]
     missing = find_missing(model, loaded["missing_keys"])
@@ -394,7 +391,10 @@ def _read_captioner(name: str, local_files_only: bool) -> BlipCaptioner:
     if damaged:
         raise UserError(f"{name}: damaged weights ({damaged} is not finite); fetch or train them anew")
     image_processor = AutoImageProcessor.from_pretrained(name, **options)
-    return BlipCaptioner(model.eval(), image_processor, AutoTokenizer.from_pretrained(name, **options))
+    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    captioner = BlipCaptioner(model.eval(), image_processor, tokenizer)
+    check_preparation(name, captioner)
+    return captioner
 
 
 def find_missing(model: nn.Module, missing_keys: Iterable[str]) -> list[str]:
