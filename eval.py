@@ -22,7 +22,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from captioning.command_line import LARGEST, allow_single, check_at_least, run_script
+from captioning.command_line import (
+    LARGEST,
+    allow_single,
+    check_at_least,
+    check_different_files,
+    run_script,
+)
 from captioning.data.prepared import Record
 from captioning.data.submissions import (
     METADATA,
@@ -114,6 +120,8 @@ class Settings(AttentionDecodingOptions):
             raise UserError("--boxes needs a model, which looks: leave --submission out")
         if self.compare and len(self.compare) != 2:
             raise UserError("--compare takes two files, as --per_image_csv writes them")
+        outputs = ("output_json", "output_captions", "per_image_csv", "figure")
+        check_different_files(self, outputs, ("submission", "references", "boxes", "word_map", "compare"))
 
     def search_options(self, beam_size: int) -> DecodingOptions:
         """How the captions that are scored are searched."""

@@ -32,6 +32,7 @@ from captioning.command_line import (
     Step,
     allow_single,
     check_at_least,
+    check_different_files,
     describe_settings,
     make_settings,
     run_script,
@@ -83,6 +84,9 @@ class Settings:
         self.is_demo = False
         self.own_test = False  # whether the images to caption are the annotations' own test split
         check_at_least(self, 0, "demo_images")
+        folders = ("data_folder", "output_folder", "blip_folder")
+        check_different_files(self, folders, ("image_folder", "test_folder"))
+        check_different_files(self, ("output_csv", "blip_csv"), ("annotations", "test_annotations"))
 
 
 # settings of the steps that are not offered as options here

@@ -15,7 +15,7 @@ import threading
 import time
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -425,14 +425,18 @@ def allow_single(settings: AnySettings, *names: str) -> None:
             setattr(settings, name, (str(value),))
 
 
-def check_different_files(settings: AnySettings, *names: str) -> None:
-    """Raise UserError where two of the named settings would write one file or folder; None writes none."""
-    files: dict[str, str] = {}
-    for name in names:
-        if value := getattr(settings, name):
-            other = files.setdefault(os.path.realpath(value), name)
-            if other != name:
-                raise UserError(f"--{other} and --{name} are both {value}: give different names")
+def check_different_files(settings: AnySettings, outputs: Sequence[str], inputs: Sequence[str] = ()) -> None:
+    """Raise UserError where two settings would write one file or folder, or one would write what another
+    reads. Settings may be None, or hold several names."""
+    owners: dict[str, str] = {}
+    for setting in (*inputs, *outputs):
+        names = getattr(settings, setting) or ()
+        for name in (names,) if isinstance(names, (str, os.PathLike)) else names:
+            place = os.path.realpath(name)
+            other = owners.get(place, setting)
+            if other != setting and setting in outputs:
+                raise UserError(f"--{setting} and --{other} are both {name}: give another name to write to")
+            owners[place] = setting
 
 
 def check_share(settings: AnySettings, *names: str) -> None:

@@ -4,11 +4,15 @@ import pytest
 
 import caption
 import caption_from_checkpoint
+import convert_checkpoint
 import create_input_files
 import direct_caption
 import eval as evaluation
+import make_demo_data
+import run_pipeline
 import train
 import train_model
+import view_captions
 from captioning.command_line import parse_settings
 from utils import UserError
 
@@ -55,6 +59,38 @@ def test_the_findings():
     ):  # fmt: skip
         with pytest.raises(UserError, match=rf"--{name} is {value}: give"):
             parse_settings(script.Settings, [f"--{name}", value])
+
+
+ALL = (*SCRIPTS, convert_checkpoint, make_demo_data, run_pipeline, view_captions)
+
+
+@pytest.mark.parametrize("script", ALL, ids=lambda script: script.__name__)
+def test_two_dashes_and_endless_numbers_get_one_line(script):
+    for name, field in script.Settings.__dataclass_fields__.items():
+        with pytest.raises(UserError, match=f"--{name}=--: no value is called --"):
+            parse_settings(script.Settings, [f"--{name}=--"])
+        if field.type.split(" ")[0] in ("int", "tuple[int,", "Device"):
+            with pytest.raises(UserError) as error:
+                parse_settings(script.Settings, [f"--{name}", "9" * 5000])
+            assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "script, same",
+    [
+        (evaluation, ["--output_json", "a", "--output_captions", "./a"]),
+        (evaluation, ["--output_captions", "a.csv", "--per_image_csv", "a.csv"]),
+        (evaluation, ["--output_captions", "a", "--references", "a", "--submission", "b"]),
+        (evaluation, ["--per_image_csv", "b", "--references", "a", "--submission", "c", "b"]),
+        (run_pipeline, ["--output_folder", "models", "--data_folder", "models/"]),
+        (run_pipeline, ["--output_csv", "train.csv"]),
+        (run_pipeline, ["--output_csv", "a.csv", "--blip_csv", "a.csv"]),
+        (run_pipeline, ["--blip_folder", "test/test"]),
+    ],
+)
+def test_no_file_is_written_twice_or_over_an_input(script, same):
+    with pytest.raises(UserError, match=r"are both .*: give another name to write to"):
+        parse_settings(script.Settings, same)
 
 
 def test_the_defaults_are_good():
