@@ -86,6 +86,7 @@ def test_two_dashes_and_endless_numbers_get_one_line(script):
         (run_pipeline, ["--output_csv", "train.csv"]),
         (run_pipeline, ["--output_csv", "a.csv", "--blip_csv", "a.csv"]),
         (run_pipeline, ["--blip_folder", "test/test"]),
+        (caption, ["--output_csv", "test.csv", "--test_csv", "./test.csv"]),
     ],
 )
 def test_no_file_is_written_twice_or_over_an_input(script, same):

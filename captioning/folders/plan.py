@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from captioning.command_line import check_at_least
+from captioning.command_line import check_at_least, check_different_files
 from captioning.data.annotations import read_annotations, require_image, test_records
 from captioning.data.image_names import ImageFinder
 from captioning.data.images import IMAGE_EXTENSIONS, read_image, walk_images
@@ -59,6 +59,7 @@ class FolderOptions:
             self.as_sidecars = None
         if self.output_csv is not None:
             check_output(self.output_csv)
+        check_different_files(self, ("output_csv",), ("test_csv",))
         if self.output_csv is not None and Path(self.output_csv).suffix.lower() not in FORMATS:
             raise UserError(f"{self.output_csv}: give a file name that ends in {', '.join(FORMATS)}")
 
