@@ -215,8 +215,6 @@ def read_json(path: str | Path, digest: str | None = None):
         if digest and hashlib.sha256(content).hexdigest() != digest:
             raise UserError(f"{path}: damaged, or replaced since; run the script again that wrote it")
         return parse_json(content.decode("utf-8-sig"), path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a JSON file ({error})") from None
 

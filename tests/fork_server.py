@@ -36,15 +36,15 @@ class Server:
 
     def run(
         self, folder: Path, script: str, *arguments, end: int = signal.SIGKILL, after: float | None = None,
-        before_rename: int = 0,
+        before_rename: int = 0, seconds: int = 0,
     ) -> Run:  # fmt: skip
         """Run a script in a folder.
 
         after: send the signal `end` once the run has used so many seconds of a processor. before_rename: let
-            it be killed before this rename, counted from 1.
+            it be killed before this rename, counted from 1. seconds: end it with SIGALRM after so many.
         """
         job = {"script": script, "arguments": [str(argument) for argument in arguments]}
-        job |= {"folder": str(folder), "before_rename": before_rename}
+        job |= {"folder": str(folder), "before_rename": before_rename, "seconds": seconds}
         print(json.dumps(job), file=self.process.stdin, flush=True)
         number = int(self.process.stdout.readline())
         if after is not None and wait_for_work(number, after):
@@ -113,6 +113,7 @@ def run_job(job: dict) -> None:
             os.dup2(log, stream)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         sys.argv = [job["script"], *job["arguments"]]
+        signal.alarm(job["seconds"])
         if job["before_rename"]:
             die_before_rename(job["before_rename"])
 

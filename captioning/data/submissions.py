@@ -140,4 +140,12 @@ def read_submission(path: str | Path, columns: Columns | None = None) -> list[tu
         raise UserError(f"{path}: no captions {'of rank 1 ' if rows else ''}in it")
     if len(best) < len(rows):
         say_once(f"{path}: several captions per image; those of rank 1 count, {len(rows) - len(best)} do not")
+    for row in best:
+        try:
+            f"{row.image_id}{row.captions}".encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{path}, {row.place}: half a character (an unpaired surrogate) in the id or caption of "
+                f"{row.image_id!a}; mend or replace the file"
+            ) from None
     return [(_unescape_formula(row.image_id), _unescape_formula("".join(row.captions))) for row in best]

@@ -1,0 +1,551 @@
+"""What tests/fuzz.py tries: sound files, and cases in which one of them is damaged, odd or hostile."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from icc_profiles import ADOBE_RGB, cmyk_profile, grey_profile, rgb_profile
+from PIL import Image
+
+# --- damage -------------------------------------------------------------------------------------------------
+
+
+def mutate(content: bytes, rng: random.Random) -> bytes:
+    """A few bits flipped, a part left out, doubled or overwritten, or the end cut off."""
+    damaged, kind = bytearray(content or b"\0"), rng.randrange(5)
+    start = rng.randrange(len(damaged))
+    end = min(len(damaged), start + rng.randrange(1, 1 + max(1, len(damaged) // 4)))
+    if kind == 0:
+        for _ in range(rng.randrange(1, 20)):
+            damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+    elif kind == 1:
+        del damaged[start:end]
+    elif kind == 2:
+        damaged[start:start] = damaged[start:end]
+    elif kind == 3:
+        damaged[start:end] = rng.randbytes(end - start)
+    else:
+        del damaged[start:]
+    return bytes(damaged)
+
+
+ODD_VALUES = (
+    None, True, -1, 0, 1, 10**9, 10**30, 1.5, float("nan"), float("inf"), "", "text", "\x1b[2J", "\ud800",
+    "../x", "/etc/passwd", "a\nb", [], {}, [[]], [None], {"a": {}}, "9" * 5000, [1] * 100, "\u202eabc", "\0",
+)  # fmt: skip
+
+
+def replace_a_value(value: object, rng: random.Random) -> object:
+    """The same JSON-like value with something odd at a random place in it."""
+    if isinstance(value, dict) and value and rng.random() < 0.85:
+        key = rng.choice(list(value))
+        if rng.random() < 0.1:
+            return {other: part for other, part in value.items() if other != key}
+        return value | {key: replace_a_value(value[key], rng)}
+    if isinstance(value, list) and value and rng.random() < 0.85:
+        place = rng.randrange(len(value))
+        return [*value[:place], replace_a_value(value[place], rng), *value[place + 1 :]]
+    return rng.choice(ODD_VALUES)
+
+
+def damage_json(file: Path, rng: random.Random) -> None:
+    """Bytes or values of a JSON file."""
+    if rng.random() < 0.4:
+        file.write_bytes(mutate(file.read_bytes(), rng))
+    else:
+        file.write_text(json.dumps(replace_a_value(json.loads(file.read_text()), rng)))
+
+
+def put_something_else(file: Path, rng: random.Random) -> None:
+    """In place of a file: nothing, a folder, a pipe, a link."""
+    file.unlink()
+    kind = rng.randrange(6)
+    if kind == 0:
+        file.mkdir()
+    elif kind == 1:
+        os.mkfifo(file)
+    elif kind == 2:
+        file.symlink_to("/dev/zero")
+    elif kind == 3:
+        file.symlink_to(file.name)
+    elif kind == 4:
+        file.write_bytes(b"")
+
+
+# --- sound files, and cases -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Samples:
+    """Sound files to begin with: made once.
+
+    demo: a demonstration set. prepared: the same, prepared. models, blip: of train.py and of BLIP's format.
+    """
+
+    demo: Path
+    prepared: Path
+    models: Path
+    blip: Path
+    images: list[Path] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.images = sorted((self.demo / "train" / "train").glob("*.jpg"))
+
+    @classmethod
+    def make(cls, folder: Path) -> Samples:
+        import create_input_files
+        import make_demo_data
+        import train
+        from captioning.captioners.tiny_blip import tiny_captioner
+        from captioning.data.annotations import read_annotations
+
+        torch.manual_seed(0)
+        demo, prepared, models = folder / "demo", folder / "data_output", folder / "output_models"
+        make_demo_data.make_demo_data(make_demo_data.Settings(str(demo), 16, 10))
+        annotations, images = str(demo / "train.csv"), str(demo / "train" / "train")
+        settings = create_input_files.Settings(annotations, images, output_folder=str(prepared))
+        settings.min_word_freq, settings.image_size, settings.val_fraction = 1, 32, 0.25
+        create_input_files.create_input_files(settings)
+        sizes = {"emb_dim": 8, "attention_dim": 8, "decoder_dim": 8}
+        train.train(
+            train.Settings(str(prepared), str(models), "efficientnet_lite0", epochs=1, workers=0, **sizes)
+        )
+        captions = [text for record in read_annotations(annotations) for text in record.captions]
+        tiny_captioner(captions).save(folder / "blip")
+        return cls(demo, prepared, models, folder / "blip")
+
+
+@dataclass
+class Case:
+    """A script to run in a folder, and what must be so when it says that all is well.
+
+    check: a folder and the exit status -> what is wrong, "" where nothing is.
+    """
+
+    script: str
+    arguments: list
+    check: Callable[[Path, int], str] = lambda folder, status: ""
+
+
+def copy_files(source: Path, target: Path, left_out: str = "") -> Path:
+    """Copy the files of a folder, without caches."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if file.is_file() and "_features_" not in file.name and (not left_out or left_out not in file.name):
+            shutil.copy(file, target)
+    return target
+
+
+def has_rows(name: str, count: int) -> Callable[[Path, int], str]:
+    """A check that a CSV of captions has so many rows."""
+
+    def check(folder: Path, status: int) -> str:
+        if status == 2:
+            return ""
+        if not (folder / name).is_file():
+            return f"no {name}"
+        with (folder / name).open(newline="", encoding="utf-8") as stream:
+            rows = len(list(csv.reader(stream))) - 1
+        return "" if rows == count else f"{rows} rows in {name}, not {count}"
+
+    return check
+
+
+# --- kinds of cases -----------------------------------------------------------------------------------------
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "ICO", "MPO", "AVIF")
+MODES = ("RGB", "L", "1", "P", "RGBA", "LA", "CMYK", "I;16", "F", "LAB", "YCbCr")
+SHAPES = ((40, 30), (1, 1), (1, 300), (3, 3), (5000, 2), (2, 5000))
+
+
+def odd_image(file: Path, rng: random.Random) -> None:
+    """An image of any format, mode, shape and profile, sound or damaged."""
+    mode, width_height = rng.choice(MODES), rng.choice(SHAPES)
+    pixels = np.random.default_rng(rng.randrange(2**32)).integers(0, 255, (30, 40, 3), dtype=np.uint8)
+    image, stream = Image.fromarray(pixels).resize(width_height), io.BytesIO()
+    options = {}
+    if rng.random() < 0.3:
+        exif = Image.Exif()
+        exif[0x0112] = rng.randrange(12)
+        options["exif"] = exif
+    if rng.random() < 0.3:
+        profile = rng.choice([rgb_profile(ADOBE_RGB, 2.2), grey_profile(1.8), cmyk_profile()])
+        options["icc_profile"] = mutate(profile, rng) if rng.random() < 0.5 else profile
+    try:
+        image.convert("L" if mode in ("I;16", "F") else mode).convert(mode).save(
+            stream, rng.choice(FORMATS), **options
+        )
+    except (OSError, ValueError, KeyError, SystemError, TypeError):  # not every format has every mode
+        image.save(stream, "PNG")
+    content = stream.getvalue()
+    file.write_bytes(mutate(content, rng) if rng.random() < 0.7 else content)
+
+
+def image_folder(samples: Samples, folder: Path, rng: random.Random) -> Path:
+    """Three images, of which one is odd or no image at all."""
+    images = folder / "images"
+    images.mkdir()
+    for number, source in enumerate(rng.sample(samples.images, 2)):
+        shutil.copy(source, images / f"good{number}.jpg")
+    odd = images / f"odd.{rng.choice(['jpg', 'png', 'webp', 'heic', 'tif', 'avif'])}"
+    odd_image(odd, rng)
+    if rng.random() < 0.15:
+        put_something_else(odd, rng)
+    return images
+
+
+def captioners(samples: Samples) -> dict[str, list]:
+    """How each captioning script is told its model."""
+    checkpoint = samples.models / "best_checkpoint.pth"
+    return {
+        "caption.py": ["--model", checkpoint],
+        "caption_from_checkpoint.py": ["--checkpoint", checkpoint],
+        "direct_caption.py": ["--model_path", samples.blip, "--max_new_tokens", 8],
+    }
+
+
+def images_case(samples: Samples, folder: Path, rng: random.Random) -> Case:
+    images = image_folder(samples, folder, rng)
+    there = [path for path in images.iterdir() if path.is_symlink() or not path.is_dir()]
+    kind, scripts = rng.randrange(8), captioners(samples)
+    odd = next((path for path in images.iterdir() if path.stem == "odd"), images / "odd.jpg")
+    if kind < 3:
+        script, model = rng.choice(list(scripts.items()))
+        arguments = [*model, "--test_folder", images, "--output_csv", "s.csv", "--workers", 1]
+        return Case(script, arguments, has_rows("s.csv", len(there)))
+    if kind == 3:
+        script = rng.choice(["caption.py", "direct_caption.py"])
+        return Case(script, [odd, *scripts[script]])
+    if kind == 4:
+        checkpoint = samples.models / "best_checkpoint.pth"
+        return Case("view_captions.py", ["--checkpoint", checkpoint, "--img", odd, "--figures", "f"])
+    with (folder / "a.csv").open("w") as stream:
+        stream.write("image_id,caption\n")
+        for path in (*there, odd):
+            stream.write(f"{path.stem},a red circle above a small square\n{path.stem},a circle\n")
+    data = ["--annotations", "a.csv", "--image_folder", images, "--val_fraction", 0.4, "--workers", 1]
+    if kind == 5:
+        return Case("train_model.py", [*data, "--base_model", "tiny", "--epochs", 1])
+    if kind == 6:
+        rows = ["--submission", "a.csv", "--references", "a.csv", "--partial"]
+        return Case("eval.py", [*rows, "--image_folder", images, "--worst", 3])
+    return Case("create_input_files.py", [*data, "--min_word_freq", 1, "--image_size", 32])
+
+
+def texts_case(samples: Samples, folder: Path, rng: random.Random) -> Case:
+    """Annotations, references and files of captions."""
+    name = rng.choice(["a.csv", "a.json", "a.jsonl", "a.txt"])
+    rows = [
+        (path.stem, f'a "red" circle, {number} squares on grün') for number, path in enumerate(samples.images)
+    ]
+    if name == "a.json":
+        kind = rng.randrange(3)
+        entries = [{"image_id": image_id, "caption": text} for image_id, text in rows]
+        if kind == 1:
+            entries = {"images": [{"id": i, "file_name": f"{image_id}.jpg"} for i, (image_id, _) in enumerate(rows)],
+                       "annotations": [{"image_id": i, "caption": text} for i, (_, text) in enumerate(rows)]}  # fmt: skip
+        elif kind == 2:
+            entries = {"images": [{"filename": f"{image_id}.jpg", "split": rng.choice(["train", "val", "test"]),
+                                   "sentences": [{"raw": text, "tokens": text.split()}]} for image_id, text in rows]}  # fmt: skip
+        (folder / name).write_text(json.dumps(entries))
+        damage_json(folder / name, rng)
+    else:
+        stream = io.StringIO()
+        if name == "a.jsonl":
+            lines = [json.dumps({"image_id": image_id, "caption": text}) for image_id, text in rows]
+            stream.write("\n".join(lines))
+        else:
+            header = rng.choice([("image_id", "caption"), ("image", "caption"), ("a", "b")])
+            csv.writer(stream, delimiter=rng.choice(",,;\t|")).writerows([header, *rows])
+        encoding = rng.choice(["utf-8", "utf-8", "cp1252", "utf-16", "utf-8-sig"])
+        content = stream.getvalue().encode(encoding)
+        (folder / name).write_bytes(mutate(content, rng) if rng.random() < 0.8 else content)
+    if rng.random() < 0.05:
+        put_something_else(folder / name, rng)
+    images = samples.demo / "train" / "train"
+    data, kind = ["--annotations", name, "--image_folder", images], rng.randrange(6)
+    if kind == 0:
+        return Case(
+            "create_input_files.py", [*data, "--min_word_freq", 1, "--image_size", 32, "--workers", 1]
+        )
+    if kind == 1:
+        return Case("train_model.py", [*data, "--base_model", "tiny", "--epochs", 1, "--workers", 1])
+    good = samples.demo / "train.csv"
+    if kind == 2:
+        given = ["--submission", name, "--references", good, "--partial", "--output_json", "o.json"]
+        return Case("eval.py", [*given, "--output_captions", "o.csv", "--per_image_csv", "p.csv"])
+    if kind == 3:
+        return Case("eval.py", ["--submission", good, "--references", name, "--partial"])
+    if kind == 4:
+        return Case("view_captions.py", ["--submission", name, "--references", good])
+    script, model = rng.choice(list(captioners(samples).items()))
+    given = ["--test_folder", samples.demo / "test" / "test", "--test_csv", name, "--output_csv", "s.csv"]
+    return Case(script, [*model, *given])
+
+
+BLANK = b"\xff\xfe\xef\xbb\xbf \r\n\t\0"  # byte order marks and white space: what says nothing
+
+
+def sidecars_case(samples: Samples, folder: Path, rng: random.Random) -> Case:
+    images, texts = folder / "images", {}
+    images.mkdir()
+    for number, source in enumerate(rng.sample(samples.images, 3)):
+        shutil.copy(source, images / f"i{number}.jpg")
+        if rng.random() < 0.8:
+            text = rng.choice(["a dog", "ein Hund – schön", "犬", "", " \r\n", "sks, \x1b[2J dog\n"])
+            content = text.encode(rng.choice(["utf-8", "utf-16", "utf-8-sig", "cp1252"]), "replace")
+            texts[f"i{number}.txt"] = mutate(content, rng) if rng.random() < 0.4 else content
+            (images / f"i{number}.txt").write_bytes(texts[f"i{number}.txt"])
+    if texts and rng.random() < 0.2:
+        name = rng.choice(list(texts))
+        del texts[name]
+        put_something_else(images / name, rng)
+    texts = {name: content for name, content in texts.items() if content.strip(BLANK)}
+    existing = rng.choice(["skip", "overwrite", "append", "prepend"])
+
+    def check(folder: Path, status: int) -> str:
+        """What a sidecar said is in it still, or in its copy, byte for byte where it was left alone."""
+        for name, content in texts.items():
+            now = images / name
+            copies = [file.read_bytes() for file in (images / ".sidecar_backup").rglob("*") if file.is_file()]
+            if not now.is_file() or (now.read_bytes() != content and content not in copies):
+                return f"the text of {name} is lost"
+            if existing == "skip" and now.read_bytes() != content:
+                return f"{name} was changed"
+        return ""
+
+    script, model = rng.choice(list(captioners(samples).items()))
+    given = ["--test_folder", images, "--sidecars", "--existing", existing, "--workers", 1]
+    given += rng.choice([[], ["--prefix", "sks"], ["--suffix", "{name}"], ["--output_csv", "s.csv"]])
+    return Case(script, [*model, *given], check)
+
+
+def prepared_case(samples: Samples, folder: Path, rng: random.Random) -> Case:
+    data = copy_files(samples.prepared, folder / "data")
+    file = rng.choice(sorted(data.iterdir()))
+    if rng.random() < 0.1:
+        put_something_else(file, rng)
+    elif file.suffix == ".json":
+        damage_json(file, rng)
+    else:
+        file.write_bytes(mutate(file.read_bytes(), rng))
+    if rng.random() < 0.5 and (data / "prepared.json").is_file():  # as before there were digests of files
+        try:
+            record = json.loads((data / "prepared.json").read_text())
+            record.pop("files", None)
+            (data / "prepared.json").write_text(json.dumps(record))
+        except (ValueError, AttributeError, RecursionError):
+            pass
+    given, checkpoint = ["--data_folder", data], samples.models / "best_checkpoint.pth"
+    kind = rng.randrange(4)
+    if kind == 0:
+        return Case("eval.py", [*given, "--checkpoint", checkpoint, "--beam_sizes", 1, "--split", "val"])
+    if kind == 1:
+        return Case("view_captions.py", [*given, "--checkpoint", checkpoint, "--split", "val", "--limit", 2])
+    return Case("train.py", [*given, *SMALL, *rng.choice([[], ["--fine_tune_encoder"]])])
+
+
+SMALL = ["--encoder_name", "efficientnet_lite0", "--epochs", 1, "--workers", 1]
+SMALL += ["--emb_dim", 8, "--attention_dim", 8, "--decoder_dim", 8]
+
+
+def checkpoint_case(samples: Samples, folder: Path, rng: random.Random) -> Case:
+    models = folder / "output_models"
+    copy_files(samples.models, models)
+    names = sorted(file.name for file in models.glob("*.pth"))
+    file = models / rng.choice(names)
+    if rng.random() < 0.05:
+        put_something_else(file, rng)
+    elif rng.random() < 0.4:
+        file.write_bytes(mutate(file.read_bytes(), rng))
+    else:
+        damage_checkpoint(file, rng)
+    images = samples.demo / "test" / "test"
+    data, kind = ["--data_folder", samples.prepared], rng.randrange(6)
+    if kind == 0:
+        return Case("caption.py", ["--img", samples.images[0], "--model", file])
+    if kind == 1:
+        return Case("caption.py", ["--test_folder", images, "--output_csv", "s.csv"], has_rows("s.csv", 10))
+    if kind == 2:
+        return Case("eval.py", [*data, "--checkpoint", file, "--beam_sizes", 1, "--split", "val"])
+    if kind == 3:
+        return Case("caption_from_checkpoint.py", ["--checkpoint", file, "--test_folder", images])
+    if kind == 4:
+        return Case("convert_checkpoint.py", ["--checkpoint", file])
+    given = copy_files(samples.prepared, folder / "data")
+    how = rng.choice([["--resume"], ["--checkpoint", file], ["--encoder_weights", file]])
+    return Case(
+        "train.py", ["--data_folder", given, "--output_folder", models, *how, "--epochs", 2, "--workers", 0]
+    )
+
+
+def damage_checkpoint(file: Path, rng: random.Random) -> None:
+    """A value of a checkpoint, or one of its tensors."""
+    content = torch.load(file, weights_only=True)
+    tensors = {name: part for name, part in content.items() if isinstance(part, dict) and name in STATES}
+    if tensors and rng.random() < 0.4:
+        part = rng.choice(list(tensors))
+        names = [name for name, value in content[part].items() if isinstance(value, torch.Tensor)]
+        if names:
+            name = rng.choice(names)
+            content[part][name] = rng.choice([
+                content[part][name][..., :-1] if content[part][name].dim() else torch.zeros(3),
+                torch.full_like(content[part][name], float("nan")) if content[part][name].is_floating_point()
+                else content[part][name] + 1,
+                torch.zeros(1).expand(10**10), torch.zeros(0), content[part][name].double(), "text", None,
+                content[part][name].to_sparse() if content[part][name].dim() else torch.tensor(True),
+            ])  # fmt: skip
+    else:
+        plain = {name: part for name, part in content.items() if name not in STATES}
+        content = content | _replaced(plain, rng)
+    torch.save(content, file)
+
+
+STATES = ("encoder", "decoder", "optimizer", "scaler", "unaveraged")
+
+
+def _replaced(values: dict, rng: random.Random) -> dict:
+    changed = replace_a_value(values, rng)
+    return changed if isinstance(changed, dict) else {"settings": changed}
+
+
+def blip_case(samples: Samples, folder: Path, rng: random.Random) -> Case:
+    blip = copy_files(samples.blip, folder / "blip")
+    file = rng.choice(sorted(blip.iterdir()))
+    if rng.random() < 0.08:
+        put_something_else(file, rng)
+    elif file.suffix == ".json":
+        damage_json(file, rng)
+    else:
+        file.write_bytes(mutate(file.read_bytes(), rng))
+    kind, images = rng.randrange(5), samples.demo / "test" / "test"
+    given = ["--model_path", blip]
+    if kind == 0:
+        return Case("direct_caption.py", [samples.images[0], *given, "--max_new_tokens", 8])
+    if kind == 1:
+        more = rng.choice([[], ["--prompt", "a photo of"], ["--with_scores"], ["--top_p", 0.9]])
+        folder_of_images = ["--test_folder", images, "--output_csv", "s.csv", "--max_new_tokens", 8]
+        return Case("direct_caption.py", [*given, *folder_of_images, *more], has_rows("s.csv", 10))
+    if kind == 2:
+        data = ["--data_folder", samples.prepared, "--split", "val", "--beam_sizes", 1]
+        return Case("eval.py", [*given, *data])
+    if kind == 3:
+        return Case("view_captions.py", [*given, "--img", samples.images[0]])
+    data = ["--annotations", samples.demo / "train.csv", "--image_folder", samples.images[0].parent]
+    return Case("train_model.py", [*data, "--base_model", blip, "--epochs", 1, "--workers", 1])
+
+
+ODD_TEXTS = ("", "-1", "0", "1", "nan", "inf", "1e400", "9" * 5000, "--", "x", "\x1b[2J", "a\nb", "None",
+             "true", "/dev/zero", "/proc/self/mem", "..", ".", "a/b/c", "\udcff", "1,2", "2", "é")  # fmt: skip
+
+
+def settings_case(samples: Samples, folder: Path, rng: random.Random) -> Case:
+    """One to three odd values of settings, where there are no data: a script that accepts them finds none."""
+    script = rng.choice(SCRIPTS)
+    module = __import__(script.removesuffix(".py"))
+    names = list(module.Settings.__dataclass_fields__)
+    arguments = []
+    for name in rng.sample(names, rng.randrange(1, 4)):
+        value = os.fsencode(rng.choice(ODD_TEXTS)).decode("utf-8", "surrogateescape")
+        arguments += rng.choice([[f"--{name}={value}"], [f"--{name}", value], [f"--{name}"]])
+    if script in ("run_pipeline.py", "make_demo_data.py"):  # these make data where there are none
+        arguments += ["--annotations", "none.csv"] if script == "run_pipeline.py" else []
+        arguments = [argument for argument in arguments if script != "make_demo_data.py" or argument != "1"]
+    return Case(script, arguments)
+
+
+SCRIPTS = (
+    "caption.py", "caption_from_checkpoint.py", "convert_checkpoint.py", "create_input_files.py",
+    "direct_caption.py", "eval.py", "run_pipeline.py", "train.py", "train_model.py", "view_captions.py",
+)  # fmt: skip
+
+
+def pipeline_case(samples: Samples, folder: Path, rng: random.Random) -> Case:
+    """The whole pipeline on damaged data, or again where something of what it made is damaged."""
+    shutil.copytree(samples.demo, folder / "d")
+    data = folder / "d"
+    place = rng.choice(["train.csv", "test.csv", "test_captions.csv", "train/train", "test/test"])
+    target = data / place
+    if target.is_dir():
+        odd_image(rng.choice(sorted(target.iterdir())), rng)
+    else:
+        target.write_bytes(mutate(target.read_bytes(), rng))
+    model = rng.choice(["attention", "attention", "blip"])
+    given = ["--annotations", data / "train.csv", "--image_folder", data / "train" / "train", *SMALL]
+    given += ["--test_folder", data / "test" / "test", "--model", model, "--blip_epochs", 1]
+    given += ["--image_size", 32, "--min_word_freq", 1, "--blip_base", "tiny", "--beam_size", 1]
+    if model == "attention" and rng.random() < 0.6:
+        copy_files(samples.prepared, folder / "data_output")
+        copy_files(samples.models, folder / "output_models")
+        file = rng.choice([*(folder / "data_output").iterdir(), *(folder / "output_models").iterdir()])
+        if file.suffix == ".json":
+            damage_json(file, rng)
+        else:
+            file.write_bytes(mutate(file.read_bytes(), rng))
+    return Case("run_pipeline.py", given)
+
+
+HOSTILE = ("\x1b[2J", "\x1b]0;title\x07", "\x9b31m", "a\rb", "a\nb", "\u202eabc", "\x07", "\udcff", "\u2028")
+
+
+def names_case(samples: Samples, folder: Path, rng: random.Random) -> Case:
+    """Names of files, folders and images that would move the cursor, forge a line, or cannot be printed."""
+    name, images = f"x{rng.choice(HOSTILE)}y", samples.demo / "test" / "test"
+    checkpoint = folder / f"{name}.pth"
+    shutil.copy(samples.models / "best_checkpoint.pth", checkpoint)
+    odd = folder / f"{name}d"
+    odd.mkdir()
+    shutil.copy(samples.images[0], odd / f"{name}.jpg")
+    shutil.copy(samples.images[1], odd / "b.jpg")
+    references = odd / f"{name}.json"
+    image_id = name.replace("\udcff", "\ufffd")
+    entries = [{"image_id": image_id, "caption": f"a dog {image_id}"}, {"image_id": "b", "caption": "a cat"}]
+    references.write_text(json.dumps(entries))
+    coco = odd / f"{name}_coco.json"
+    coco.write_text(json.dumps({
+        "images": [{"id": image_id, "file_name": f"{name}.jpg"}, {"id": "b", "file_name": "b.jpg"}],
+        "annotations": [{"image_id": entry["image_id"], "caption": entry["caption"]} for entry in entries],
+    }))  # fmt: skip
+    data = copy_files(samples.prepared, odd / "data")
+    scored = ["--submission", references, "--references", coco]
+    return rng.choice([
+        Case("caption.py", [odd / f"{name}.jpg", "--model", checkpoint]),
+        Case("caption.py", ["--test_folder", odd, "--model", checkpoint, "--output_csv", odd / f"{name}.csv"]),
+        Case("caption.py", ["--test_folder", odd, "--model", checkpoint, "--sidecars", "--prefix", image_id]),
+        Case("caption_from_checkpoint.py", ["--checkpoint", checkpoint, checkpoint, "--test_folder", odd]),
+        Case("direct_caption.py", [odd / f"{name}.jpg", "--model_path", samples.blip, "--max_new_tokens", 8]),
+        Case("eval.py", [*scored, "--output_captions", odd / f"{name}.csv", "--output_json", odd / f"{name}2"]),
+        Case("eval.py", [*scored, "--image_folder", odd, "--worst", 2, "--figure", odd / f"{name}.png"]),
+        Case("eval.py", ["--checkpoint", checkpoint, "--data_folder", data, "--split", "val", "--beam_sizes", 1]),
+        Case("view_captions.py", [*scored, "--image_folder", odd, "--output_folder", odd / "g"]),
+        Case("view_captions.py", ["--img", odd / f"{name}.jpg", "--checkpoint", checkpoint, "--output_folder",
+                                  odd / name, "--figures", odd / f"{name}f"]),
+        Case("create_input_files.py", ["--annotations", coco, "--image_folder", odd, "--output_folder", odd / name,
+                                       "--min_word_freq", 1, "--image_size", 32, "--val_fraction", 0]),
+        Case("train.py", ["--data_folder", data, "--output_folder", odd / f"{name}o", *SMALL]),
+        Case("train.py", ["--data_folder", data, "--output_folder", folder / "o", "--checkpoint", checkpoint,
+                          "--epochs", 2, "--workers", 0]),
+        Case("train_model.py", ["--annotations", coco, "--image_folder", odd, "--base_model", "tiny", "--epochs", 1,
+                                "--output_folder", odd / f"{name}o", "--workers", 1, "--val_fraction", 0.5]),
+        Case("convert_checkpoint.py", ["--checkpoint", checkpoint]),
+        Case("run_pipeline.py", ["--annotations", coco, "--image_folder", odd, "--test_folder", images, *SMALL,
+                                 "--output_folder", odd / f"{name}o", "--data_folder", odd / f"{name}p",
+                                 "--min_word_freq", 1, "--image_size", 32, "--output_csv", odd / f"{name}.csv"]),
+        Case("make_demo_data.py", ["--output_folder", odd / f"{name}m", "--train_images", 2, "--test_images", 1]),
+    ])  # fmt: skip
+
+
+KINDS = {  # and how often each is tried
+    images_case: 8, texts_case: 8, sidecars_case: 4, prepared_case: 5, checkpoint_case: 6, blip_case: 5,
+    settings_case: 6, pipeline_case: 2, names_case: 3,
+}  # fmt: skip
