@@ -117,6 +117,14 @@ def test_every_setting_has_a_help_text(script):
     assert not [name for name, comment in comments.items() if not comment.text]
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_more_than_a_dozen_settings_stand_under_headings(script):
+    settings_class = importlib.import_module(script).Settings
+    comments = command_line.read_field_comments(settings_class)
+    own = [name for name in settings_class.__annotations__ if name in comments]
+    assert len(own) <= 12 or all(comments[name].heading for name in own)
+
+
 def test_a_setting_that_is_repeated_at_the_top_of_a_script_holds(tmp_path, monkeypatch):
     """Its default is the script's; without a comment of its own it keeps the shared class's help text."""
     source = (

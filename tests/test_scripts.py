@@ -160,14 +160,15 @@ def test_wrong_input_of_preparation(run_script, tmp_path):
     output = tmp_path / "out"
     script = ["create_input_files.py", "--output_folder", output]
     (tmp_path / "empty.csv").touch()
-    (tmp_path / "columns.csv").write_text("id,text\n1,a\n")
+    (tmp_path / "columns.csv").write_text("number,colour\n1,red\n")
     (tmp_path / "good.csv").write_text("image_id,caption\na,a dog\n")
-    assert_one_line(run_script(*script, "--annotations", tmp_path / "none.csv"), "none.csv")
+    nothing = run_script(*script, "--annotations", tmp_path / "none.csv", "--image_folder", tmp_path)
+    assert_one_line(nothing, "none.csv")
     assert_one_line(
         run_script(*script, "--annotations", tmp_path / "empty.csv", "--image_folder", tmp_path), "empty.csv"
     )
     wrong = run_script(*script, "--annotations", tmp_path / "columns.csv", "--image_folder", tmp_path)
-    assert_one_line(wrong, "columns.csv", "image_id,caption")
+    assert_one_line(wrong, "columns.csv", "number,colour", "image_id")
     no_folder = run_script(
         *script, "--annotations", tmp_path / "good.csv", "--image_folder", tmp_path / "nowhere"
     )
@@ -215,7 +216,7 @@ def test_the_pipeline_knows_what_captions_depend_on(demo, models, tmp_path):
     assert not run_pipeline.is_up_to_date(wanted, files)
 
 
-def test_the_pipeline_takes_every_setting_and_edits_hold(monkeypatch):
+def test_the_pipeline_takes_every_setting_and_edits_hold():
     """An edit at the top of a script is a changed default of its Settings; a flag beats it."""
     import caption
     import create_input_files
@@ -245,14 +246,15 @@ def test_the_pipeline_takes_every_setting_and_edits_hold(monkeypatch):
     assert step(caption.Settings, *flags).beam_size == 2
     blip = step(train_model.Settings, *flags, prefix="blip_")
     assert (blip.epochs, blip.seed, blip.batch_size) == (7, 9, 8)
-    with monkeypatch.context() as edits:
-        defaults = list(train.Settings.__init__.__defaults__)
-        names = list(train.Settings.__dataclass_fields__)
-        for name, value in {"batch_size": 5, "decoder_lr": 1e-3, "epochs": 11}.items():
-            defaults[names.index(name)] = value
-        edits.setattr(train.Settings.__init__, "__defaults__", tuple(defaults))
-        edited = step(train.Settings, "--epochs", "2")
-        assert (edited.batch_size, edited.decoder_lr, edited.epochs) == (5, 1e-3, 2)
+
+    @dataclass
+    class Edited(train.Settings):
+        batch_size: int = 5
+        decoder_lr: float = 1e-3
+        epochs: int = 11
+
+    edited = step(Edited, "--epochs", "2")
+    assert (edited.batch_size, edited.decoder_lr, edited.epochs) == (5, 1e-3, 2)
     with pytest.raises(UserError, match="unrecognized"):
         parse_settings(run_pipeline.Settings, ["--encoder_path", "x"])
 
