@@ -8,6 +8,7 @@ user a `PooledGrid` is the tensor of the pixels: any other operation runs on the
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -49,12 +50,17 @@ class PooledGrid(Tensor):
     def __torch_function__(cls, function, types, args: tuple = (), kwargs: dict[str, Any] | None = None):
         if function in METADATA:
             return super().__torch_function__(function, types, args, kwargs)
-        if function is F.linear and type(args[0]) is cls and not kwargs:
-            return args[0].pool(F.linear(args[0].cells, *args[1:]))
-        if function in MATMUL and type(args[0]) is not cls and args[0].dim() == 3:
-            return args[0] @ args[1].pooling.to(args[0].dtype) @ args[1].cells
-        if function is Tensor.__getitem__ and isinstance(args[1], (slice, Tensor)):  # some of the images
-            return cls(args[0].cells[args[1]], args[0].pooling)
+        first, second = (*args, None, None)[:2]
+        if function is F.linear and type(first) is cls and not kwargs:
+            return first.pool(F.linear(first.cells, *args[1:]))
+        if function in MATMUL and type(second) is cls and type(first) is not cls and first.dim() == 3:
+            return first @ second.pooling.to(first.dtype) @ second.cells
+        is_of_images = isinstance(second, slice) or (isinstance(second, Tensor) and second.dim() == 1)
+        if function is Tensor.__getitem__ and is_of_images:
+            return cls(first.cells[second], first.pooling)
+        name = function.__name__
+        if type(first) is cls and (name == "__setitem__" or re.fullmatch("[^_].*_", name)):
+            raise TypeError(f"{name}: the pixels of a grid cannot be changed in place; make new ones")
         return cls.__torch_dispatch__(function, types, args, kwargs)
 
     @classmethod
