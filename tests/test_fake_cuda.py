@@ -16,6 +16,7 @@ from captioning.decoding.beam_search import beam_search
 from captioning.decoding.fast_energies import use_fast_energies
 from captioning.decoding.options import WordRules
 from captioning.decoding.sampling import sample_captions
+from captioning.training.losses import sample_inputs
 from captioning.training.optimization import Run
 from captioning.training.self_critical import Reward, SelfCritical, draw_samples
 from models import DecoderWithAttention, Encoder, normalize_images
@@ -110,6 +111,15 @@ def test_a_training_step_on_features_never_waits(precision, fast):
     assert_same_gradients(ours, gradients_of(decoder) | {"grid": grid.grad}, precision)
 
 
+def test_scheduled_sampling_waits_for_the_drawn_words():
+    decoder, grid, lengths = make_decoder(), torch.rand(3, 8, 8, 32), torch.tensor([[4, 6], [9, 3], [5, 5]])
+    captions = torch.randint(1, START, (3, 2, 9))
+    with FakeCuda() as cuda:
+        fed = sample_inputs(to_cuda(decoder), CudaTensor(grid), captions, lengths, 0.5)
+    assert fed.shape == captions.shape and not fed.equal(captions) and sum(cuda.waits.values()) == 1
+    assert "pageable" not in cuda.copies
+
+
 @pytest.mark.parametrize("beam_size", [1, 5])
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("members", [1, 2])
@@ -185,12 +195,13 @@ def test_self_critical_loss(precision):
 
     plain = loss_of(decoder, grid)
     plain.backward()
-    with FakeCuda():
+    with FakeCuda() as cuda:
         model = to_cuda(decoder)
         with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
             loss = loss_of(model, CudaTensor(grid))
         assert loss.dtype == torch.float32
         found = backward(loss)
+    assert sum(cuda.waits.values()) <= 9 // 4 + 2, cuda.waits  # and for the captions, and the rewards
     names = {parameter: name for name, parameter in model.named_parameters()}
     gradients = {names[leaf]: gradient.numbers for leaf, gradient in found.items()}
     assert plain.item() != 0 and {"fc.weight", "attention.encoder_att.weight"} <= set(gradients)
