@@ -5,9 +5,12 @@ import os
 import shutil
 import tempfile
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from conftest import assert_one_line
 from folder_images import ColourCaptioner, Killed, make_images, no_captioner, run
 from PIL import Image
 
@@ -325,6 +328,19 @@ def test_what_is_removed_in_mid_run_is_one_line(what, batch, tmp_path):
     else:
         assert what == "images" and all("no such" in text.lower() for text in problems)
     assert not (tmp_path / "in").exists() or what in ("output folder", "journal")
+
+
+@dataclass
+class NoSettings:
+    pass
+
+
+def test_a_file_that_is_gone_ends_a_script_with_one_line(run_main, tmp_path):
+    def main(settings) -> None:
+        (tmp_path / "gone" / "file").read_bytes()
+
+    result = run_main(SimpleNamespace(__name__="script", main=main, Settings=NoSettings))
+    assert_one_line(result, f"No such file or directory: {tmp_path}/gone/file")
 
 
 # --- journals -----------------------------------------------------------------------------------------------
