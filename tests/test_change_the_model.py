@@ -19,7 +19,7 @@ CHECK = """
 import json, sys
 import h5py, torch
 from captioning.decoding.beam_search import beam_search
-from captioning.weights.checkpoints import load_models
+from captioning.captioners.attention import load_models
 from captioning.data.features import encode_images
 from models import pool_grid
 
