@@ -16,14 +16,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from captioning.captioners.attention import Captioner
+from captioning.captioners.attention import Captioner, load_models
 from captioning.command_line import run_script
 from captioning.data.images import check_image
 from captioning.decoding.options import DecodingOptions
 from captioning.folders.plan import FolderOptions
 from captioning.folders.run import caption_folder
 from captioning.report.figures import caption_files, draw_attention
-from captioning.weights.checkpoints import load_models
 from models import DecoderWithAttention, Encoder
 from utils import Device, UserError
 

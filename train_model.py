@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,12 +32,18 @@ from captioning.data.annotations import read_training_splits
 from captioning.data.prepared import Record
 from captioning.data.tables import Columns
 from captioning.files import lock_folder, named_in_errors
+from captioning.training.blip_data import BlipDataset, draw_captions, encode_captions, pad_captions
 from captioning.training.loop import Epoch, Training
 from captioning.training.monitor import caption_scores, repair_outputs
 from captioning.training.optimization import Run
-from captioning.training.resume import Resumed, TrainingSettings, find_resumable
+from captioning.training.resume import (
+    Resumed,
+    TrainingSettings,
+    epochs_since_improvement,
+    find_resumable,
+)
 from captioning.weights.checkpoints import STATES, WEIGHTS, check_content, read_checkpoint
-from datasets import BatchSampler, BlipDataset
+from datasets import BatchSampler
 from utils import UserError, check_output, progress_bar
 
 if TYPE_CHECKING:  # they import transformers, which takes seconds
@@ -139,8 +144,6 @@ def train(settings: Settings) -> dict:
 
 
 def run_training(settings: Settings) -> dict:
-    from datasets import encode_captions
-
     settings, resumed = resume(settings)
     train_records, val_records = read_records(settings)
     digest = data_digest(train_records, val_records)
@@ -171,8 +174,8 @@ def run_training(settings: Settings) -> dict:
             epoch.note(learning_rate=optimizer.param_groups[0]["lr"])
             train_one_epoch(epoch, loss_module, train_set, captions, optimizer, settings, run)
             scores, texts = evaluate(captioner, val_set, settings, run)
-            if run.is_main and training.improves(scores):
-                # before its checkpoint, so that the best model of any checkpoint is always there
+            is_best = epochs_since_improvement([*training.history, scores], settings.score) == 0
+            if run.is_main and is_best:  # before its checkpoint: the best model of any is always there
                 save_model(Path(settings.output_folder), captioner)
             epoch.finish(scores, texts)
     return training.report_best()
@@ -258,21 +261,6 @@ def build_datasets(
     return train_set, val_set
 
 
-def encode_captions(
-    captioner: BlipCaptioner, records: list[Record], max_length: int
-) -> list[list[list[int]]]:
-    """For each record its captions as token ids, `[DEC] ... [SEP]`, at most `max_length` of them.
-
-    They are lower-cased and without punctuation, as in BLIP's own training.
-    """
-    encoded = []
-    for record in records:
-        texts = [" ".join(words) for words in record.tokens if words]
-        ids = captioner.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
-        encoded.append([[captioner.model.config.text_config.bos_token_id, *tokens[1:]] for tokens in ids])
-    return encoded
-
-
 def build_sampler(images: int, settings: Settings, run: Run) -> BatchSampler:
     """Batches of shuffled images; each process gets a share of every one."""
     return BatchSampler(
@@ -353,26 +341,6 @@ def train_one_epoch(
         run.reduce_gradients(optimizer)  # over all processes
         run.clip_gradients(optimizer, settings.grad_clip, settings.grad_clip_by)
         run.step(optimizer)
-
-
-def pad_captions(captions: list[list[int]], pad: int) -> dict[str, Tensor]:
-    """Token ids of N captions -> input_ids, attention_mask, labels, each int64 (N, L).
-
-    Labels are -100 at padding, which leaves it out of the loss.
-    """
-    length = max(map(len, captions))
-    ids = torch.tensor([caption + [pad] * (length - len(caption)) for caption in captions])
-    mask = torch.arange(length) < torch.tensor([len(caption) for caption in captions]).unsqueeze(1)
-    return {"input_ids": ids, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask, -100)}
-
-
-def draw_captions(captions: list[list[list[int]]], count: int, seed: str) -> list[list[list[int]]]:
-    """`count` captions of each image, no one twice where it has enough; the same in all processes."""
-    rng = random.Random(seed)
-    return [
-        rng.sample(texts, count) if len(texts) >= count else texts + rng.choices(texts, k=count - len(texts))
-        for texts in captions
-    ]
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from common import timed
 from torch import Tensor
 
 import train
+from captioning.captioners.attention import load_models
 from captioning.command_line import check_at_least, check_share, run_script
 from captioning.data.features import cache_features
 from captioning.decoding.beam_search import search_states
@@ -38,7 +39,6 @@ from captioning.decoding.fused_decoder import TokenLogits
 from captioning.decoding.sampling import draw_words
 from captioning.training.losses import CrossEntropy, caption_logits, sample_inputs
 from captioning.training.optimization import Run
-from captioning.weights.checkpoints import load_models
 from datasets import BatchSampler, CaptionDataset
 from models import DecoderWithAttention
 from utils import UserError, pick_device

@@ -14,9 +14,9 @@ from conftest import ROOT, assert_one_line
 from PIL import Image
 
 from caption import caption_image_beam_search, caption_images
+from captioning.captioners.attention import load_models
 from captioning.command_line import parse_settings, read_field_comments
 from captioning.data.images import read_image
-from captioning.weights.checkpoints import load_models
 from utils import UserError, check_output, write_json
 
 

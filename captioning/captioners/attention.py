@@ -29,7 +29,7 @@ from captioning.decoding.beam_search import Hypothesis, beam_search_n_best
 from captioning.decoding.fast_energies import use_fast_energies
 from captioning.decoding.options import UNFINISHED, DecodingOptions, WordRules
 from captioning.decoding.sampling import image_seed, sample_captions
-from captioning.weights.checkpoints import load_models
+from captioning.weights.checkpoints import decoder_from, encoder_from, load_checkpoint
 from models import DecoderWithAttention, Encoder
 from utils import UserError, pick_device
 
@@ -222,6 +222,38 @@ class Captioner(BaseCaptioner):
             hypothesis.log_probs[: len(words)],
             hypothesis.alphas.view(-1, side, side),
         )
+
+
+def load_models(
+    encoder_path: str | Path, decoder_path: str | Path, word_map_path: str | Path | None = None
+) -> tuple[Encoder, DecoderWithAttention, dict[str, int]]:
+    """Encoder, decoder and word map of one checkpoint, or of two files, on the best device, in eval mode.
+
+    Raises:
+        UserError: a file is missing or damaged, or the files do not belong together.
+    """
+    decoder_file = load_checkpoint(decoder_path, "decoder", word_map_path=word_map_path)
+    encoder_file = decoder_file
+    if encoder_path != decoder_path:
+        encoder_file = load_checkpoint(encoder_path, "encoder", word_map_path=word_map_path)
+    if "encoder" not in encoder_file:
+        raise UserError(
+            f"{encoder_path}: has no encoder; give a checkpoint, or --encoder_path and --decoder_path"
+        )
+    encoder, decoder = encoder_from(encoder_file, encoder_path), decoder_from(decoder_file, decoder_path)
+    if any(encoder_file[name] != decoder_file[name] for name in ("settings", "word_map", "data", "history")):
+        raise UserError(
+            f"{encoder_path} and {decoder_path} are of different epochs or trainings; give two of one, or "
+            f"--model best_checkpoint.pth"
+        )
+    encoder_dim = decoder.f_beta.out_features
+    if encoder.dim != encoder_dim:
+        raise UserError(
+            f"{encoder_path} gives {encoder.dim} channels, {decoder_path} takes {encoder_dim}: "
+            f"give files of one run"
+        )
+    device = pick_device()
+    return encoder.to(device), decoder.to(device), decoder_file["word_map"]
 
 
 def _is_checkpoint(path: str | Path) -> bool:

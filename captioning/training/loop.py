@@ -57,8 +57,6 @@ class Training:
 
     Args:
         models: by the names under which a checkpoint has their weights.
-        optimizer: with a group for each of `settings.rate_names`.
-        sampler: of the training images.
         about: what a checkpoint has beside the state: a word map, what the data are.
         resumed: what the training goes on from, if anything.
         data: plain values by which the training data are recognized in mid-epoch.
@@ -111,10 +109,6 @@ class Training:
             self.epoch = Epoch(self, len(self.history) + 1, interrupted)
             interrupted = None
             yield self.epoch
-
-    def improves(self, scores: dict[str, float]) -> bool:
-        """Whether an epoch with these scores is the best so far."""
-        return epochs_since_improvement([*self.history, scores], self.settings.score) == 0
 
     def report_best(self) -> dict:
         """Log and return the best epoch's row of the history."""
@@ -224,11 +218,10 @@ class Training:
         return problem
 
     def _how_to_go_on(self, problem: str | None, complete: bool = False) -> str:
-        epoch = self.epoch
-        saved = f"saved after {epoch.steps_done} of its {epoch.total_steps} steps in {self.output / LAST}"
-        if problem or complete:
-            saved = problem or f"complete in {self.output}/"
-        return f"epoch {epoch.number} is {saved}; go on with --resume (run_pipeline.py goes on by itself)"
+        epoch, state = self.epoch, problem or f"complete in {self.output}/"
+        if not (problem or complete):
+            state = f"saved after {epoch.steps_done} of its {epoch.total_steps} steps in {self.output / LAST}"
+        return f"epoch {epoch.number} is {state}; go on with --resume (run_pipeline.py goes on by itself)"
 
 
 class Step(NamedTuple):
@@ -277,14 +270,10 @@ class Epoch:
         share = {"loss": float(self.loss), "totals": totals, "random": random_states(run.device)}
         shares = run.gather({run.state.process_index: share})
         return {
-            "epoch": self.number,
-            "steps": self.steps_done,
-            "total_steps": self.total_steps,
-            "captions": self.captions,
-            "seconds": self.seconds(),
-            "line": dict(self.row),
+            "epoch": self.number, "steps": self.steps_done, "total_steps": self.total_steps,
+            "captions": self.captions, "seconds": self.seconds(), "line": dict(self.row),
             "processes": [shares[rank] for rank in range(len(shares))],
-        }
+        }  # fmt: skip
 
     def seconds(self) -> float:
         return self.earlier_seconds + time.monotonic() - self.start_time

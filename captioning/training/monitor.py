@@ -168,8 +168,11 @@ def begin_outputs(settings: TrainingSettings, resumed: Resumed | None) -> None:
     output, source = Path(settings.output_folder), resumed.source if resumed else None
     if source is None or source.resolve().parent != output.resolve():
         archive_previous_run(output, *settings.output_files)
-        if resumed and resumed.history and "decoder" in resumed.checkpoint:
-            _copy_best(resumed, settings.score, output)
+        wanted = resumed.history[: best_epoch(resumed.history, settings.score) + 1] if resumed else []
+        for file in (source, source.parent / "best_checkpoint.pth") if wanted else ():
+            if "decoder" in resumed.checkpoint and peek(file).get("history") == wanted:
+                write_best(file, read_checkpoint(file), output)
+                break
         return
     epochs = len(resumed.history)
     abandoned = epoch_checkpoints(output, after=epochs)
@@ -179,15 +182,6 @@ def begin_outputs(settings: TrainingSettings, resumed: Resumed | None) -> None:
     if abandoned:
         print(f"what {output}/ had after epoch {epochs} is now in {archive(output, abandoned)}/")
     repair_outputs(output)
-
-
-def _copy_best(resumed: Resumed, score: str, output: Path) -> None:
-    wanted = resumed.history[: best_epoch(resumed.history, score) + 1]
-    for file in (resumed.source, resumed.source.parent / "best_checkpoint.pth"):
-        if peek(file).get("history") == wanted:
-            output.mkdir(parents=True, exist_ok=True)
-            write_best(file, read_checkpoint(file), output)
-            return
 
 
 def repair_outputs(output: Path) -> None:

@@ -152,14 +152,8 @@ class LearningRate:
     """Learning-rate schedule of an optimizer's groups; their rates at construction are the base rates.
 
     plateau: times `decay` after every `decay_after` epochs without a better score.
-    cosine: rises over the first `warmup` share of the steps, then falls to 0 along a half cosine (Loshchilov
-    and Hutter, 2017, without restarts).
-
-    Args:
-        total_steps: of the whole training.
-
-    Attributes:
-        steps: done. names: the settings that the rates come from.
+    cosine: rises over the first `warmup` share of the `total_steps`, then falls to 0 along a half cosine
+    (Loshchilov and Hutter, 2017, without restarts).
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, settings: TrainingSettings, total_steps: int):
@@ -168,7 +162,7 @@ class LearningRate:
         self.decay_after, self.decay = settings.decay_after, settings.decay
         self.base = [group["lr"] for group in optimizer.param_groups]
         self.steps, self.decays, self.constant = 0, [0] * len(self.base), None
-        self.names = settings.rate_names
+        self.names = settings.rate_names  # the settings that the rates come from
         self._apply()
 
     def hold(self, rate: float, name: str) -> None:

@@ -215,10 +215,10 @@ class Resumed:
         return self.checkpoint.get("progress")
 
     def describe_place(self) -> str:
-        place = f"after epoch {len(self.history)} of {self.source}"
-        if self.mid_epoch:
-            steps = f"{self.mid_epoch['steps']} of its {self.mid_epoch['total_steps']} steps"
-            place = f"in epoch {self.mid_epoch['epoch']} after {steps}, from {self.source}"
+        place, state = f"after epoch {len(self.history)} of {self.source}", self.mid_epoch
+        if state:
+            steps = f"{state['steps']} of its {state['total_steps']} steps"
+            place = f"in epoch {state['epoch']} after {steps}, from {self.source}"
         return f"{place} (not from {self.refused})" if self.refused else place
 
 

@@ -97,6 +97,7 @@ def _convert(
             "attention_dim": attention_dim,
             "decoder_dim": decoder_dim,
             "dropout": dropout,
+            "attention": "soft",
             "fine_tune_encoder": content.get("encoder_optimizer") is not None,
         },
         "word_map": word_map,

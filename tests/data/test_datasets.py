@@ -15,7 +15,8 @@ from captioning.data import features, hdf5
 from captioning.data.annotations import read_annotations
 from captioning.data.features import cache_features, cached_features, encode_images
 from captioning.files import remove_unfinished
-from datasets import LEFT_OR_RIGHT, BatchSampler, BlipDataset, CaptionDataset, Request, augment_image
+from captioning.training.blip_data import BlipDataset
+from datasets import LEFT_OR_RIGHT, BatchSampler, CaptionDataset, Request, augment_image
 from models import Encoder
 from utils import UserError
 

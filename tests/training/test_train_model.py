@@ -15,6 +15,7 @@ from conftest import ROOT, blip_settings, read_history
 import train_model
 from captioning.captioners.blip import load_captioner
 from captioning.captioners.tiny_blip import tiny_captioner
+from captioning.training.blip_data import draw_captions, pad_captions
 from captioning.training.optimization import Run
 from utils import UserError
 
@@ -33,7 +34,7 @@ def test_loss_is_transformers_own_without_padding():
     captioner = tiny_captioner([*CAPTIONS, "two small black stars lie on the gravel"])
     captioner.model.text_decoder.label_smoothing = 0.1
     images, captions = a_batch(captioner)
-    words = train_model.pad_captions(captions, captioner.tokenizer.pad_token_id)
+    words = pad_captions(captions, captioner.tokenizer.pad_token_id)
     loss = train_model.CaptionLoss(captioner.model)(images, **words)
     own = captioner.model(pixel_values=images, **words)
     torch.testing.assert_close(loss, own.loss)
@@ -52,19 +53,19 @@ def test_loss_is_transformers_own_without_padding():
 def test_an_image_is_encoded_once_for_its_captions():
     captioner = tiny_captioner([*CAPTIONS, "two small black stars lie on the gravel"])
     images, captions = a_batch(captioner)
-    words = train_model.pad_captions(captions, captioner.tokenizer.pad_token_id)
+    words = pad_captions(captions, captioner.tokenizer.pad_token_id)
     loss = train_model.CaptionLoss(captioner.model)
     torch.testing.assert_close(loss(images[:1], **words), loss(images[[0, 0]], **words))
 
 
 def test_every_epoch_draws_captions_anew():
     captions = [[[9, image, number] for number in range(5)] for image in range(21)]
-    first, second = (train_model.draw_captions(captions, 2, f"123 {epoch}") for epoch in (1, 2))
+    first, second = (draw_captions(captions, 2, f"123 {epoch}") for epoch in (1, 2))
     for drawn in (first, second):
         for image, own in enumerate(drawn):
             assert all(caption in captions[image] for caption in own) and own[0] != own[1]
-    assert first != second and first == train_model.draw_captions(captions, 2, "123 1")
-    assert len(train_model.draw_captions([[[1], [2]]], 3, "")[0]) == 3
+    assert first != second and first == draw_captions(captions, 2, "123 1")
+    assert len(draw_captions([[[1], [2]]], 3, "")[0]) == 3
 
 
 def test_accumulated_passes_are_one_large_batch(demo, tmp_path):

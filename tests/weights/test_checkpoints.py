@@ -9,6 +9,7 @@ import torch
 from conftest import small_settings
 
 import train
+from captioning.captioners.attention import load_models
 from captioning.training.monitor import repair_outputs
 from captioning.training.resume import best_epoch
 from captioning.weights import checkpoints
@@ -17,7 +18,6 @@ from captioning.weights.checkpoints import (
     decoder_from,
     epoch_checkpoints,
     load_checkpoint,
-    load_models,
     read_checkpoint,
     save_checkpoint,
 )

@@ -101,6 +101,7 @@ def test_weights_are_those_of_the_file(tutorial, files, name):
     assert checkpoint["word_map"] == WORD_MAP
     assert checkpoint["settings"].items() >= {
         "encoder_name": "resnet18", "attention_dim": 12, "emb_dim": 10, "decoder_dim": 14, "dropout": 0.25,
+        "attention": "soft",
     }.items()  # fmt: skip
     assert checkpoint["history"] == [{"epoch": 8, "teacher_forced_bleu4": 0.24}]
     for part, prefix in (("encoder", "network."), ("decoder", "")):

@@ -1,0 +1,194 @@
+"""What BLIP is trained on: images, or a frozen vision model's outputs, and captions as tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from captioning.data.annotations import require_image
+from captioning.data.features import REMEDY, is_up_to_date, weights_digest, write_features
+from captioning.data.hdf5 import Rows, open_dataset
+from captioning.data.images import read_image
+from captioning.data.prepared import Record
+from datasets import LEFT_OR_RIGHT, augment_image
+from utils import UserError, parallel_map, pick_device, processes, progress_bar
+
+if TYPE_CHECKING:
+    from captioning.captioners.blip import BlipCaptioner
+
+KEPT_BYTES = 2**31  # of resized images in memory; further ones are read from their files in every epoch
+
+
+class BlipDataset:
+    """The images of a training; those that cannot be read are left out.
+
+    Args:
+        records: images with their captions.
+        workers: threads that read images.
+
+    Attributes:
+        records: those whose images can be read.
+        problems: what is wrong with the others, a line each.
+        features: after `cache_features` the vision model's outputs, else None.
+    """
+
+    def __init__(self, captioner: BlipCaptioner, records: list[Record], workers: int):
+        self.captioner = captioner
+        self.workers = workers
+        self.kept: dict[str, Tensor] = {}  # path -> resized image, uint8 (3, S, S)
+        self.bytes_left = KEPT_BYTES
+        self.features: Rows | None = None
+        problems = self._find_problems(records)
+        self.problems = list(problems.values())
+        self.records = [record for record in records if record.image_id not in problems]
+        self.may_flip = [
+            not any(LEFT_OR_RIGHT.search(word) for tokens in record.tokens for word in tokens)
+            for record in self.records
+        ]
+
+    def _find_problems(self, records: list[Record]) -> dict[str, str]:
+        """Read all images, each process a share: image_id -> what is wrong, for those that cannot be read."""
+
+        def problem(record: Record) -> tuple[str, str] | None:
+            try:
+                self._resized(record)
+            except UserError as error:
+                return record.image_id, str(error)
+            return None
+
+        state = processes()
+        own = records[state.process_index :: state.num_processes]
+        results = progress_bar(
+            parallel_map(problem, own, self.workers), total=len(own), desc="reading", unit="image"
+        )
+        problems = [result for result in results if result]
+        if state.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            problems = gather_object(problems)
+        return dict(problems)
+
+    def _resized(self, record: Record) -> Tensor:
+        """The image as the processor resizes it, uint8 (3, S, S)."""
+        path = require_image(record.image_id, record.path)
+        if path in self.kept:
+            return self.kept[path]
+        image = Image.fromarray(read_image(path).transpose(1, 2, 0))
+        pixels = self._process(image, do_rescale=False, do_normalize=False)[0]
+        if self.bytes_left >= pixels.nbytes:
+            self.bytes_left -= pixels.nbytes
+            self.kept[path] = pixels
+        return pixels
+
+    def _process(self, images: Image.Image | list[Tensor], **options: bool) -> Tensor:
+        return self.captioner.image_processor(images=images, return_tensors="pt", **options)["pixel_values"]
+
+    def batches(self, batches: list[list[int]], augment_seed: str | None = None) -> Iterator[Tensor]:
+        """For each batch of indices its images as the vision model takes them, float32 (N, 3, S, S).
+
+        After `cache_features` these are the vision model's outputs instead, float16 (N, tokens, D). Threads
+        read ahead.
+
+        Args:
+            augment_seed: change the images at random, see `augment_image`; how an image is changed depends
+                on this seed and its index, not on its batch.
+        """
+
+        def image(index: int) -> Tensor:
+            pixels = self._resized(self.records[index])
+            if augment_seed is None:
+                return pixels
+            return augment_image(pixels, random.Random(f"{augment_seed} {index}"), self.may_flip[index])
+
+        def load(batch: list[int]) -> Tensor:
+            if self.features is not None:
+                return torch.from_numpy(self.features.read(batch))
+            return self._process([image(index) for index in batch], do_resize=False)
+
+        return parallel_map(load, batches, self.workers)
+
+    @torch.no_grad()
+    def cache_features(self, file: str | Path) -> None:
+        """Replace the images by the vision model's outputs, read from `file` or first written to it.
+
+        The file's fingerprints are of the vision model's weights, of how images are prepared, and of the
+        image files' sizes and modification times.
+
+        Raises:
+            UserError: the disk has not enough space.
+        """
+        vision, device = self.captioner.model.vision_model, pick_device()
+        stats = [(r.path, os.stat(r.path).st_size, os.stat(r.path).st_mtime_ns) for r in self.records]
+        fingerprints = {
+            "weights": weights_digest(vision),
+            "preparation": self.captioner.image_processor.to_json_string(),
+            "images": hashlib.sha256(json.dumps(stats).encode()).hexdigest(),
+        }
+        with processes().main_process_first():
+            if not is_up_to_date(file, fingerprints, len(self.records)):
+                vision.to(device).eval()
+                size, batch_size = len(self.records), 16
+
+                def batches(first: int) -> Iterator[Tensor]:
+                    starts = range(first, size, batch_size)
+                    return self.batches([[*range(start, min(start + batch_size, size))] for start in starts])
+
+                write_features(
+                    file,
+                    fingerprints,
+                    batches,
+                    lambda pixels: vision(pixel_values=pixels.to(device)).last_hidden_state,
+                    size,
+                    batch_size,
+                    "training images",
+                )
+        self.kept.clear()
+        self.features = open_dataset(file, "features", np.float16, 3, REMEDY)
+
+
+# --- captions -----------------------------------------------------------------------------------------------
+
+
+def encode_captions(
+    captioner: BlipCaptioner, records: list[Record], max_length: int
+) -> list[list[list[int]]]:
+    """For each record its captions as token ids, `[DEC] ... [SEP]`, at most `max_length` of them.
+
+    They are lower-cased and without punctuation, as in BLIP's own training.
+    """
+    encoded = []
+    for record in records:
+        texts = [" ".join(words) for words in record.tokens if words]
+        ids = captioner.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+        encoded.append([[captioner.model.config.text_config.bos_token_id, *tokens[1:]] for tokens in ids])
+    return encoded
+
+
+def draw_captions(captions: list[list[list[int]]], count: int, seed: str) -> list[list[list[int]]]:
+    """`count` captions of each image, no one twice where it has enough; the same in all processes."""
+    rng = random.Random(seed)
+    return [
+        rng.sample(texts, count) if len(texts) >= count else texts + rng.choices(texts, k=count - len(texts))
+        for texts in captions
+    ]
+
+
+def pad_captions(captions: list[list[int]], pad: int) -> dict[str, Tensor]:
+    """Token ids of N captions -> input_ids, attention_mask, labels, each int64 (N, L).
+
+    Labels are -100 at padding, which leaves it out of the loss.
+    """
+    length = max(map(len, captions))
+    ids = torch.tensor([caption + [pad] * (length - len(caption)) for caption in captions])
+    mask = torch.arange(length) < torch.tensor([len(caption) for caption in captions]).unsqueeze(1)
+    return {"input_ids": ids, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask, -100)}
