@@ -82,7 +82,7 @@ def put_something_else(file: Path, rng: random.Random) -> None:
         file.write_bytes(b"")
 
 
-# --- sound files, and cases -----------------------------------------------------------------------------------
+# --- sound files, and cases ---------------------------------------------------------------------------------
 
 
 @dataclass
@@ -252,11 +252,21 @@ def texts_case(samples: Samples, folder: Path, rng: random.Random) -> Case:
         kind = rng.randrange(3)
         entries = [{"image_id": image_id, "caption": text} for image_id, text in rows]
         if kind == 1:
-            entries = {"images": [{"id": i, "file_name": f"{image_id}.jpg"} for i, (image_id, _) in enumerate(rows)],
-                       "annotations": [{"image_id": i, "caption": text} for i, (_, text) in enumerate(rows)]}  # fmt: skip
+            entries = {
+                "images": [{"id": i, "file_name": f"{image_id}.jpg"} for i, (image_id, _) in enumerate(rows)],
+                "annotations": [{"image_id": i, "caption": text} for i, (_, text) in enumerate(rows)],
+            }
         elif kind == 2:
-            entries = {"images": [{"filename": f"{image_id}.jpg", "split": rng.choice(["train", "val", "test"]),
-                                   "sentences": [{"raw": text, "tokens": text.split()}]} for image_id, text in rows]}  # fmt: skip
+            entries = {
+                "images": [
+                    {
+                        "filename": f"{image_id}.jpg",
+                        "split": rng.choice(["train", "val", "test"]),
+                        "sentences": [{"raw": text, "tokens": text.split()}],
+                    }
+                    for image_id, text in rows
+                ]
+            }
         (folder / name).write_text(json.dumps(entries))
         damage_json(folder / name, rng)
     else:
@@ -398,13 +408,20 @@ def damage_checkpoint(file: Path, rng: random.Random) -> None:
         names = [name for name, value in content[part].items() if isinstance(value, torch.Tensor)]
         if names:
             name = rng.choice(names)
-            content[part][name] = rng.choice([
-                content[part][name][..., :-1] if content[part][name].dim() else torch.zeros(3),
-                torch.full_like(content[part][name], float("nan")) if content[part][name].is_floating_point()
-                else content[part][name] + 1,
-                torch.zeros(1).expand(10**10), torch.zeros(0), content[part][name].double(), "text", None,
-                content[part][name].to_sparse() if content[part][name].dim() else torch.tensor(True),
-            ])  # fmt: skip
+            content[part][name] = rng.choice(
+                [
+                    content[part][name][..., :-1] if content[part][name].dim() else torch.zeros(3),
+                    torch.full_like(content[part][name], float("nan"))
+                    if content[part][name].is_floating_point()
+                    else content[part][name] + 1,
+                    torch.zeros(1).expand(10**10),
+                    torch.zeros(0),
+                    content[part][name].double(),
+                    "text",
+                    None,
+                    content[part][name].to_sparse() if content[part][name].dim() else torch.tensor(True),
+                ]
+            )
     else:
         plain = {name: part for name, part in content.items() if name not in STATES}
         content = content | _replaced(plain, rng)
@@ -445,8 +462,31 @@ def blip_case(samples: Samples, folder: Path, rng: random.Random) -> Case:
     return Case("train_model.py", [*data, "--base_model", blip, "--epochs", 1, "--workers", 1])
 
 
-ODD_TEXTS = ("", "-1", "0", "1", "nan", "inf", "1e400", "9" * 5000, "--", "x", "\x1b[2J", "a\nb", "None",
-             "true", "/dev/zero", "/proc/self/mem", "..", ".", "a/b/c", "\udcff", "1,2", "2", "é")  # fmt: skip
+ODD_TEXTS = (
+    "",
+    "-1",
+    "0",
+    "1",
+    "nan",
+    "inf",
+    "1e400",
+    "9" * 5000,
+    "--",
+    "x",
+    "\x1b[2J",
+    "a\nb",
+    "None",
+    "true",
+    "/dev/zero",
+    "/proc/self/mem",
+    "..",
+    ".",
+    "a/b/c",
+    "\udcff",
+    "1,2",
+    "2",
+    "é",
+)
 
 
 def settings_case(samples: Samples, folder: Path, rng: random.Random) -> Case:
@@ -518,31 +558,128 @@ def names_case(samples: Samples, folder: Path, rng: random.Random) -> Case:
     }))  # fmt: skip
     data = copy_files(samples.prepared, odd / "data")
     scored = ["--submission", references, "--references", coco]
-    return rng.choice([
-        Case("caption.py", [odd / f"{name}.jpg", "--model", checkpoint]),
-        Case("caption.py", ["--test_folder", odd, "--model", checkpoint, "--output_csv", odd / f"{name}.csv"]),
-        Case("caption.py", ["--test_folder", odd, "--model", checkpoint, "--sidecars", "--prefix", image_id]),
-        Case("caption_from_checkpoint.py", ["--checkpoint", checkpoint, checkpoint, "--test_folder", odd]),
-        Case("direct_caption.py", [odd / f"{name}.jpg", "--model_path", samples.blip, "--max_new_tokens", 8]),
-        Case("eval.py", [*scored, "--output_captions", odd / f"{name}.csv", "--output_json", odd / f"{name}2"]),
-        Case("eval.py", [*scored, "--image_folder", odd, "--worst", 2, "--figure", odd / f"{name}.png"]),
-        Case("eval.py", ["--checkpoint", checkpoint, "--data_folder", data, "--split", "val", "--beam_sizes", 1]),
-        Case("view_captions.py", [*scored, "--image_folder", odd, "--output_folder", odd / "g"]),
-        Case("view_captions.py", ["--img", odd / f"{name}.jpg", "--checkpoint", checkpoint, "--output_folder",
-                                  odd / name, "--figures", odd / f"{name}f"]),
-        Case("create_input_files.py", ["--annotations", coco, "--image_folder", odd, "--output_folder", odd / name,
-                                       "--min_word_freq", 1, "--image_size", 32, "--val_fraction", 0]),
-        Case("train.py", ["--data_folder", data, "--output_folder", odd / f"{name}o", *SMALL]),
-        Case("train.py", ["--data_folder", data, "--output_folder", folder / "o", "--checkpoint", checkpoint,
-                          "--epochs", 2, "--workers", 0]),
-        Case("train_model.py", ["--annotations", coco, "--image_folder", odd, "--base_model", "tiny", "--epochs", 1,
-                                "--output_folder", odd / f"{name}o", "--workers", 1, "--val_fraction", 0.5]),
-        Case("convert_checkpoint.py", ["--checkpoint", checkpoint]),
-        Case("run_pipeline.py", ["--annotations", coco, "--image_folder", odd, "--test_folder", images, *SMALL,
-                                 "--output_folder", odd / f"{name}o", "--data_folder", odd / f"{name}p",
-                                 "--min_word_freq", 1, "--image_size", 32, "--output_csv", odd / f"{name}.csv"]),
-        Case("make_demo_data.py", ["--output_folder", odd / f"{name}m", "--train_images", 2, "--test_images", 1]),
-    ])  # fmt: skip
+    return rng.choice(
+        [
+            Case("caption.py", [odd / f"{name}.jpg", "--model", checkpoint]),
+            Case(
+                "caption.py",
+                ["--test_folder", odd, "--model", checkpoint, "--output_csv", odd / f"{name}.csv"],
+            ),
+            Case(
+                "caption.py",
+                ["--test_folder", odd, "--model", checkpoint, "--sidecars", "--prefix", image_id],
+            ),
+            Case(
+                "caption_from_checkpoint.py", ["--checkpoint", checkpoint, checkpoint, "--test_folder", odd]
+            ),
+            Case(
+                "direct_caption.py",
+                [odd / f"{name}.jpg", "--model_path", samples.blip, "--max_new_tokens", 8],
+            ),
+            Case(
+                "eval.py",
+                [*scored, "--output_captions", odd / f"{name}.csv", "--output_json", odd / f"{name}2"],
+            ),
+            Case("eval.py", [*scored, "--image_folder", odd, "--worst", 2, "--figure", odd / f"{name}.png"]),
+            Case(
+                "eval.py",
+                ["--checkpoint", checkpoint, "--data_folder", data, "--split", "val", "--beam_sizes", 1],
+            ),
+            Case("view_captions.py", [*scored, "--image_folder", odd, "--output_folder", odd / "g"]),
+            Case(
+                "view_captions.py",
+                [
+                    "--img",
+                    odd / f"{name}.jpg",
+                    "--checkpoint",
+                    checkpoint,
+                    "--output_folder",
+                    odd / name,
+                    "--figures",
+                    odd / f"{name}f",
+                ],
+            ),
+            Case(
+                "create_input_files.py",
+                [
+                    "--annotations",
+                    coco,
+                    "--image_folder",
+                    odd,
+                    "--output_folder",
+                    odd / name,
+                    "--min_word_freq",
+                    1,
+                    "--image_size",
+                    32,
+                    "--val_fraction",
+                    0,
+                ],
+            ),
+            Case("train.py", ["--data_folder", data, "--output_folder", odd / f"{name}o", *SMALL]),
+            Case(
+                "train.py",
+                [
+                    "--data_folder",
+                    data,
+                    "--output_folder",
+                    folder / "o",
+                    "--checkpoint",
+                    checkpoint,
+                    "--epochs",
+                    2,
+                    "--workers",
+                    0,
+                ],
+            ),
+            Case(
+                "train_model.py",
+                [
+                    "--annotations",
+                    coco,
+                    "--image_folder",
+                    odd,
+                    "--base_model",
+                    "tiny",
+                    "--epochs",
+                    1,
+                    "--output_folder",
+                    odd / f"{name}o",
+                    "--workers",
+                    1,
+                    "--val_fraction",
+                    0.5,
+                ],
+            ),
+            Case("convert_checkpoint.py", ["--checkpoint", checkpoint]),
+            Case(
+                "run_pipeline.py",
+                [
+                    "--annotations",
+                    coco,
+                    "--image_folder",
+                    odd,
+                    "--test_folder",
+                    images,
+                    *SMALL,
+                    "--output_folder",
+                    odd / f"{name}o",
+                    "--data_folder",
+                    odd / f"{name}p",
+                    "--min_word_freq",
+                    1,
+                    "--image_size",
+                    32,
+                    "--output_csv",
+                    odd / f"{name}.csv",
+                ],
+            ),
+            Case(
+                "make_demo_data.py",
+                ["--output_folder", odd / f"{name}m", "--train_images", 2, "--test_images", 1],
+            ),
+        ]
+    )
 
 
 KINDS = {  # and how often each is tried
