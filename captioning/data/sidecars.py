@@ -137,14 +137,14 @@ class Sidecars:
         Raises:
             UserError: the encoding of `before` cannot be told, or lacks a character of the caption.
         """
-        path, around = self.path(image), self._around(image)
+        path = self.path(image)
         text, codec = ("\n", "utf-8")
         if before is not None and self.keeps():
             text, codec = decode_text(before, path)
         body = text.strip(BLANKS)
         start = text[: len(text) - len(text.lstrip(BLANKS))] if body else ""
         end = text[len(start) + len(body) :]
-        joined = join(body, " ".join(caption.split()), *around, trigger, self.existing == "prepend")
+        joined = self.text(image, caption, body, trigger)
         if body and joined == body:
             return before
         try:
@@ -154,6 +154,11 @@ class Sidecars:
             raise UserError(
                 f"{path}: left as it is, as its encoding, {codec}, has no {character!a}; save it as UTF-8"
             ) from None
+
+    def text(self, image: str, caption: str, before: str = "", trigger: str = "") -> str:
+        """The caption between prefix and suffix, behind or in front of the text `before`."""
+        caption = " ".join(caption.split())
+        return join(before, caption, *self._around(image), trigger, self.existing == "prepend")
 
     def write(self, image: str, content: bytes) -> None:
         """Write the image's sidecar; a link of its name is replaced.

@@ -66,16 +66,17 @@ class Entry:
             captions = [ScoredCaption(*caption) for caption in values["captions"]]
         except (TypeError, UnicodeEncodeError):
             return None
-        if not captions or any(
-            find_mismatch(list(caption[1:]), [AnyOf(float, None)]) for caption in captions
-        ):
+        if not captions or any(find_mismatch(caption._asdict(), CAPTION) for caption in captions):
             return None
-        if not all(isinstance(caption.text, str) for caption in captions):
-            return None
+        for word in (word for caption in captions for word in caption.words or ()):
+            if len(word) != 2 or find_mismatch(dict(zip(("word", "log_prob"), word)), WORD):
+                return None
         return cls(values["image_id"], captions, values["file"], *contents)
 
 
-CONTENT = AnyOf(str, None)
+SCORE, CONTENT = AnyOf(float, None), AnyOf(str, None)
+CAPTION = {"text": str, "log_prob": SCORE, "log_prob_per_word": SCORE, "words": AnyOf([list], None)}
+WORD = {"word": str, "log_prob": float}
 ENTRY = {"image_id": str, "captions": [list], "file": list, "before": CONTENT, "after": CONTENT}
 
 

@@ -295,8 +295,8 @@ def test_line_ends_and_formulas_in_a_csv(tmp_path):
     write_submission(tmp_path / "a.csv", rows, escape_formulas=True)
     assert read_submission(tmp_path / "a.csv") == rows
     assert (tmp_path / "a.csv").read_bytes().count(b"'") == 2 * len(rows)
-    write_submission(tmp_path / "b.csv", [("a\rb", "c\rd"), ("e", "\r")])
-    assert read_submission(tmp_path / "b.csv") == [("a\rb", "c\rd"), ("e", "\r")]
+    write_submission(tmp_path / "b.csv", [("a\rb", "c\rd"), ("e", "f")])
+    assert read_submission(tmp_path / "b.csv") == [("a\rb", "c\rd"), ("e", "f")]
 
 
 # --- what is gone in mid-run --------------------------------------------------------------------------------
@@ -386,6 +386,8 @@ def test_an_overtaken_run_ends_and_writes_no_more(tmp_path, monkeypatch):
     b'{"image_id": "img0", "captions": [[1]], "file": [], "before": null, "after": null}',
     b'{"image_id": "img0", "captions": [["a", "b", 1]], "file": [], "before": null, "after": null}',
     b'{"image_id": "img0", "captions": [["a", 1, 1, 1]], "file": [], "before": null, "after": null}',
+    b'{"image_id": "img0", "captions": [["a", 1, 1, [["a"]]]], "file": [], "before": null, "after": null}',
+    b'{"image_id": "img0", "captions": [["a", 1, 1, [[1, 2]]]], "file": [], "before": null, "after": null}',
     b'{"image_id": "img0", "captions": [["a"]], "file": [], "before": "\\u6771", "after": null}',
     b'{"image_id": "img0", "captions": [["a"]], "file": {}, "before": null, "after": null}',
 ])  # fmt: skip
