@@ -6,6 +6,7 @@ before a change is kept (`Backup`).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -169,6 +170,9 @@ class Sidecars:
         path = self.path(image)
         with _named_alone(path):
             os.stat(os.path.dirname(path) or ".")  # a folder that is gone is not made anew
+            effective = os.access in os.supports_effective_ids
+            if os.path.exists(path) and not os.access(path, os.W_OK, effective_ids=effective):
+                raise PermissionError(errno.EACCES, "it is read-only")
             with atomic_write(path) as tmp_path:
                 tmp_path.write_bytes(content)
 
