@@ -6,6 +6,7 @@ before a change is kept (`Backup`).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -137,14 +138,14 @@ class Sidecars:
         Raises:
             UserError: the encoding of `before` cannot be told, or lacks a character of the caption.
         """
-        path, around = self.path(image), self._around(image)
+        path = self.path(image)
         text, codec = ("\n", "utf-8")
         if before is not None and self.keeps():
             text, codec = decode_text(before, path)
         body = text.strip(BLANKS)
         start = text[: len(text) - len(text.lstrip(BLANKS))] if body else ""
         end = text[len(start) + len(body) :]
-        joined = join(body, " ".join(caption.split()), *around, trigger, self.existing == "prepend")
+        joined = self.text(image, caption, body, trigger)
         if body and joined == body:
             return before
         try:
@@ -155,6 +156,11 @@ class Sidecars:
                 f"{path}: left as it is, as its encoding, {codec}, has no {character!a}; save it as UTF-8"
             ) from None
 
+    def text(self, image: str, caption: str, before: str = "", trigger: str = "") -> str:
+        """The caption between prefix and suffix, behind or in front of the text `before`."""
+        caption = " ".join(caption.split())
+        return join(before, caption, *self._around(image), trigger, self.existing == "prepend")
+
     def write(self, image: str, content: bytes) -> None:
         """Write the image's sidecar; a link of its name is replaced.
 
@@ -164,6 +170,9 @@ class Sidecars:
         path = self.path(image)
         with _named_alone(path):
             os.stat(os.path.dirname(path) or ".")  # a folder that is gone is not made anew
+            effective = os.access in os.supports_effective_ids
+            if os.path.exists(path) and not os.access(path, os.W_OK, effective_ids=effective):
+                raise PermissionError(errno.EACCES, "it is read-only")
             with atomic_write(path) as tmp_path:
                 tmp_path.write_bytes(content)
 

@@ -74,6 +74,9 @@ class Entry:
             find_mismatch(dict(zip(("word", "log_prob"), word)), WORD) or len(word) != 2 for word in words
         ):
             return None
+        for word in (word for caption in captions for word in caption.words or ()):
+            if len(word) != 2 or find_mismatch(dict(zip(("word", "log_prob"), word)), WORD):
+                return None
         return cls(values["image_id"], captions, values["file"], *contents)
 
 

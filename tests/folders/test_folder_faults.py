@@ -54,12 +54,13 @@ def test_files_without_permission_are_named_and_the_rest_goes_on(existing, open_
     (other / "img0.txt").write_text("mine")
     run(ColourCaptioner(), other, sidecars=True, existing=existing)  # imports all that it needs
     folder = make_images(open_folder / "in", 8)
-    for name in ("img1.txt", "img2.txt"):
+    for name in ("img1.txt", "img2.txt", "img3.txt"):
         (folder / name).write_text("mine")
-    for path in (open_folder, folder):
+    for path in (open_folder, folder, folder / "img2.txt"):
         path.chmod(0o777)
     for name in ("img0.png", "img1.txt"):
         (folder / name).chmod(0)
+    (folder / "img3.txt").chmod(0o444)
     with without_privileges():
         if os.access(folder / "img1.txt", os.R_OK, effective_ids=True):
             pytest.skip("this user may read every file")
@@ -67,10 +68,12 @@ def test_files_without_permission_are_named_and_the_rest_goes_on(existing, open_
     assert sorted(problems) == [
         f"{folder}/img0.png: cannot be read (Permission denied)",
         f"{folder}/img1.txt: cannot be read (Permission denied)",
+        *([] if existing == "skip" else [f"{folder}/img3.txt: cannot be written (it is read-only)"]),
     ]
     (folder / "img1.txt").chmod(0o644)
     assert (folder / "img1.txt").read_text() == "mine" and "mine" in read_kept(folder, "img2.txt")
-    assert all((folder / f"img{number}.txt").exists() for number in range(3, 8))
+    assert all((folder / f"img{number}.txt").exists() for number in range(4, 8))
+    assert (folder / "img3.txt").read_text() == "mine"
     assert not (folder / "img0.txt").exists() and not list(folder.glob(".captions*"))
 
 
