@@ -407,7 +407,7 @@ def evaluate(
         {"val_loss", "val_top5", "val_bleu4", "val_cider"}; the captions by image id. Both of all processes.
     """
     from captioning.decoding.beam_search import beam_search  # here, as no training step needs it
-    from captioning.decoding.word_rules import WordRules
+    from captioning.decoding.options import WordRules
 
     decoder.eval()
     words = {index: word for word, index in word_map.items()}
