@@ -191,13 +191,13 @@ def test_the_reward_may_have_bleu4():
 
 
 def test_the_reward_does_not_see_capitals():
-    captions = torch.tensor([[8, 1, 2, 4, 9], [8, 1, 3, 5, 9]])
+    captions, lengths = torch.tensor([[[8, 1, 2, 4, 9], [8, 1, 3, 5, 9]]]), torch.tensor([[5, 5]])
     objective = make_objective(make_decoder(), self_critical_samples=2)
-    rewards = objective._rewards([0], captions, torch.tensor([5, 5]))
+    rewards = objective._rewards([0], captions, lengths)
     cased = {word.capitalize() if word.isalpha() else word: index for word, index in WORD_MAP.items()}
     settings, run = objective.settings, objective.run
     other = SelfCritical(None, objective.decoder, settings, run, cased, objective.reward, LONGEST, epoch=2)
-    assert other._rewards([0], captions, torch.tensor([5, 5])) == rewards and max(rewards[0]) > 0
+    assert other._rewards([0], captions, lengths) == rewards and max(rewards[0]) > 0
 
 
 def test_the_baseline_is_the_mean_of_the_others():
