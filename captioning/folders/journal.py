@@ -69,11 +69,6 @@ class Entry:
             return None
         if not captions or any(find_mismatch(caption._asdict(), CAPTION) for caption in captions):
             return None
-        words = [word for caption in captions for word in caption.words or ()]
-        if any(
-            find_mismatch(dict(zip(("word", "log_prob"), word)), WORD) or len(word) != 2 for word in words
-        ):
-            return None
         for word in (word for caption in captions for word in caption.words or ()):
             if len(word) != 2 or find_mismatch(dict(zip(("word", "log_prob"), word)), WORD):
                 return None
