@@ -186,7 +186,7 @@ def test_numbers_with_thousands_of_digits(tmp_path):
 def test_half_characters(tmp_path):
     for name, content in {
         "a.json": '[{"image_id": "a", "caption": "\\ud800"}]',
-        "b.json": '[{"image_id": "\\udcff", "caption": "a"}]',
+        "b.json": '[{"image_id": "\\ud8ff", "caption": "a"}]',
         "a.jsonl": '{"image_id": "a", "caption": "a \\udfff dog"}',
     }.items():
         (tmp_path / name).write_text(content)

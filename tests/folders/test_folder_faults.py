@@ -284,12 +284,10 @@ def test_a_sidecar_whose_name_is_too_long_to_be_written_aside(tmp_path):
 
 
 @pytest.mark.parametrize("extension", [".csv", ".json", ".jsonl"])
-def test_half_a_character_in_an_id_or_caption(extension, tmp_path):
-    write_submission(tmp_path / f"x{extension}", [("a\udce9", "b\ud800")])
+def test_an_id_of_a_file_name_that_is_not_utf8(extension, tmp_path):
+    write_submission(tmp_path / f"x{extension}", [("a\udce9", "b")])
     escaped = extension == ".csv"
-    assert read_submission(tmp_path / f"x{extension}") == [
-        ("a\\udce9", "b\\ud800") if escaped else ("a\udce9", "b\ud800")
-    ]
+    assert read_submission(tmp_path / f"x{extension}") == [("a\\udce9", "b") if escaped else ("a\udce9", "b")]
 
 
 def test_line_ends_and_formulas_in_a_csv(tmp_path):
