@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-import datasets
 from captioning.captioners.tiny_blip import tiny_captioner
 from captioning.data import features, hdf5
 from captioning.data.annotations import read_annotations
 from captioning.data.features import cache_features, cached_features, encode_images
 from captioning.files import remove_unfinished
+from captioning.training import blip_data
 from captioning.training.blip_data import BlipDataset
 from datasets import LEFT_OR_RIGHT, BatchSampler, CaptionDataset, Request, augment_image
 from models import Encoder
@@ -120,8 +120,8 @@ def records(demo):
 def test_images_are_prepared_as_for_captioning(captioner, records, monkeypatch):
     """From memory (uint8, resized) or read again from the file, they are exactly what `prepare` returns."""
     truth = torch.stack([captioner.prepare(record.path) for record in records])
-    for memory, kept in ((datasets.KEPT_BYTES, 6), (2 * 3 * 64 * 64 + 1, 2), (0, 0)):
-        monkeypatch.setattr(datasets, "KEPT_BYTES", memory)
+    for memory, kept in ((blip_data.KEPT_BYTES, 6), (2 * 3 * 64 * 64 + 1, 2), (0, 0)):
+        monkeypatch.setattr(blip_data, "KEPT_BYTES", memory)
         dataset = BlipDataset(captioner, records, workers=2)
         for _ in range(2):
             found = torch.cat([*dataset.batches([[0, 1, 2, 3], [4, 5]])])
