@@ -139,8 +139,6 @@ def train(settings: Settings) -> dict:
 
 
 def run_training(settings: Settings) -> dict:
-    from datasets import encode_captions
-
     settings, resumed = resume(settings)
     train_records, val_records = read_records(settings)
     digest = data_digest(train_records, val_records)
