@@ -33,14 +33,14 @@ class FolderOptions:
     test_folder: str | Path = "test/test"  # images to caption
     test_csv: str | Path | None = None  # ids and their order; None: test.csv in or up to two folders above
     recursive: bool = False  # caption the images in its subfolders too
-    output_csv: str | Path | None = None  # .csv, .json (COCO) or .jsonl
+    output_csv: str | Path | None = None  # .csv, .json (COCO), .jsonl, or metadata.jsonl (Hugging Face)
     with_scores: bool = False  # log-probabilities too, in columns log_prob and log_prob_per_word
     escape_formulas: bool = False  # in a CSV: ' before what spreadsheets would take for a formula
     sidecars: bool = False  # write each caption beside its image: photo.txt for photo.jpg
     sidecar_extension: str = ".txt"  # file extension of the sidecars
     existing: EXISTING = "skip"  # where a sidecar exists already
     backup: bool = True  # keep what sidecars said before they are changed, in .sidecar_backup
-    prefix: str = ""  # words with which a sidecar begins; {name}, {folder}: the image's
+    prefix: str = ""  # words with which a sidecar or metadata text begins; {name}, {folder}: the image's
     suffix: str = ""  # words with which it ends
     batch_size: int = 32  # images captioned at a time
     workers: int = 4  # threads that read and prepare images
