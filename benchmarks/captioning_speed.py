@@ -38,8 +38,9 @@ from captioning.data.features import encode_images
 from captioning.data.images import read_image
 from captioning.data.prepared import END, START
 from captioning.decoding.beam_search import beam_search
-from captioning.decoding.fused_decoder import caption_logits
+from captioning.decoding.fast_energies import use_fast_energies
 from captioning.decoding.options import NO_RULES, WordRules
+from captioning.decoding.teacher_forcing import token_logits
 from captioning.folders.journal import Journal
 from models import DecoderWithAttention, Encoder, normalize_images
 from tests.reference import TextbookDecoder, TextbookEncoder, textbook_search
@@ -90,14 +91,12 @@ def train_decoder(features: Tensor, settings: Settings, device: torch.device) ->
     torch.manual_seed(settings.seed)
     width = settings.width
     decoder = DecoderWithAttention(width, width, width, settings.vocabulary, features.shape[3], dropout=0)
-    decoder.to(device)
+    use_fast_energies(decoder.to(device))
     captions, lengths = make_captions(len(features), 1, settings.vocabulary, 50, settings.seed)
     optimizer = torch.optim.Adam(decoder.parameters(), lr=2e-3)
     for _ in range(settings.training_steps):
-        scores, targets, *_ = caption_logits(
-            decoder, features.float().to(device), captions[:, 0].to(device), lengths[:, 0].to(device)
-        )
-        loss = F.cross_entropy(scores, targets)
+        tokens = token_logits(decoder, features.float().to(device), captions, lengths)
+        loss = F.cross_entropy(tokens.logits, tokens.targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

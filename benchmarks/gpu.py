@@ -33,8 +33,8 @@ from torch import Tensor
 from captioning.captioners.attention import Captioner
 from captioning.command_line import check_at_least, run_script
 from captioning.data.prepared import END, START
-from captioning.decoding.fused_decoder import caption_logits
 from captioning.decoding.options import DecodingOptions
+from captioning.decoding.teacher_forcing import token_logits
 from captioning.folders.plan import FolderOptions
 from captioning.folders.run import caption_folder
 from models import DecoderWithAttention, normalize_images
@@ -162,9 +162,9 @@ def trained_decoder(data: Data) -> DecoderWithAttention:
     optimizer = torch.optim.Adam(decoder.parameters(), lr=1 / data.settings.width)
     grid = data.features[:count].float()
     for _ in range(100):
-        logits, targets, *_ = caption_logits(decoder, grid, data.captions[:count, 0], data.lengths[:count, 0])
+        tokens = token_logits(decoder, grid, data.captions[:count, :1], data.lengths[:count, :1])
         optimizer.zero_grad()
-        F.cross_entropy(logits, targets).backward()
+        F.cross_entropy(tokens.logits, tokens.targets).backward()
         optimizer.step()
     return decoder.eval()
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from captioning.data.features import encode_images
+from captioning.decoding.fast_energies import use_fast_energies
 from datasets import BatchSampler, CaptionDataset
 from models import DecoderWithAttention
 from tests.reference import TextbookDecoder, TextbookEncoder
@@ -62,6 +63,7 @@ class Data:
     def decoder(self) -> DecoderWithAttention:
         decoder = DecoderWithAttention(*self.sizes, dropout=0)  # without, losses can be compared
         decoder.load_state_dict(self.weights)
+        use_fast_energies(decoder)
         return decoder.to(self.device)
 
     def textbook(self) -> TextbookDecoder:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from gpu_data import Data, precision
 from torch import Tensor, nn
 
-from captioning.decoding.fused_decoder import caption_logits
+from captioning.decoding.teacher_forcing import token_logits
 from captioning.training.optimization import Run
 from captioning.training.self_critical import Reward, SelfCritical
 from models import normalize_images
@@ -41,7 +41,6 @@ class Trainer:
 
     def loss(self, images: Tensor, captions: Tensor, lengths: Tensor) -> Tensor:
         images = images.to(self.device, non_blocking=True)
-        flat, steps = captions.flatten(0, 1), lengths.flatten()
         with precision(self.name, self.device):
             if self.textbook:  # every caption has its own copy of the image
                 copies = images.repeat_interleave(captions.shape[1], dim=0)
@@ -49,11 +48,12 @@ class Trainer:
                     copies = self.encoder(normalize_images(copies))
                 else:
                     copies = pool(copies.float())
-                return textbook_loss(self.decoder, copies, flat.to(self.device), steps.to(self.device))
+                flat = captions.flatten(0, 1).to(self.device), lengths.flatten().to(self.device)
+                return textbook_loss(self.decoder, copies, *flat)
             grid = self.encoder.grid(normalize_images(images)) if images.dtype == torch.uint8 else images
-            logits, targets, coverage, *_ = caption_logits(self.decoder, grid.float(), flat, steps)
-            penalty = ((1 - coverage) ** 2).mean(dim=1).sum()
-            return F.cross_entropy(logits, targets, reduction="sum") / len(targets) + penalty / len(flat)
+            tokens = token_logits(self.decoder, grid.float(), captions, lengths)
+            penalty = ((1 - tokens.coverage()) ** 2).mean(dim=1).sum() / lengths.numel()
+            return F.cross_entropy(tokens.logits, tokens.targets) + penalty
 
     def step(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """One step; its loss, still on the device."""
@@ -136,7 +136,7 @@ def self_critical(bench: Bench, data: Data) -> None:
         plain, _, _ = rate(bench, Trainer(data, name).step, batches)
         trainer = Trainer(data, name)
         mean_words = float(data.lengths.float().mean()) - 1
-        options = SimpleNamespace(self_critical_samples=5, feature_dropout=0.0, fused=True, seed=0)
+        options = SimpleNamespace(self_critical_samples=5, feature_dropout=0.0, seed=0)
         encoder, decoder = data.encoder, end_samples(trainer.decoder, mean_words)
         objective = SelfCritical(encoder, decoder, options, run, data.word_map, reward, longest, epoch=1)
 

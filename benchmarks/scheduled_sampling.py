@@ -5,8 +5,8 @@
     python benchmarks/scheduled_sampling.py --checkpoint best_checkpoint.pth --data_folder data_output
 
 Both forms replace words of the ground-truth captions by words that the decoder predicts. The parallel form
-draws all of them from the distributions after the ground-truth words, in one fused pass; the sequential form
-draws each after the words that were replaced before it, step by step. Then the loss is that of a fused pass
+draws all of them from the distributions after the ground-truth words, in one pass; the sequential form
+draws each after the words that were replaced before it, step by step. Then the loss is that of a pass
 over the mixed words.
 
 Times: training steps in turn, on cached features of training images. Differences: both forms replace the same
@@ -35,9 +35,10 @@ from captioning.captioners.attention import load_models
 from captioning.command_line import check_at_least, check_share, run_script
 from captioning.data.features import cache_features
 from captioning.decoding.beam_search import search_states
-from captioning.decoding.fused_decoder import TokenLogits
+from captioning.decoding.fast_energies import use_fast_energies
 from captioning.decoding.sampling import draw_words
-from captioning.training.losses import CrossEntropy, caption_logits, sample_inputs
+from captioning.decoding.teacher_forcing import TokenLogits, token_logits
+from captioning.training.losses import CrossEntropy, sample_inputs
 from captioning.training.optimization import Run
 from datasets import BatchSampler, CaptionDataset
 from models import DecoderWithAttention
@@ -88,7 +89,8 @@ def load(settings: Settings) -> tuple[DecoderWithAttention, list[Batch], dict[st
                 f"give --checkpoint and --data_folder"
             )
     encoder, decoder, words = load_models(source, source, word_map)
-    decoder.dropout.p, decoder.takes_maximum = 0.0, False  # sample_inputs looks at the expectation
+    decoder.dropout.p = 0.0
+    use_fast_energies(decoder)
     features = cache_features(encoder, settings.data_folder, "train", pick_device())
     data = CaptionDataset(settings.data_folder, "train", features)
     sampler = BatchSampler(len(data), settings.batch_size, shuffle=True, seed=settings.seed)
@@ -98,17 +100,19 @@ def load(settings: Settings) -> tuple[DecoderWithAttention, list[Batch], dict[st
 # --- the two forms ------------------------------------------------------------------------------------------
 
 
-def feed_parallel(found: TokenLogits, captions: Tensor, replaced: Tensor, numbers: Tensor) -> Tensor:
-    """Words drawn after the ground-truth ones: what to feed (N * G, L).
+def feed_parallel(tokens: TokenLogits, captions: Tensor, replaced: Tensor, numbers: Tensor) -> Tensor:
+    """Words drawn after the ground-truth ones: what to feed (N, G, L).
 
     Args:
-        found: of the ground-truth captions.
-        captions: (N * G, L). replaced: whether to replace a word. numbers: uniform in [0, 1), one for each.
+        tokens: of the ground-truth captions.
+        captions: (N, G, L). replaced: whether to replace a word. numbers: uniform in [0, 1), one for each.
     """
-    fed, rows = captions.clone(), replaced[found.captions, found.steps + 1]
-    places = found.captions[rows], found.steps[rows] + 1
-    fed[places] = draw_words(found.logits[rows], numbers[places])
-    return fed
+    packing, fed = tokens.packing, captions.flatten(0, 1).clone()
+    chosen = replaced.flatten(0, 1)[packing.captions, packing.steps + 1]
+    places = packing.captions[chosen], packing.steps[chosen] + 1
+    logits = tokens.logits[chosen.to(tokens.logits.device)]
+    fed[places] = draw_words(logits, numbers.flatten(0, 1)[places].to(logits.device)).cpu()
+    return fed.view(captions.shape)
 
 
 @torch.no_grad()
@@ -116,59 +120,57 @@ def feed_sequential(
     decoder: DecoderWithAttention, grid: Tensor, captions: Tensor, replaced: Tensor, numbers: Tensor
 ) -> Tensor:
     """Words drawn after those that are fed before them; arguments and result as in `feed_parallel`."""
-    (state,) = search_states([decoder], [grid], decoder.fused)
-    state.reorder(torch.zeros(len(grid), len(captions) // len(grid), dtype=torch.long, device=grid.device))
+    (state,) = search_states([decoder], [grid])
+    state.reorder(torch.zeros(captions.shape[:2], dtype=torch.long, device=grid.device))
     fed = captions.clone()
-    for step in range(captions.shape[1] - 2):  # the last word that is fed stands before `<end>`
-        logits, _ = state.step(fed[:, step].view(len(grid), -1))
-        rows = replaced[:, step + 1]
-        fed[rows, step + 1] = draw_words(logits.flatten(0, 1)[rows], numbers[rows, step + 1])
+    for step in range(captions.shape[2] - 2):  # the last word that is fed stands before `<end>`
+        logits, _ = state.step(fed[:, :, step].to(grid.device))
+        rows = replaced[:, :, step + 1]
+        drawn = draw_words(logits[rows.to(grid.device)], numbers[:, :, step + 1][rows].to(grid.device))
+        fed[:, :, step + 1][rows] = drawn.cpu()
     return fed
 
 
 def fed_places(captions: Tensor, lengths: Tensor) -> Tensor:
-    """The places (N * G, L) of the words that may be replaced: those that are fed, but for the first."""
-    places = torch.arange(captions.shape[1], device=captions.device)
-    return (places > 0) & (places < lengths.unsqueeze(1) - 1)
+    """The places (N, G, L) of the words that may be replaced: those that are fed, but for the first."""
+    places = torch.arange(captions.shape[2])
+    return (places > 0) & (places < lengths.unsqueeze(2) - 1)
 
 
 def draw_places(captions: Tensor, lengths: Tensor, probability: float) -> tuple[Tensor, Tensor]:
-    """Whether to replace each word (N * G, L), and the numbers to draw with."""
-    numbers, places = torch.rand(2, *captions.shape, device=captions.device)
+    """Whether to replace each word (N, G, L), and the numbers to draw with."""
+    numbers, places = torch.rand(2, *captions.shape)
     return (places < probability) & fed_places(captions, lengths), numbers
-
-
-def flatten(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The grid (N, h, w, D), captions (N * G, L) and lengths (N * G,) of a batch, on the device."""
-    grid, captions, lengths = (part.to(device) for part in batch)
-    return grid.float(), captions.flatten(0, 1), lengths.flatten()
 
 
 @torch.no_grad()
 def check_forms(decoder: DecoderWithAttention, batch: Batch) -> None:
     """Stop if a form is not what it should be; in float64, so that no draw depends on rounding."""
-    decoder, logits = copy.deepcopy(decoder).double(), caption_logits(decoder.fused)
-    grid, captions, lengths = flatten(batch, decoder.fc.weight.device)
-    grid, allowed, numbers = grid.double(), fed_places(captions, lengths), torch.rand(captions.shape).to(grid)
+    decoder, (grid, captions, lengths) = copy.deepcopy(decoder).double(), batch
+    grid = grid.to(decoder.fc.weight)
+    allowed, numbers = fed_places(captions, lengths), torch.rand(captions.shape, dtype=grid.dtype)
 
     def both(replaced: Tensor) -> tuple[Tensor, Tensor]:
-        found = logits(decoder, grid, captions, lengths)
+        tokens = token_logits(decoder, grid, captions, lengths)
         sequential = feed_sequential(decoder, grid, captions, replaced, numbers)
-        return feed_parallel(found, captions, replaced, numbers), sequential
+        return feed_parallel(tokens, captions, replaced, numbers), sequential
 
     def ours(probability: float) -> Tensor:
-        return sample_inputs(logits, decoder, grid, captions, lengths, probability).to(grid.device)
+        return sample_inputs(decoder, grid, captions, lengths, probability)
 
     parallel, sequential = both(allowed)
-    again = feed_parallel(logits(decoder, grid, captions, lengths, sequential), captions, allowed, numbers)
-    order = torch.rand(captions.shape, device=grid.device).masked_fill(~allowed, -1)
+    tokens = token_logits(decoder, grid, captions, lengths, sequential)
+    again = feed_parallel(tokens, captions, allowed, numbers)
+    order = torch.rand(captions.shape).masked_fill(~allowed, -1)
     differ = not parallel.equal(sequential)
-    single = both(F.one_hot(order.argmax(dim=1), captions.shape[1]).bool() & allowed)
+    single = both(F.one_hot(order.argmax(dim=2), captions.shape[2]).bool() & allowed)
     checks = {
         "probability 0 feeds the ground truth": all(
             w.equal(captions) for w in [*both(allowed & False), ours(0)]
         ),
-        "the first word stays": all(w[:, 0].equal(captions[:, 0]) for w in (parallel, sequential, ours(1))),
+        "the first word stays": all(
+            w[:, :, 0].equal(captions[:, :, 0]) for w in (parallel, sequential, ours(1))
+        ),
         "the forms replace words, and not by the same": not single[0].equal(captions) and differ,
         "sequential words are drawn after those before them": again.equal(sequential),
         "a caption's only replaced word is the same in both forms": single[0].equal(single[1]),
@@ -188,7 +190,6 @@ class SequentialSampling(CrossEntropy):
     """Cross-entropy with the sequential form of scheduled sampling."""
 
     def _fed(self, grid: Tensor, captions: Tensor, lengths: Tensor) -> Tensor:
-        captions, lengths = captions.to(grid.device), lengths.to(grid.device)
         replaced, numbers = draw_places(captions, lengths, self.scheduled_sampling)
         return feed_sequential(self.decoder, grid, captions, replaced, numbers)
 
@@ -196,7 +197,7 @@ class SequentialSampling(CrossEntropy):
 def compare_times(
     decoder: DecoderWithAttention, batches: list[Batch], word_map: dict[str, int], settings: Settings
 ) -> None:
-    training = train.Settings(fused=decoder.fused)
+    training = train.Settings()
     common = None, decoder, training, Run.start("no"), word_map  # no encoder: its features are cached
     objectives = {
         "cross-entropy": CrossEntropy(*common),
@@ -228,21 +229,21 @@ def compare_times(
 
 
 def compare_draws(decoder: DecoderWithAttention, batches: list[Batch], settings: Settings) -> None:
-    logits, parameters = caption_logits(decoder.fused), list(decoder.parameters())
-    tokens = sum(int((lengths - 1).sum()) for _, _, lengths in batches)
+    parameters, device = list(decoder.parameters()), decoder.fc.weight.device
+    count = sum(int((lengths - 1).sum()) for _, _, lengths in batches)  # of tokens
     losses = torch.zeros(2, settings.draws)  # of the forms
     halves: list[list] = [[0.0, 0.0], [0.0, 0.0]]  # of each form's draws: the summed gradients
     truth_loss, truth_gradient, totals = 0.0, 0.0, defaultdict(float)
 
     def learn(found: TokenLogits) -> tuple[float, Tensor]:
         """A batch's part of the mean cross-entropy, and of its gradient."""
-        loss = F.cross_entropy(found.logits, found.targets, reduction="sum") / tokens
+        loss = F.cross_entropy(found.logits, found.targets, reduction="sum") / count
         gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
         return float(loss.detach()), torch.cat([gradient.flatten() for gradient in gradients])
 
     for batch in batches:
-        grid, captions, lengths = flatten(batch, decoder.fc.weight.device)
-        truth = logits(decoder, grid, captions, lengths)
+        grid, captions, lengths = batch[0].float().to(device), *batch[1:]
+        truth = token_logits(decoder, grid, captions, lengths)
         loss, gradient = learn(truth)
         truth_loss, truth_gradient = truth_loss + loss, truth_gradient + gradient
         truth = truth._replace(logits=truth.logits.detach())
@@ -251,14 +252,15 @@ def compare_draws(decoder: DecoderWithAttention, batches: list[Batch], settings:
             parallel = feed_parallel(truth, captions, replaced, numbers)
             sequential = feed_sequential(decoder, grid, captions, replaced, numbers)
             for form, fed in enumerate((parallel, sequential)):
-                found = logits(decoder, grid, captions, lengths, fed)
+                found = token_logits(decoder, grid, captions, lengths, fed)
                 loss, gradient = learn(found)
                 losses[form, draw] += loss
                 halves[form][draw % 2] = halves[form][draw % 2] + gradient / settings.draws * 2
-            distances = torch.zeros(captions.shape, device=grid.device)
+            distances, packing = torch.zeros(captions.shape), truth.packing
             difference = truth.logits.softmax(dim=1) - found.logits.detach().softmax(dim=1)
-            distances[truth.captions, truth.steps + 1] = difference.abs().sum(dim=1) / 2
-            later = replaced & (replaced.cumsum(dim=1) > 1)
+            distance = (difference.abs().sum(dim=1) / 2).cpu()
+            distances.flatten(0, 1)[packing.captions, packing.steps + 1] = distance
+            later = replaced & (replaced.cumsum(dim=2) > 1)
             for name, chosen in (("all", replaced), ("later", later)):
                 totals[name] += int(chosen.sum())
                 totals[name, "differ"] += int((parallel != sequential)[chosen].sum())

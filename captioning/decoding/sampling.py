@@ -163,7 +163,7 @@ def draw_words(log_probs: Tensor, numbers: Tensor, temperature: float = 1.0, top
     """Draw a word from each distribution, by its cumulative sums.
 
     Args:
-        log_probs: (..., V); -inf: never drawn.
+        log_probs: (..., V), or anything that differs from them by a constant; -inf: never drawn.
         numbers: (...), uniform in [0, 1): each decides a draw.
         temperature: draw from the probabilities to the power of 1 / this.
         top_p: draw from the fewest words whose probabilities sum to at least this (Holtzman et al., 2020).
@@ -171,10 +171,7 @@ def draw_words(log_probs: Tensor, numbers: Tensor, temperature: float = 1.0, top
     Returns:
         Word indices (...).
     """
-    if temperature == top_p == 1:
-        probs, order = log_probs.exp(), None  # only their proportions matter
-    else:
-        probs, order = (log_probs / temperature).softmax(dim=-1), None
+    probs, order = (log_probs / temperature).softmax(dim=-1), None
     if top_p < 1:
         probs, order = probs.sort(dim=-1, descending=True, stable=True)
         probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0.0)

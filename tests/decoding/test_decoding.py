@@ -178,6 +178,13 @@ def test_words_are_drawn_with_their_probabilities(temperature, top_p):
     torch.testing.assert_close(shares, expected, atol=2e-3, rtol=0)
 
 
+@pytest.mark.parametrize("constant", [-500.0, 0.0, 500.0])
+def test_words_that_are_left_are_drawn_however_improbable_they_were(constant):
+    """As where the rules forbid the only probable one."""
+    log_probs = torch.tensor([-torch.inf, -200.0, -200.0, -300.0, -torch.inf]) + constant
+    assert draw_words(log_probs.expand(4, 5), torch.tensor([0.0, 0.4, 0.6, 0.99])).tolist() == [1, 1, 2, 2]
+
+
 def test_the_end_of_the_range_draws_a_word_that_may_be_drawn():
     log_probs = torch.full((3, 50_000), -torch.inf)
     log_probs[:, :9] = math.log(1 / 9)
