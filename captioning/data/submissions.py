@@ -142,7 +142,7 @@ def read_submission(path: str | Path, columns: Columns | None = None) -> list[tu
         say_once(f"{path}: several captions per image; those of rank 1 count, {len(rows) - len(best)} do not")
     for row in best:
         try:
-            f"{row.image_id}{row.captions}".encode()
+            "".join((row.image_id, *row.captions)).encode()
         except UnicodeEncodeError:
             raise UserError(
                 f"{path}, {row.place}: half a character (an unpaired surrogate) in the id or caption of "
