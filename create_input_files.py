@@ -35,9 +35,17 @@ from captioning.data.annotations import (
     sources,
     test_records,
 )
+from captioning.data.fingerprints import IMAGE_FILES, record_image_files
 from captioning.data.hdf5 import RowWriter, require_disk_space
 from captioning.data.images import read_image
-from captioning.data.prepared import END, PAD, START, UNK, Record, digest_files
+from captioning.data.prepared import (
+    END,
+    PAD,
+    START,
+    UNK,
+    Record,
+    digest_files,
+)
 from captioning.data.tables import Columns
 from captioning.files import lock_folder
 from utils import Messages, UserError, check_output, parallel_map, progress_bar, write_json
@@ -98,8 +106,11 @@ def write_folder(splits: dict[str, list[Record]], settings: Settings, output: Pa
     tmp_path = output / f".preparing.{os.getpid()}.partial"
     try:
         tmp_path.mkdir()
+        records = [record for split in splits.values() for record in split]
+        images = record_image_files(records, image_folders(settings))  # before they are read
         record = write_splits(splits, settings, tmp_path)
         record["files"] = digest_files(tmp_path)  # by which later steps know that these belong together
+        write_json(tmp_path / IMAGE_FILES, images)
         (output / "prepared.json").unlink(missing_ok=True)
         for stale in output.glob("*_*.*"):
             if stale.name.removeprefix(".").startswith(("train_", "val_", "test_")):
@@ -140,6 +151,13 @@ def find_test(settings: Settings) -> tuple[Sequence[str], Sequence[str]]:
             )
         return (), ()
     return annotations, folders or (str(Path(annotations[0]).parent / "test" / "test"),)
+
+
+def image_folders(settings: Settings) -> list[str]:
+    """All folders that have images: also one that is given in place of annotations."""
+    annotations, folders = find_test(settings)
+    own = [file for file in (*settings.annotations, *annotations) if os.path.isdir(file)]
+    return [*settings.image_folder, *folders, *own]
 
 
 def write_splits(splits: dict[str, list[Record]], settings: Settings, folder: Path) -> dict:

@@ -38,8 +38,9 @@ from captioning.command_line import (
     run_script,
 )
 from captioning.data.annotations import read_annotations, sources, test_records
+from captioning.data.fingerprints import files_are_as_recorded, images_are_as_prepared, stamp_files
 from captioning.data.images import walk_images
-from captioning.data.prepared import Prepared, read_prepared
+from captioning.data.prepared import Prepared, is_same_training_data, read_prepared
 from captioning.data.tables import Columns
 from captioning.files import lock_folder
 from captioning.folders.plan import test_csv_places
@@ -267,7 +268,8 @@ def is_prepared(wanted: create_input_files.Settings) -> bool:
         data = Prepared(wanted.output_folder)
         inputs = create_input_files.input_files(wanted)
         same = create_input_files.has_settings(data.record, wanted) and data.record["inputs"] == inputs
-        return same and data.is_whole()
+        images = create_input_files.image_folders(wanted)
+        return same and data.is_whole() and images_are_as_prepared(data, images)
 
 
 def train_attention(settings: Settings, announce: Callable[..., None]) -> dict:
@@ -278,24 +280,31 @@ def train_attention(settings: Settings, announce: Callable[..., None]) -> dict:
     if settings.is_demo:
         print("the demonstration trains a small model: DEMO in run_pipeline.py")
     record = read_prepared(settings.data_folder)
-    data = {"settings": record["settings"], "inputs": record["inputs"]}
+
+    def has_same_data(checkpoint: dict) -> bool:
+        return is_same_training_data(checkpoint.get("data"), record)
+
     source = f"{settings.data_folder}/ -> {settings.output_folder}/"
-    return run_training("training", train.train, wanted, data, source, announce)
+    return run_training("training", train.train, wanted, has_same_data, source, announce)
 
 
 def run_training(
     step: str,
     run: Callable,
     wanted: TrainingSettings,
-    data: object,
+    has_same_data: Callable[[dict], bool],
     source: str,
     announce: Callable[..., None],
 ) -> dict:
     """Train with the `wanted` settings: go on with the training in the output folder where it can, or skip it
-    where it is complete and the same."""
+    where it is complete and the same.
+
+    Args:
+        has_same_data: a checkpoint -> whether it was trained on the data that are there now.
+    """
     with lock_folder(wanted.output_folder):  # which removes what a killed run left unfinished
         repair_outputs(Path(wanted.output_folder))
-    earlier = find_earlier_run(wanted, data)
+    earlier = find_earlier_run(wanted, has_same_data)
     if earlier and not earlier.obstacles:
         if not is_complete(wanted, earlier.history):
             announce(f"{step}: going on after {earlier.file}", non_default_settings(wanted))
@@ -319,7 +328,7 @@ class EarlierRun(NamedTuple):
     obstacles: dict[str, str]  # what keeps a training from going on: some of these, or other data
 
 
-def find_earlier_run(wanted: TrainingSettings, data: object) -> EarlierRun | None:
+def find_earlier_run(wanted: TrainingSettings, has_same_data: Callable[[dict], bool]) -> EarlierRun | None:
     """The newest state that the wanted training can go on from; where there is none such, the newest one."""
     files, earlier_run = epoch_checkpoints(wanted.output_folder), None
     newest = newest_history(files)
@@ -335,7 +344,7 @@ def find_earlier_run(wanted: TrainingSettings, data: object) -> EarlierRun | Non
             changed = {name: f"{getattr(wanted, name)} (was {value})" for name, value in earlier.items()}
             fixed = changed.keys() - IN_MID_EPOCH if file.name == LAST else {*wanted.fixed}
             obstacles = {name: text for name, text in changed.items() if name in fixed}
-            if checkpoint.get("data") != data:
+            if not has_same_data(checkpoint):
                 obstacles["training data"] = "(others)"
             earlier_run = EarlierRun(file, newest, changed, obstacles)
             if not obstacles:
@@ -385,13 +394,19 @@ def caption_test_images(
         announce(f"{step}: {wanted.output_csv} is up to date, skipped")
         return
     announce(f"{step}: {wanted.test_folder}/ -> {wanted.output_csv}", non_default_settings(wanted))
+    inputs = stamp_files(inputs_of_captions(wanted, models))  # before they are read
     run(wanted)
-    write_json(record_file(wanted, models), fingerprint(wanted, models))
+    files = inputs | stamp_files([wanted.output_csv])
+    write_json(record_file(wanted, models), {"settings": deciding_settings(wanted), "files": files})
 
 
 def is_up_to_date(wanted: AnySettings, models: list[Path]) -> bool:
-    record = record_file(wanted, models)
-    return record.is_file() and read_json(record) == fingerprint(wanted, models)
+    file = record_file(wanted, models)
+    record = read_json(file) if file.is_file() else {}
+    if not isinstance(record, dict) or record.get("settings") != deciding_settings(wanted):
+        return False
+    files = [*inputs_of_captions(wanted, models), wanted.output_csv]
+    return files_are_as_recorded(record.get("files"), files)
 
 
 def record_file(wanted: AnySettings, models: list[Path]) -> Path:
@@ -399,15 +414,15 @@ def record_file(wanted: AnySettings, models: list[Path]) -> Path:
     return models[0].parent / f"{Path(wanted.output_csv).stem}_fingerprint.json"
 
 
-def fingerprint(wanted: AnySettings, models: list[Path]) -> dict:
-    """What the captions depend on, and the captions themselves: settings, size and time of each file."""
+def deciding_settings(wanted: AnySettings) -> dict[str, object]:
+    return {name: value for name, value in asdict(wanted).items() if name not in SET_BY_PIPELINE}
+
+
+def inputs_of_captions(wanted: AnySettings, models: list[Path]) -> list[Path]:
+    """The files that the captions depend on."""
     images = [Path(wanted.test_folder, name) for name in walk_images(wanted.test_folder, True).names]
     lists = [*test_csv_places(wanted.test_folder), *(sources(wanted.test_csv) if wanted.test_csv else [])]
-    files = [Path(wanted.output_csv), *models, *images, *lists]
-    stats = {str(file): file.stat() for file in files if file.is_file()}
-    sizes = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    settings = {name: value for name, value in asdict(wanted).items() if name not in SET_BY_PIPELINE}
-    return {"settings": settings, "files": sizes}
+    return [*models, *images, *lists]
 
 
 def fine_tune_blip(settings: Settings, announce: Callable[..., None]) -> dict:
@@ -422,9 +437,16 @@ def fine_tune_blip(settings: Settings, announce: Callable[..., None]) -> dict:
         base_model=base,
         output_folder=settings.blip_folder,
     )
-    data = blip_training.data_digest(*blip_training.read_records(wanted))
+    splits = blip_training.read_records(wanted)
+    digest = blip_training.data_digest(*splits)
+    paths = [record.path for records in splits for record in records if record.path]
+
+    def has_same_data(checkpoint: dict) -> bool:
+        images = checkpoint.get("images")  # earlier releases did not note them
+        return checkpoint.get("data") == digest and (images is None or files_are_as_recorded(images, paths))
+
     source = f"{base} -> {settings.blip_folder}/"
-    return run_training("BLIP training", blip_training.train, wanted, data, source, announce)
+    return run_training("BLIP training", blip_training.train, wanted, has_same_data, source, announce)
 
 
 def report(settings: Settings, best: dict, blip_best: dict) -> None:

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 
 from captioning.command_line import check_at_least, check_share, run_script
 from captioning.data.features import cache_features
-from captioning.data.prepared import END, PAD, START, UNK, Prepared, Record
+from captioning.data.prepared import END, PAD, START, UNK, Prepared, Record, training_data
 from captioning.decoding.fast_energies import use_fast_energies
 from captioning.decoding.teacher_forcing import token_logits
 from captioning.files import lock_folder
@@ -194,7 +194,7 @@ def run_training(settings: Settings) -> dict:
         {"encoder": encoder, "decoder": decoder},
         optimizer,
         build_sampler(data.require_split("train"), settings, run, training=True),
-        about={"word_map": word_map, "data": {name: data.record[name] for name in ("settings", "inputs")}},
+        about={"word_map": word_map, "data": training_data(data.record)},
         resumed=resumed,
         data=data.digests_of("train"),
         average=settings.average_weights,

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from captioning import HUB_MODEL
 from captioning.command_line import allow_single, check_at_least, check_share, run_script
 from captioning.data.annotations import read_training_splits
+from captioning.data.fingerprints import Stamps, stamp_files
 from captioning.data.prepared import Record
 from captioning.data.tables import Columns
 from captioning.files import lock_folder, named_in_errors
@@ -166,7 +167,7 @@ def run_training(settings: Settings) -> dict:
         {"model": captioner.model},
         optimizer,
         build_sampler(len(captions), settings, run),
-        about={"data": digest},
+        about={"data": digest, "images": stamp_images(train_records + val_records, settings, run)},
         resumed=resumed,
     )
     with training.stopping_on_signals():
@@ -212,6 +213,12 @@ def read_records(settings: Settings) -> tuple[list[Record], list[Record]]:
     )
     train, val = ([record for record in splits[name] if any(record.tokens)] for name in ("train", "val"))
     return train, val
+
+
+def stamp_images(records: list[Record], settings: Settings, run: Run) -> Stamps:
+    """By what run_pipeline.py knows whether the images have been replaced since."""
+    paths = [record.path for record in records if record.path]
+    return stamp_files(paths, settings.workers) if run.is_main else {}
 
 
 def data_digest(*splits: list[Record]) -> str:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from icc_profiles import ADOBE_RGB, cmyk_profile, grey_profile, rgb_profile
 from PIL import Image
@@ -162,33 +161,6 @@ def has_rows(name: str, count: int) -> Callable[[Path, int], str]:
 
 
 # --- kinds of cases -----------------------------------------------------------------------------------------
-
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "ICO", "MPO", "AVIF")
-MODES = ("RGB", "L", "1", "P", "RGBA", "LA", "CMYK", "I;16", "F", "LAB", "YCbCr")
-SHAPES = ((40, 30), (1, 1), (1, 300), (3, 3), (5000, 2), (2, 5000))
-
-
-def odd_image(file: Path, rng: random.Random) -> None:
-    """An image of any format, mode, shape and profile, sound or damaged."""
-    mode, width_height = rng.choice(MODES), rng.choice(SHAPES)
-    pixels = np.random.default_rng(rng.randrange(2**32)).integers(0, 255, (30, 40, 3), dtype=np.uint8)
-    image, stream = Image.fromarray(pixels).resize(width_height), io.BytesIO()
-    options = {}
-    if rng.random() < 0.3:
-        exif = Image.Exif()
-        exif[0x0112] = rng.randrange(12)
-        options["exif"] = exif
-    if rng.random() < 0.3:
-        profile = rng.choice([rgb_profile(ADOBE_RGB, 2.2), grey_profile(1.8), cmyk_profile()])
-        options["icc_profile"] = mutate(profile, rng) if rng.random() < 0.5 else profile
-    try:
-        image.convert("L" if mode in ("I;16", "F") else mode).convert(mode).save(
-            stream, rng.choice(FORMATS), **options
-        )
-    except (OSError, ValueError, KeyError, SystemError, TypeError):  # not every format has every mode
-        image.save(stream, "PNG")
-    content = stream.getvalue()
-    file.write_bytes(mutate(content, rng) if rng.random() < 0.7 else content)
 
 
 def image_folder(samples: Samples, folder: Path, rng: random.Random) -> Path:

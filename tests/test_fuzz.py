@@ -22,25 +22,6 @@ from captioning.data.submissions import read_submission, write_submission
 from utils import UserError, printable
 
 
-def mutate(content: bytes, rng: random.Random) -> bytes:
-    """A few bits flipped, a part left out, doubled or overwritten, or the end cut off."""
-    damaged, kind = bytearray(content), rng.randrange(5)
-    start = rng.randrange(len(damaged))
-    end = min(len(damaged), start + rng.randrange(1, 1 + len(damaged) // 4))
-    if kind == 0:
-        for _ in range(rng.randrange(1, 20)):
-            damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
-    elif kind == 1:
-        del damaged[start:end]
-    elif kind == 2:
-        damaged[start:start] = damaged[start:end]
-    elif kind == 3:
-        damaged[start:end] = rng.randbytes(end - start)
-    else:
-        del damaged[start:]
-    return bytes(damaged)
-
-
 def read_or_refuse(read, *arguments) -> object:
     """What `read` returns; None where it refuses, with one line."""
     try:

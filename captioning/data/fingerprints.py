@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from captioning.data.images import has_image_extension
-from utils import parallel_map
+import numpy as np
+
+from captioning.data.hdf5 import find_checksums
+from captioning.data.images import has_image_extension, read_image
+from captioning.data.prepared import Prepared, Record
+from captioning.files import AnyOf, find_mismatch
+from utils import UserError, parallel_map, read_json, write_json
 
 Stamps = dict[str, list]  # path -> size in bytes, time of change in nanoseconds and, where taken, SHA-256
 
 
-def stamp_images(*folders: str | Path) -> Stamps:
-    """The stamps of all image files in the folders and the folders in these, without digests."""
-    stamps: Stamps = {}
-    seen: set[tuple[int, int]] = set()  # folders, as links may lead in a circle
-    waiting = [str(folder) for folder in folders]
+def list_image_files(folders: Iterable[str | Path]) -> Iterator[str]:
+    """The paths of all image files in the folders and, through links too, in the folders in these."""
+    seen: set[tuple[int, int]] = set()  # links may lead in a circle
+    waiting = [str(Path(folder)) for folder in folders]
     while waiting:
         folder = waiting.pop()
         try:
@@ -30,15 +34,15 @@ def stamp_images(*folders: str | Path) -> Stamps:
             continue  # there is none, or it may not be read
         seen.add(key)
         for entry in entries:
-            try:
-                if has_image_extension(entry.name):
-                    status = entry.stat()
-                    stamps[entry.path] = [status.st_size, status.st_mtime_ns]
-                elif entry.is_dir() and not entry.name.startswith("."):
-                    waiting.append(entry.path)
-            except OSError:
-                stamps[entry.path] = [-1, 0]  # a link that leads nowhere
-    return stamps
+            if has_image_extension(entry.name):
+                yield entry.path
+            elif not entry.name.startswith(".") and os.path.isdir(entry.path):
+                waiting.append(entry.path)
+
+
+def stamp_times(files: Iterable[str | Path]) -> Stamps:
+    """The stamps of files, without digests; of those that are not there size -1."""
+    return {str(file): _size_and_time(file) for file in files}
 
 
 def stamp_files(files: Iterable[str | Path], workers: int = 4) -> Stamps:
@@ -65,14 +69,21 @@ def are_as_recorded(
     return all(parallel_map(lambda path: has_same_content(path, recorded[path]), doubtful, workers))
 
 
-def files_are_as_recorded(recorded: Stamps, files: Iterable[str | Path]) -> bool:
+def files_are_as_recorded(recorded: object, files: Iterable[str | Path]) -> bool:
     """Whether the files that are there are those of `stamp_files`."""
-    current = {str(file): _size_and_time(file) for file in files if os.path.isfile(file)}
+    if find_mismatch(recorded, {str: list}) or any(
+        list(map(type, s)) != [int, int, str] for s in recorded.values()
+    ):
+        return False  # of an earlier release, or damaged
+    current = stamp_times(file for file in files if os.path.isfile(file))
     return are_as_recorded(recorded, current, lambda path, stamp: digest_file(path) == stamp[2])
 
 
 def _size_and_time(file: str | Path) -> list[int]:
-    status = os.stat(file)
+    try:
+        status = os.stat(file)
+    except OSError:
+        return [-1, 0]
     return [status.st_size, status.st_mtime_ns]
 
 
@@ -86,3 +97,62 @@ def digest_file(path: str | Path) -> str:
     except OSError:
         return ""
     return digest.hexdigest()
+
+
+# --- the images of prepared data ----------------------------------------------------------------------------
+
+IMAGE_FILES = "image_files.json"
+
+
+def record_image_files(records: Iterable[Record], folders: Iterable[str | Path]) -> dict:
+    """The content of image_files.json: `stamps` of the records' image files; where some records have none,
+    `others`, the image files that there are beside them, else null."""
+    paths = [record.path for record in records]
+    stamps = stamp_times(filter(None, paths))
+    others = sorted(set(list_image_files(folders)) - stamps.keys()) if None in paths else None
+    return {"stamps": stamps, "others": others}
+
+
+def images_are_as_prepared(data: Prepared, folders: Iterable[str | Path]) -> bool:
+    """Whether the image files are those that the data were made of, and those that were missing still are.
+
+    Where of some the time alone has changed, their pixels are compared, and if these are the same, the new
+    times are noted.
+
+    Args:
+        folders: that have the image files.
+    """
+    file = data.folder / IMAGE_FILES
+    recorded = read_json(file) if file.is_file() else None
+    if find_mismatch(recorded, {"stamps": {str: [int]}, "others": AnyOf([str], None)}):
+        return False  # prepared before there was this file
+    stamps, others = recorded["stamps"], recorded["others"]
+    if others is not None and set(list_image_files(folders)) - stamps.keys() - set(others):
+        return False
+    current = stamp_times(stamps)
+    if current == stamps:
+        return True
+    checksums, size = _checksums_by_path(data), data.record["settings"]["image_size"]
+
+    def has_same_pixels(path: str, _: list) -> bool:
+        try:
+            pixels = read_image(path, size)
+        except UserError:
+            return False
+        return path in checksums and int(find_checksums(pixels[np.newaxis])[0]) == checksums[path]
+
+    if not are_as_recorded(stamps, current, has_same_pixels):
+        return False
+    write_json(file, {"stamps": current, "others": others})
+    return True
+
+
+def _checksums_by_path(data: Prepared) -> dict[str, int]:
+    """Of each image file the checksum of its row; none where these were prepared without checksums."""
+    found = {}
+    for split in data.record["splits"]:
+        rows = data.images(split)
+        rows.file.close()
+        if rows.checksums is not None:
+            found |= zip((record.path for record in data.records(split)), rows.checksums.tolist())
+    return found

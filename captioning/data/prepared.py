@@ -99,6 +99,26 @@ def digest_files(folder: str | Path) -> dict[str, str]:
     return digests
 
 
+def training_data(record: dict) -> dict:
+    """What a checkpoint keeps of `prepared.json`, by which `is_same_training_data` knows the data again."""
+    return {"settings": record["settings"], "inputs": record["inputs"], "files": _training_digests(record)}
+
+
+def is_same_training_data(earlier: object, record: dict) -> bool:
+    """Whether a checkpoint's `training_data` are those of `prepared.json`: the same images, captions and
+    words, or where an earlier release noted no digests, made of the same files with the same settings."""
+    if not isinstance(earlier, dict):
+        return False
+    if earlier.get("files") and record.get("files"):
+        return earlier["files"] == _training_digests(record)
+    return all(earlier.get(name) == record[name] for name in ("settings", "inputs"))
+
+
+def _training_digests(record: dict) -> dict[str, str]:
+    digests = record.get("files", {})
+    return {name: digests[name] for name in digests if not name.startswith("test_")}
+
+
 class Prepared:
     """A folder of prepared data as it is now; files that are replaced later are refused.
 
