@@ -3,10 +3,10 @@
     python tests/fuzz.py --cases 4000 --seed 1
     python tests/fuzz.py --seed 1 --case 1234      # one of them again, with what it printed
 
-A case (tests/fuzz_inputs.py) is a folder with files of which one is damaged, or settings that cannot be,
-and a script that is run on it in a process of its own. It fails where the script ends with a traceback, a
-signal or an exit status that the docs do not know, does not end within two minutes, prints what is not
-printable, or says that all is well and has not written what it says.
+A case (tests/fuzz_inputs.py) is a folder with files of which one is damaged, or settings that cannot be, and
+a script that is run on it in a process of its own. It fails where the script ends with a traceback, a signal
+or an exit status that the docs do not know, does not end within two minutes, prints what is not printable, or
+says that all is well and has not written what it says.
 """
 
 from __future__ import annotations

@@ -13,75 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from icc_profiles import ADOBE_RGB, cmyk_profile, grey_profile, rgb_profile
-from PIL import Image
-
-# --- damage -------------------------------------------------------------------------------------------------
-
-
-def mutate(content: bytes, rng: random.Random) -> bytes:
-    """A few bits flipped, a part left out, doubled or overwritten, or the end cut off."""
-    damaged, kind = bytearray(content or b"\0"), rng.randrange(5)
-    start = rng.randrange(len(damaged))
-    end = min(len(damaged), start + rng.randrange(1, 1 + max(1, len(damaged) // 4)))
-    if kind == 0:
-        for _ in range(rng.randrange(1, 20)):
-            damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
-    elif kind == 1:
-        del damaged[start:end]
-    elif kind == 2:
-        damaged[start:start] = damaged[start:end]
-    elif kind == 3:
-        damaged[start:end] = rng.randbytes(end - start)
-    else:
-        del damaged[start:]
-    return bytes(damaged)
-
-
-ODD_VALUES = (
-    None, True, -1, 0, 1, 10**9, 10**30, 1.5, float("nan"), float("inf"), "", "text", "\x1b[2J", "\ud800",
-    "../x", "/etc/passwd", "a\nb", [], {}, [[]], [None], {"a": {}}, "9" * 5000, [1] * 100, "\u202eabc", "\0",
-)  # fmt: skip
-
-
-def replace_a_value(value: object, rng: random.Random) -> object:
-    """The same JSON-like value with something odd at a random place in it."""
-    if isinstance(value, dict) and value and rng.random() < 0.85:
-        key = rng.choice(list(value))
-        if rng.random() < 0.1:
-            return {other: part for other, part in value.items() if other != key}
-        return value | {key: replace_a_value(value[key], rng)}
-    if isinstance(value, list) and value and rng.random() < 0.85:
-        place = rng.randrange(len(value))
-        return [*value[:place], replace_a_value(value[place], rng), *value[place + 1 :]]
-    return rng.choice(ODD_VALUES)
-
-
-def damage_json(file: Path, rng: random.Random) -> None:
-    """Bytes or values of a JSON file."""
-    if rng.random() < 0.4:
-        file.write_bytes(mutate(file.read_bytes(), rng))
-    else:
-        file.write_text(json.dumps(replace_a_value(json.loads(file.read_text()), rng)))
-
-
-def put_something_else(file: Path, rng: random.Random) -> None:
-    """In place of a file: nothing, a folder, a pipe, a link."""
-    file.unlink()
-    kind = rng.randrange(6)
-    if kind == 0:
-        file.mkdir()
-    elif kind == 1:
-        os.mkfifo(file)
-    elif kind == 2:
-        file.symlink_to("/dev/zero")
-    elif kind == 3:
-        file.symlink_to(file.name)
-    elif kind == 4:
-        file.write_bytes(b"")
-
-
-# --- sound files, and cases ---------------------------------------------------------------------------------
+from fuzz_damage import damage_checkpoint, damage_json, mutate, odd_image, put_something_else
 
 
 @dataclass
@@ -224,21 +156,14 @@ def texts_case(samples: Samples, folder: Path, rng: random.Random) -> Case:
         kind = rng.randrange(3)
         entries = [{"image_id": image_id, "caption": text} for image_id, text in rows]
         if kind == 1:
-            entries = {
-                "images": [{"id": i, "file_name": f"{image_id}.jpg"} for i, (image_id, _) in enumerate(rows)],
-                "annotations": [{"image_id": i, "caption": text} for i, (_, text) in enumerate(rows)],
-            }
+            files = [{"id": i, "file_name": f"{image_id}.jpg"} for i, (image_id, _) in enumerate(rows)]
+            captions = [{"image_id": i, "caption": text} for i, (_, text) in enumerate(rows)]
+            entries = {"images": files, "annotations": captions}
         elif kind == 2:
-            entries = {
-                "images": [
-                    {
-                        "filename": f"{image_id}.jpg",
-                        "split": rng.choice(["train", "val", "test"]),
-                        "sentences": [{"raw": text, "tokens": text.split()}],
-                    }
-                    for image_id, text in rows
-                ]
-            }
+            entries = {"images": [
+                {"filename": f"{image_id}.jpg", "split": rng.choice(["train", "val", "test"]),
+                 "sentences": [{"raw": text, "tokens": text.split()}]} for image_id, text in rows
+            ]}  # fmt: skip
         (folder / name).write_text(json.dumps(entries))
         damage_json(folder / name, rng)
     else:
@@ -371,43 +296,6 @@ def checkpoint_case(samples: Samples, folder: Path, rng: random.Random) -> Case:
     )
 
 
-def damage_checkpoint(file: Path, rng: random.Random) -> None:
-    """A value of a checkpoint, or one of its tensors."""
-    content = torch.load(file, weights_only=True)
-    tensors = {name: part for name, part in content.items() if isinstance(part, dict) and name in STATES}
-    if tensors and rng.random() < 0.4:
-        part = rng.choice(list(tensors))
-        names = [name for name, value in content[part].items() if isinstance(value, torch.Tensor)]
-        if names:
-            name = rng.choice(names)
-            content[part][name] = rng.choice(
-                [
-                    content[part][name][..., :-1] if content[part][name].dim() else torch.zeros(3),
-                    torch.full_like(content[part][name], float("nan"))
-                    if content[part][name].is_floating_point()
-                    else content[part][name] + 1,
-                    torch.zeros(1).expand(10**10),
-                    torch.zeros(0),
-                    content[part][name].double(),
-                    "text",
-                    None,
-                    content[part][name].to_sparse() if content[part][name].dim() else torch.tensor(True),
-                ]
-            )
-    else:
-        plain = {name: part for name, part in content.items() if name not in STATES}
-        content = content | _replaced(plain, rng)
-    torch.save(content, file)
-
-
-STATES = ("encoder", "decoder", "optimizer", "scaler", "unaveraged")
-
-
-def _replaced(values: dict, rng: random.Random) -> dict:
-    changed = replace_a_value(values, rng)
-    return changed if isinstance(changed, dict) else {"settings": changed}
-
-
 def blip_case(samples: Samples, folder: Path, rng: random.Random) -> Case:
     blip = copy_files(samples.blip, folder / "blip")
     file = rng.choice(sorted(blip.iterdir()))
@@ -435,30 +323,9 @@ def blip_case(samples: Samples, folder: Path, rng: random.Random) -> Case:
 
 
 ODD_TEXTS = (
-    "",
-    "-1",
-    "0",
-    "1",
-    "nan",
-    "inf",
-    "1e400",
-    "9" * 5000,
-    "--",
-    "x",
-    "\x1b[2J",
-    "a\nb",
-    "None",
-    "true",
-    "/dev/zero",
-    "/proc/self/mem",
-    "..",
-    ".",
-    "a/b/c",
-    "\udcff",
-    "1,2",
-    "2",
-    "é",
-)
+    "", "-1", "0", "1", "nan", "inf", "1e400", "9" * 5000, "--", "x", "\x1b[2J", "a\nb", "None", "true", "2",
+    "/dev/zero", "/proc/self/mem", "..", ".", "a/b/c", "\udcff", "1,2", "é",
+)  # fmt: skip
 
 
 def settings_case(samples: Samples, folder: Path, rng: random.Random) -> Case:
@@ -528,130 +395,42 @@ def names_case(samples: Samples, folder: Path, rng: random.Random) -> Case:
         "images": [{"id": image_id, "file_name": f"{name}.jpg"}, {"id": "b", "file_name": "b.jpg"}],
         "annotations": [{"image_id": entry["image_id"], "caption": entry["caption"]} for entry in entries],
     }))  # fmt: skip
-    data = copy_files(samples.prepared, odd / "data")
-    scored = ["--submission", references, "--references", coco]
-    return rng.choice(
-        [
-            Case("caption.py", [odd / f"{name}.jpg", "--model", checkpoint]),
-            Case(
-                "caption.py",
-                ["--test_folder", odd, "--model", checkpoint, "--output_csv", odd / f"{name}.csv"],
-            ),
-            Case(
-                "caption.py",
-                ["--test_folder", odd, "--model", checkpoint, "--sidecars", "--prefix", image_id],
-            ),
-            Case(
-                "caption_from_checkpoint.py", ["--checkpoint", checkpoint, checkpoint, "--test_folder", odd]
-            ),
-            Case(
-                "direct_caption.py",
-                [odd / f"{name}.jpg", "--model_path", samples.blip, "--max_new_tokens", 8],
-            ),
-            Case(
-                "eval.py",
-                [*scored, "--output_captions", odd / f"{name}.csv", "--output_json", odd / f"{name}2"],
-            ),
-            Case("eval.py", [*scored, "--image_folder", odd, "--worst", 2, "--figure", odd / f"{name}.png"]),
-            Case(
-                "eval.py",
-                ["--checkpoint", checkpoint, "--data_folder", data, "--split", "val", "--beam_sizes", 1],
-            ),
-            Case("view_captions.py", [*scored, "--image_folder", odd, "--output_folder", odd / "g"]),
-            Case(
-                "view_captions.py",
-                [
-                    "--img",
-                    odd / f"{name}.jpg",
-                    "--checkpoint",
-                    checkpoint,
-                    "--output_folder",
-                    odd / name,
-                    "--figures",
-                    odd / f"{name}f",
-                ],
-            ),
-            Case(
-                "create_input_files.py",
-                [
-                    "--annotations",
-                    coco,
-                    "--image_folder",
-                    odd,
-                    "--output_folder",
-                    odd / name,
-                    "--min_word_freq",
-                    1,
-                    "--image_size",
-                    32,
-                    "--val_fraction",
-                    0,
-                ],
-            ),
-            Case("train.py", ["--data_folder", data, "--output_folder", odd / f"{name}o", *SMALL]),
-            Case(
-                "train.py",
-                [
-                    "--data_folder",
-                    data,
-                    "--output_folder",
-                    folder / "o",
-                    "--checkpoint",
-                    checkpoint,
-                    "--epochs",
-                    2,
-                    "--workers",
-                    0,
-                ],
-            ),
-            Case(
-                "train_model.py",
-                [
-                    "--annotations",
-                    coco,
-                    "--image_folder",
-                    odd,
-                    "--base_model",
-                    "tiny",
-                    "--epochs",
-                    1,
-                    "--output_folder",
-                    odd / f"{name}o",
-                    "--workers",
-                    1,
-                    "--val_fraction",
-                    0.5,
-                ],
-            ),
-            Case("convert_checkpoint.py", ["--checkpoint", checkpoint]),
-            Case(
-                "run_pipeline.py",
-                [
-                    "--annotations",
-                    coco,
-                    "--image_folder",
-                    odd,
-                    "--test_folder",
-                    images,
-                    *SMALL,
-                    "--output_folder",
-                    odd / f"{name}o",
-                    "--data_folder",
-                    odd / f"{name}p",
-                    "--min_word_freq",
-                    1,
-                    "--image_size",
-                    32,
-                    "--output_csv",
-                    odd / f"{name}.csv",
-                ],
-            ),
-            Case(
-                "make_demo_data.py",
-                ["--output_folder", odd / f"{name}m", "--train_images", 2, "--test_images", 1],
-            ),
-        ]
-    )
+    prepared = copy_files(samples.prepared, odd / "data")
+    photo, output, csv_file = odd / f"{name}.jpg", odd / f"{name}o", odd / f"{name}.csv"
+    model, data, scored = ["--model", checkpoint], ["--data_folder", prepared], ["--submission", references]
+    scored += ["--references", coco]
+    annotated = ["--annotations", coco, "--image_folder", odd, "--output_folder", output]
+    given = {
+        "caption.py": rng.choice([
+            [photo, *model], ["--test_folder", odd, *model, "--output_csv", csv_file],
+            ["--test_folder", odd, *model, "--sidecars", "--prefix", image_id],
+        ]),
+        "caption_from_checkpoint.py": ["--checkpoint", checkpoint, checkpoint, "--test_folder", odd],
+        "direct_caption.py": [photo, "--model_path", samples.blip, "--max_new_tokens", 8],
+        "eval.py": rng.choice([
+            [*scored, "--output_captions", csv_file, "--output_json", odd / f"{name}2"],
+            [*scored, "--image_folder", odd, "--worst", 2, "--figure", odd / f"{name}.png"],
+            [*data, "--checkpoint", checkpoint, "--split", "val", "--beam_sizes", 1],
+        ]),
+        "view_captions.py": rng.choice([
+            [*scored, "--image_folder", odd, "--output_folder", output],
+            ["--img", photo, "--checkpoint", checkpoint, "--output_folder", output, "--figures", odd / name],
+        ]),
+        "create_input_files.py": [*annotated, "--min_word_freq", 1, "--image_size", 32, "--val_fraction", 0],
+        "train.py": rng.choice([
+            [*data, "--output_folder", output, *SMALL],
+            [*data, "--output_folder", output, "--checkpoint", checkpoint, "--epochs", 2, "--workers", 0],
+        ]),
+        "train_model.py": [*annotated, "--base_model", "tiny", "--epochs", 1, "--val_fraction", 0.5],
+        "convert_checkpoint.py": ["--checkpoint", checkpoint],
+        "run_pipeline.py": [
+            *annotated, "--test_folder", images, *SMALL, "--data_folder", odd / f"{name}p", "--output_csv",
+            csv_file, "--min_word_freq", 1, "--image_size", 32, "--val_fraction", 0.5,
+        ],
+        "make_demo_data.py": ["--output_folder", output, "--train_images", 10, "--test_images", 10],
+    }  # fmt: skip
+    script = rng.choice(list(given))
+    return Case(script, given[script])
 
 
 KINDS = {  # and how often each is tried

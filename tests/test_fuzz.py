@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from layouts import TEXTS, draw_photos
+from fuzz_damage import mutate
 from PIL import Image
 
 import eval as evaluation
-from captioning.data.annotations import read_annotations
 from captioning.data.images import read_image
 from captioning.data.submissions import read_submission, write_submission
 from utils import UserError, printable
@@ -250,20 +249,3 @@ def test_formulas_are_escaped_where_asked_for(tmp_path, run_main):
     assert (tmp_path / "again.csv").read_bytes() == path.read_bytes()
     with (tmp_path / "scores.csv").open(newline="") as stream:
         assert not any(cell.startswith(("=", "+", "@")) for row in csv.reader(stream) for cell in row)
-
-
-# --- annotations --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layout", TEXTS)
-def test_damaged_annotations(layout, tmp_path):
-    """Read, with captions that can be written again, or refused with one line."""
-    rng, (name, text) = random.Random(layout), TEXTS[layout]
-    images = draw_photos(tmp_path / "Images")
-    for _ in range(15):
-        encoding = rng.choice(["utf-8", "utf-8", "cp1252", "utf-16"])
-        (tmp_path / name).write_bytes(mutate(text.encode(encoding), rng))
-        for record in read_or_refuse(read_annotations, tmp_path / name, images) or ():
-            assert len(record.captions) == len(record.tokens)
-            json.dumps([record.image_id, *record.captions], ensure_ascii=False).encode()
-        check_rows(read_or_refuse(read_submission, tmp_path / name))

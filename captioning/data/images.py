@@ -67,7 +67,7 @@ def read_image(path: str | Path, size: int | None = None, longest: int | None = 
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         reason = str(error)
         if isinstance(error, UnidentifiedImageError):
-            reason = "none of the formats " + ", ".join(_formats())
+            reason = "none of the formats " + ", ".join(FORMATS)
         raise UserError(f"{path}: not a readable image ({reason}); replace or remove it") from None
 
 
