@@ -199,6 +199,7 @@ def test_places_that_cannot_be_written_are_refused_first(run_script, prepared, m
 def test_the_pipeline_knows_what_captions_depend_on(demo, models, tmp_path):
     import caption
     import run_pipeline
+    from captioning.data.fingerprints import stamp_files
 
     captions, files = tmp_path / "captions.csv", [tmp_path / "model.pth"]
     files[0].write_bytes((models / "decoder.pth").read_bytes())
@@ -207,8 +208,9 @@ def test_the_pipeline_knows_what_captions_depend_on(demo, models, tmp_path):
     assert not run_pipeline.is_up_to_date(wanted, files)
     captions.write_text("image_id,caption\n")
     assert not run_pipeline.is_up_to_date(wanted, files), "somebody else's"
-    made = run_pipeline.fingerprint(wanted, files)
-    write_json(run_pipeline.record_file(wanted, files), made)
+    stamped = stamp_files([*run_pipeline.inputs_of_captions(wanted, files), captions])
+    record = {"settings": run_pipeline.deciding_settings(wanted), "files": stamped}
+    write_json(run_pipeline.record_file(wanted, files), record)
     assert run_pipeline.is_up_to_date(wanted, files)
     assert not run_pipeline.is_up_to_date(replace(wanted, beam_size=1), files)
     image = next((tmp_path / "images").glob("*.jpg"))

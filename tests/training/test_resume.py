@@ -158,7 +158,14 @@ def test_the_pipeline_goes_on_or_says_why_not(name, prepared, first, tmp_path, c
     def train_with(data: object) -> str:
         runs.clear()
         announce = run_pipeline.announce_steps(4)
-        run_pipeline.run_training("training", runs.append, wanted, data, "data -> models", announce)
+        run_pipeline.run_training(
+            "training",
+            runs.append,
+            wanted,
+            lambda c: run_pipeline.is_same_training_data(c["data"], data),
+            "data -> models",
+            announce,
+        )
         return capsys.readouterr().out
 
     printed = train_with(data)
@@ -170,7 +177,7 @@ def test_the_pipeline_goes_on_or_says_why_not(name, prepared, first, tmp_path, c
         start, end = expected.split(".*")
         assert start in printed and end in printed and [settings.resume for settings in runs] == [False]
         assert "seed" not in printed.partition("anew")[2], "with it alone the training could go on"
-    assert "training data (others)" in train_with({"other": "data"}) and not runs[0].resume
+    assert "training data (others)" in train_with(data | {"settings": {}}) and not runs[0].resume
     (tmp_path / "run" / "checkpoint_epoch_1.pth").write_bytes(b"damaged")
     assert "anew" not in train_with(data) and not runs[0].resume
 
@@ -181,7 +188,14 @@ def test_the_pipeline_keeps_what_was_changed_on_the_way(prepared, first, tmp_pat
     record = read_prepared(prepared)
     data = {"settings": record["settings"], "inputs": record["inputs"]}
     for _ in range(2):  # the second time there is nothing to do
-        run_pipeline.run_training("a", train.train, wanted, data, "b", run_pipeline.announce_steps(4))
+        run_pipeline.run_training(
+            "a",
+            train.train,
+            wanted,
+            lambda c: run_pipeline.is_same_training_data(c["data"], data),
+            "b",
+            run_pipeline.announce_steps(4),
+        )
     later = load_checkpoint(tmp_path / "run" / "checkpoint_epoch_2.pth")
     assert later["settings"]["dropout"] == 0.1 and not (tmp_path / "run" / "earlier_1").exists()
 
