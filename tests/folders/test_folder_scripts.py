@@ -148,7 +148,7 @@ def test_a_killed_process_ends_the_run_with_one_line(rank, models, photos, tmp_p
         ("caption.py --beam_size 0", "--beam_size"),
         ("eval.py --submission a.csv --references nowhere.csv", "nowhere.csv"),
         ("train.py --data_folder nowhere", "nowhere"),
-        ("train_model.py --annotations nowhere.csv", "nowhere.csv"),
+        ("train_model.py --annotations nowhere.csv --image_folder .", "nowhere.csv"),
     ],
 )
 def test_wrong_input_is_printed_once(command, part, tmp_path):
