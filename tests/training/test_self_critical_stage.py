@@ -25,9 +25,10 @@ OPTIONS = {"self_critical_lr": 3e-4, "batch_size": 8, "select_by": "cider"}
 
 @pytest.fixture(scope="module")
 def cross_entropy(prepared, tmp_path_factory):
-    """Twenty epochs of cross-entropy: captions that are half right."""
+    """Seventeen epochs of cross-entropy: captions that are half right."""
     output = tmp_path_factory.mktemp("cross_entropy")
-    train.train(small_settings(prepared, output, **OPTIONS, epochs=20))
+    learning = {"decoder_lr": 8e-3, "dropout": 0.2, "batch_size": 4}
+    train.train(small_settings(prepared, output, **OPTIONS | learning, epochs=17))
     return output
 
 
@@ -40,10 +41,11 @@ def go_on(prepared, source, output, **options):
     return load_checkpoint(sorted(output.glob("checkpoint_epoch_*.pth"))[-1])["history"][first:]
 
 
-def test_the_reward_rises_from_epoch_to_epoch(prepared, cross_entropy, tmp_path, capsys):
-    rows = go_on(prepared, cross_entropy, tmp_path, epochs=5, dropout=0.0)
-    assert max(row[REWARD] for row in rows[1:]) > rows[0][REWARD] * 1.02
-    assert all(row["decoder_lr"] == 3e-4 for row in rows)
+def test_it_raises_cider(prepared, cross_entropy, tmp_path, capsys):
+    start = load_checkpoint(cross_entropy / "best_checkpoint.pth")["history"][-1]
+    rows = go_on(prepared, cross_entropy, tmp_path, epochs=5, dropout=0.0, self_critical_lr=1e-3)
+    assert max(row["val_cider"] for row in rows) > start["val_cider"] * 1.05
+    assert all(row["decoder_lr"] == 1e-3 for row in rows)
     log = capsys.readouterr().out
     assert "training is self-critical" in log and f"reward {rows[0][REWARD]:.3f}" in log
     header = (tmp_path / "history.csv").read_text().splitlines()[0].split(",")
