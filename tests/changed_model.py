@@ -14,11 +14,12 @@ from collections.abc import Iterable
 import h5py
 import torch
 
+from captioning.captioners.attention import load_models
 from captioning.command_line import parse_settings
 from captioning.data.features import encode_images
 from captioning.decoding.beam_search import Hypothesis, beam_search
 from captioning.decoding.sampling import sample_captions
-from captioning.weights.checkpoints import load_checkpoint, load_models
+from captioning.weights.checkpoints import load_checkpoint
 from models import DecoderWithAttention, pool_grid
 
 SIZES = ("--encoder_name", "efficientnet_lite0", "--emb_dim", 64, "--attention_dim", 32, "--decoder_dim", 128)
