@@ -19,7 +19,7 @@ from captioning.command_line import run_script
 from captioning.decoding.options import DecodingOptions
 from captioning.folders.plan import FolderOptions
 from captioning.folders.run import caption_folder
-from utils import Device, UserError, counted, is_main_process, natural_order
+from utils import Device, UserError, counted, is_main_process, natural_order, say
 
 DEFAULT_OUTPUT = "submission.csv"
 
@@ -54,7 +54,7 @@ def main(settings: Settings) -> int:
 
     def load() -> BaseCaptioner:
         if is_main_process():
-            print(f"{'ensemble of ' if len(files) > 1 else ''}{', '.join(map(str, files))}")
+            say(f"{'ensemble of ' if len(files) > 1 else ''}{', '.join(map(str, files))}")
         return Captioner.load(files, settings.word_map)
 
     failed = caption_folder(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from captioning.command_line import run_script
 from captioning.weights.checkpoints import load_checkpoint, save_checkpoint
-from utils import UserError
+from utils import UserError, say
 
 
 @dataclass
@@ -31,10 +31,10 @@ def main(settings: Settings) -> None:
     checkpoint = load_checkpoint(settings.checkpoint, "encoder", "decoder", word_map_path=settings.word_map)
     line = checkpoint["history"][0]
     if "teacher_forced_bleu4" not in line:
-        print(f"{settings.checkpoint}: is a checkpoint of this project already")
+        say(f"{settings.checkpoint}: is a checkpoint of this project already")
         return
     save_checkpoint(settings.output, checkpoint)
-    print(
+    say(
         f"{settings.output}: encoder {checkpoint['settings']['encoder_name']}, "
         f"{len(checkpoint['word_map'])} words, after epoch {line['epoch']}; "
         f"the tutorial's BLEU-4 {line['teacher_forced_bleu4']:.4f} is teacher-forced: "

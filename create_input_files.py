@@ -48,7 +48,7 @@ from captioning.data.prepared import (
 )
 from captioning.data.tables import Columns
 from captioning.files import lock_folder
-from utils import Messages, UserError, check_output, parallel_map, progress_bar, write_json
+from utils import Messages, UserError, check_output, parallel_map, progress_bar, say, write_json
 
 REMEDY = "free some disk space, or lower --image_size"
 
@@ -216,7 +216,7 @@ def warn_of_long_captions(records: list[Record], split: str, max_len: int) -> No
     long = sum(length > max_len for length in lengths)
     if long:
         share = f"{long} of {len(lengths)} captions have more than {max_len} words, up to {max(lengths)}"
-        print(f"{split:5} {share}, and are left out; --max_len takes longer ones")
+        say(f"{split:5} {share}, and are left out; --max_len takes longer ones")
 
 
 def usable_captions(record: Record, max_len: int) -> list[list[str]]:
@@ -356,11 +356,11 @@ def has_settings(record: dict, settings: Settings) -> bool:
 def print_summary(record: dict, output: Path) -> None:
     for name, counts in record["splits"].items():
         unknown = f", {counts['unknown_share']:.1%} of words unknown" if "unknown_share" in counts else ""
-        print(f"{name:5} {counts['images']} images, {counts['captions']} captions{unknown}")
-    print(f"words {record['words']} in the word map")
+        say(f"{name:5} {counts['images']} images, {counts['captions']} captions{unknown}")
+    say(f"words {record['words']} in the word map")
     if record["skipped"]:
-        print(f"skipped {len(record['skipped'])} images (listed in {output / 'prepared.json'})")
-    print(f"written to {output}/")
+        say(f"skipped {len(record['skipped'])} images (listed in {output / 'prepared.json'})")
+    say(f"written to {output}/")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ are for BLIP without a prompt. docs/folders.md has more on folders.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +24,7 @@ from captioning.decoding.options import CommonDecodingOptions, DecodingOptions
 from captioning.folders.plan import FolderOptions
 from captioning.folders.run import caption_folder
 from captioning.report.figures import caption_files, caption_line
-from utils import Device, UserError, is_main_process, pick_device, printable
+from utils import Device, UserError, is_main_process, pick_device, say, tell
 
 if TYPE_CHECKING:
     from captioning.captioners.blip import BlipCaptioner
@@ -99,8 +98,8 @@ def caption_single_images(settings: Settings) -> int:
         (captions,) = captioner.decode_prepared(prepared, options, [Path(image).stem], **search)
         for caption in captions:
             name = "" if len(settings.images) == 1 else image
-            print(printable(caption_line(caption, settings.with_scores, name)))
-    print("no figures: these are for BLIP without a prompt", file=sys.stderr)
+            say(caption_line(caption, settings.with_scores, name))
+    tell("no figures: these are for BLIP without a prompt")
     return 0
 
 
@@ -161,7 +160,7 @@ def _load(model_path: str | Path, half: bool, mixed_precision: bool, prompt: str
     if prompt:
         require_blip(captioner, model_path, "--prompt")
     if mixed_precision and not half and is_main_process():
-        print("mixed precision is for CUDA; captioning in float32")
+        say("mixed precision is for CUDA; captioning in float32")
     captioner.model.to(pick_device(), torch.bfloat16 if half else torch.float32)
     return captioner
 

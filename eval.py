@@ -53,7 +53,7 @@ from captioning.report.scoring import (
     training_texts,
 )
 from metrics import Scores
-from utils import Device, UserError, check_output, processes, write_json, write_table
+from utils import Device, UserError, check_output, processes, say, write_json, write_table
 
 if TYPE_CHECKING:  # files of captions are scored without torch, which takes seconds to import
     from captioning.captioners.base import BaseCaptioner
@@ -289,7 +289,7 @@ def score_pointing(rows: list[dict], records: Sequence[Record], settings: Settin
         options = settings.search_options(row["beam_size"])
         captions, problems = describe_files(captioner, paths, options, settings.batch_size)
         for problem in problems:
-            print(f"left out: {problem}")
+            say(f"left out: {problem}")
         row["pointing"] = pointing_score(captions, *boxes)
 
 
@@ -303,14 +303,14 @@ def print_table(rows: list[dict]) -> None:
     width = max(map(len, [first, *names]))
     of_a_model = "images_per_second" in rows[0]
     header = " ".join(f"{title:>7}" for title in COLUMNS.values())
-    print(f"{first:{width}} {header}{'  images/s' if of_a_model else ''}")
+    say(f"{first:{width}} {header}{'  images/s' if of_a_model else ''}")
     for name, row in zip(names, rows):
         scores: Scores = row["scores"]
         cells = [f"{scores.overall[key]:7.4f}" if key in scores.overall else f"{'-':>7}" for key in COLUMNS]
         rate = f"  {row['images_per_second']:10.1f}" if of_a_model else ""
-        print(f"{name:{width}} {' '.join(cells)}{rate}")
+        say(f"{name:{width}} {' '.join(cells)}{rate}")
     note = f", features {rows[0]['features']}" if of_a_model else ""
-    print(f"{rows[0]['images']} images{note}")
+    say(f"{rows[0]['images']} images{note}")
     if "diversity" in rows[0]:
         print_diversity(first, names, [row["diversity"] for row in rows])
     for name, row in zip(names, rows):
@@ -320,10 +320,10 @@ def print_table(rows: list[dict]) -> None:
 
 def print_pointing(name: str, pointing: Pointing) -> None:
     if not pointing.words:
-        print(f"{name}: no word of the captions names an object that has a box")
+        say(f"{name}: no word of the captions names an object that has a box")
         return
     absent = f"; {pointing.absent} words name an object that has no box there" if pointing.absent else ""
-    print(
+    say(
         f"{name}: attention points at the object for {pointing.score:.1%} of {pointing.words} object words, "
         f"a uniform guess for {pointing.chance:.1%}{absent}"
     )
@@ -347,7 +347,7 @@ def write_results(rows: list[dict], records: Sequence[Record], settings: Setting
         draw_worst(rows[0], records, settings)
         written.append(settings.figure)
     if written:
-        print(f"written: {', '.join(written)}")
+        say(f"written: {', '.join(written)}")
 
 
 def summary(rows: list[dict], settings: Settings) -> dict:

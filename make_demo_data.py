@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from captioning.command_line import check_at_least, run_script
 from captioning.files import remove_unfinished, write_encoded
-from utils import UserError, atomic_write, progress_bar, write_json
+from utils import UserError, atomic_write, progress_bar, say, write_json
 
 SIZE = 256  # pixels, width and height
 COLOURS = {
@@ -120,7 +120,7 @@ def make_demo_data(settings: Settings) -> None:
             output / ("train.csv" if split == "train" else "test_captions.csv"), ("image_id", "caption"), rows
         )
     write_json(output / "boxes.json", boxes)
-    print(f"{len(train)} training and {len(test)} test scenes drawn in {output}/")
+    say(f"{len(train)} training and {len(test)} test scenes drawn in {output}/")
 
 
 def choose_scenes(settings: Settings, rng: random.Random) -> tuple[list[Scene], list[Scene]]:

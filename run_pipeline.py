@@ -56,7 +56,7 @@ from captioning.training.resume import (
 )
 from captioning.weights.checkpoints import HISTORY, LAST, check_content, epoch_checkpoints, read_checkpoint
 from captioning.weights.pretrained import check_encoder_name
-from utils import Device, UserError, check_output, printable, read_json, write_json
+from utils import Device, UserError, check_output, read_json, say, write_json
 
 
 @dataclass
@@ -171,9 +171,9 @@ def announce_steps(count: int) -> Callable[..., None]:
     numbers = itertools.count(1)
 
     def announce(text: str, non_defaults: dict[str, object] | None = None) -> None:
-        print(f"[{next(numbers)}/{count}] {text}", flush=True)
+        say(f"[{next(numbers)}/{count}] {text}")
         if non_defaults:
-            print(f"      not the defaults: {describe_settings(non_defaults)}", flush=True)
+            say(f"      not the defaults: {describe_settings(non_defaults)}")
 
     return announce
 
@@ -197,7 +197,7 @@ def choose_data(settings: Settings, announce: Callable[..., None]) -> Settings:
     if settings.demo_images:
         drawing = replace(drawing, train_images=settings.demo_images)
     folder = Path(drawing.output_folder)
-    print(f"no {settings.annotations[0]} here: using the demonstration set in {folder}/ (coloured shapes)")
+    say(f"no {settings.annotations[0]} here: using the demonstration set in {folder}/ (coloured shapes)")
     if drawn_images(folder) == drawing.train_images:
         announce(f"data: {folder}/ is there, skipped")
     else:
@@ -219,14 +219,14 @@ def choose_own_test(settings: Settings) -> Settings:
     """The settings for captioning the test split that the annotations name, if they do."""
     records = read_annotations(settings.annotations, None, columns(settings))
     if settings.test_annotations or not any(record.split == "test" for record in records):
-        print(f"      no {settings.test_folder}/: there will be a model, but no captions")
+        say(f"      no {settings.test_folder}/: there will be a model, but no captions")
         return settings
     if len(settings.annotations) > 1 or len(settings.image_folder) > 1:
-        print("      its test split is of several files: eval.py scores it, after the training")
+        say("      its test split is of several files: eval.py scores it, after the training")
         return settings
     values, given = settings.step_values, Path(settings.annotations[0])
     folder = str(given) if given.is_dir() else settings.image_folder[0]
-    print(f"      no {settings.test_folder}/: the test split of {given} is captioned and scored")
+    say(f"      no {settings.test_folder}/: the test split of {given} is captioned and scored")
     settings = replace(settings, test_folder=folder)
     settings.step_values, settings.own_test = values, True
     return settings
@@ -278,7 +278,7 @@ def train_attention(settings: Settings, announce: Callable[..., None]) -> dict:
         settings, train.Settings, data_folder=settings.data_folder, output_folder=settings.output_folder
     )
     if settings.is_demo:
-        print("the demonstration trains a small model: DEMO in run_pipeline.py")
+        say("the demonstration trains a small model: DEMO in run_pipeline.py")
     record = read_prepared(settings.data_folder)
 
     def has_same_data(checkpoint: dict) -> bool:
@@ -315,7 +315,7 @@ def run_training(
     announce(f"{step}: {source}", non_default_settings(wanted))
     if earlier:
         reasons = describe_settings(earlier.obstacles or earlier.changed)
-        print(f"      anew, and not on from {earlier.file}: {reasons}", flush=True)
+        say(f"      anew, and not on from {earlier.file}: {reasons}")
     return run(wanted)
 
 
@@ -456,27 +456,28 @@ def report(settings: Settings, best: dict, blip_best: dict) -> None:
         made.append(("attention", Path(settings.output_csv), settings.output_folder, best))
     if blip_best:
         made.append(("BLIP", Path(settings.blip_csv), settings.blip_folder, blip_best))
-    print()
+    say()
     for model, _, _, line in made:
-        print(f"{model}: validation BLEU-4 {line['val_bleu4']:.4f} (greedy, epoch {line['epoch']})")
+        say(f"{model}: validation BLEU-4 {line['val_bleu4']:.4f} (greedy, epoch {line['epoch']})")
     references, captioned = find_references(settings), Path(settings.test_folder).is_dir()
     if references and captioned and all(result.is_file() for _, result, _, _ in made):
         how = {"columns": columns(settings)}
         rows = [{"model": model} | score_submission(file, references, **how) for model, file, _, _ in made]
-        print("test scores:")
+        say("test scores:")
         evaluation.print_table(rows)
         records = test_records(read_annotations(references, None, columns(settings)))
         images = {image.image_id: image for image in records}
         for image_id in list(rows[0]["captions"])[:3]:
-            print(f"\n  {printable(image_id)}")
+            say()
+            say(f"  {image_id}")
             for row in rows:
-                print(f"      {row['model'] + ':':10} {printable(row['captions'][image_id])}")
+                say(f"      {row['model'] + ':':10} {row['captions'][image_id]}")
             for text in images[image_id].captions:
-                print(f"      reference: {printable(text)}")
-    print()
+                say(f"      reference: {text}")
+    say()
     for model, result, folder, _ in made:
         captions = f"captions in {result}, " if captioned and result.is_file() else ""
-        print(f"{model}: {captions}model and history.csv in {folder}/")
+        say(f"{model}: {captions}model and history.csv in {folder}/")
 
 
 def find_references(settings: Settings) -> Sequence[str]:

@@ -48,7 +48,7 @@ from captioning.weights.pretrained import build_encoder, load_embeddings
 from datasets import BatchSampler, CaptionDataset, make_loader
 from metrics import tokenize
 from models import Attention, DecoderWithAttention, Encoder, HardAttention
-from utils import UserError, check_output, progress_bar
+from utils import UserError, check_output, progress_bar, say
 
 if TYPE_CHECKING:
     from captioning.training.self_critical import SelfCritical
@@ -254,7 +254,7 @@ def resume(settings: Settings) -> tuple[Settings, Resumed | None]:
 
 def build_models(
     settings: Settings, word_map: dict[str, int], resumed: Resumed | None = None,
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = say,
 ) -> tuple[Settings, Encoder, DecoderWithAttention]:  # fmt: skip
     """New models, or the checkpoint's; `emb_dim` becomes that of the word vectors, where there are any."""
     if resumed:

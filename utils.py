@@ -79,8 +79,15 @@ def readable_size(size: float) -> str:
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
 
 
-def tell(text: str) -> None:
-    """Print a line on stderr, above the progress bar; names from anywhere may hold line breaks."""
+def say(text: str = "") -> None:
+    """Print a line on stdout, above the progress bar. Everything is printed by this or `tell`: names from
+    anywhere may hold line breaks, and what moves the cursor or cannot be encoded."""
+    tqdm.write(printable(text), file=sys.stdout)
+    sys.stdout.flush()
+
+
+def tell(text: str = "") -> None:
+    """As `say`, on stderr: what went wrong, and what is no result."""
     tqdm.write(printable(text), file=sys.stderr)
 
 

@@ -40,7 +40,7 @@ from captioning.report.scoring import (
     training_texts,
 )
 from metrics import tokenize
-from utils import Device, UserError, check_output, counted, printable, progress_bar, write_json
+from utils import Device, UserError, check_output, counted, progress_bar, say, write_json
 
 if TYPE_CHECKING:  # files of captions are shown without torch, which takes seconds to import
     from captioning.captioners.base import BaseCaptioner
@@ -101,15 +101,15 @@ def main(settings: Settings) -> None:
         f"{counted(len(records), 'image')} of {source(settings)}",
     )
     for problem in problems[:10]:
-        print(f"shown without image: {problem}")
+        say(f"shown without image: {problem}")
     if len(problems) > 10:
-        print(f"shown without image: {len(problems) - 10} more; --image_folder tells where they are")
+        say(f"shown without image: {len(problems) - 10} more; --image_folder tells where they are")
     quality = Path(settings.output_folder) / "quality.json"
     write_json(quality, {model.name: model.quality for model in models})
     if settings.figures:
         draw_figures(Path(settings.figures), models, records)
-    print(f"written: {quality}")
-    print(f"open in a browser: {index}")
+    say(f"written: {quality}")
+    say(f"open in a browser: {index}")
 
 
 def view_image(settings: Settings) -> None:
@@ -123,12 +123,12 @@ def view_image(settings: Settings) -> None:
         for rank, caption in enumerate(n_best, start=1)
     ]
     for caption in n_best:
-        print(f"{caption.log_prob:9.3f}  {printable(caption.text)}")
+        say(f"{caption.log_prob:9.3f}  {caption.text}")
     records = [Record(key, settings.img)]
     index, _ = write_gallery(settings.output_folder, records, models, title=f"{key}, {name}")
     if settings.figures:
         draw_figures(Path(settings.figures), models, records)
-    print(f"open in a browser: {index}")
+    say(f"open in a browser: {index}")
 
 
 def load_captioners(settings: Settings) -> Iterator[tuple[str, BaseCaptioner]]:
@@ -185,7 +185,7 @@ def caption_all(settings: Settings, records: Sequence[Record]) -> list[ShownMode
             captioner, paths, DecodingOptions(settings.beam_size), settings.batch_size
         )
         for problem in problems:
-            print(f"left out: {problem}")
+            say(f"left out: {problem}")
         if not captions:
             raise UserError(f"not one readable image among {len(paths)}; the lines above name them")
         shown_captions = {key: ShownCaption.of(caption) for key, caption in captions.items()}
@@ -202,7 +202,7 @@ def read_submissions(settings: Settings, records: Sequence[Record], whose: str) 
     for file in settings.submission:
         captions, missing, unknown = match_submission(file, records, whose, True, settings.columns)
         if missing or (unknown and not settings.limit):
-            print(
+            say(
                 f"{file}: {counted(len(missing), 'image')} without a caption, "
                 f"{counted(len(unknown), 'unknown row')} left out"
             )
@@ -268,7 +268,7 @@ def compare_all(models: Sequence[ShownModel], records: Sequence[Record]) -> list
         [model.scores for model in models],
     )
     for comparison in comparisons:
-        print(comparison["verdict"])
+        say(comparison["verdict"])
     return comparisons
 
 
@@ -293,7 +293,7 @@ def draw_figures(folder: Path, models: Sequence[ShownModel], records: Sequence[R
             maps = {name: np.array(values) for name, values in maps.items()}
             draw_maps(folder / f"{prefix}mean_attention.png", maps)
             count += 1
-    print(
+    say(
         f"written: {counted(count, 'figure')} in {folder}/"
         if count
         else "no figures: no caption has attention"

@@ -24,7 +24,7 @@ from utils import (
     UserError,
     is_main_process,
     leave_signals_to_main_process,
-    printable,
+    tell,
     use_device,
 )
 
@@ -60,7 +60,8 @@ def run_script(main: Callable, settings_class: type[AnySettings]) -> typing.NoRe
         leave_signals_to_main_process()  # this one is ending already
         if is_main_process():
             kept = str(error) or "finished files are kept, unfinished ones are removed"
-            print(f"\ninterrupted: {kept}", file=sys.stderr)
+            tell()  # below the progress bar
+            tell(f"interrupted: {kept}")
         status = 143 if isinstance(error, Terminated) else 130
     if _leave_processes(failed=status in (2, 130, 143)):
         sys.stdout.flush()
@@ -147,7 +148,7 @@ def _report(message: str) -> None:
         signal.signal(number, signal.SIG_DFL)
     if not is_main_process():
         time.sleep(10)
-    print(printable(message), file=sys.stderr, flush=True)
+    tell(message)
 
 
 # --- settings -----------------------------------------------------------------------------------------------

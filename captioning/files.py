@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils import UserError, atomic_write, is_main_process, tell
+from utils import UserError, atomic_write, is_main_process, say, tell
 
 try:
     import fcntl
@@ -171,7 +171,7 @@ def lock_file(stream: io.FileIO, waiting: str) -> None:
     except OSError as error:
         if error.errno not in HELD:
             raise
-        print(waiting, flush=True)
+        say(waiting)
         fcntl.lockf(stream, fcntl.LOCK_EX)
 
 

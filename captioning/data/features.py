@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from captioning.data.hdf5 import ResumableRowWriter, Rows, has_attributes, open_dataset
 from captioning.data.prepared import Prepared
 from models import Encoder, normalize_images
-from utils import UserError, progress_bar, readable_size
+from utils import UserError, progress_bar, readable_size, say
 
 REMEDY = "delete it, and it will be made anew"
 CPU_BATCH = 8  # images; ran 1.2 (resnet101) to 2.5 times (efficientnet_lite0) as fast as 32
@@ -69,7 +69,7 @@ def write_features(
         options = {"total": size, "initial": writer.written, "desc": f"encoding {description}"}
         with progress_bar(unit="image", **options) as progress:
             if writer.written:
-                progress.write(f"{writer.written} of {size} {description} were encoded by an earlier run")
+                say(f"{writer.written} of {size} {description} were encoded by an earlier run")
             try:
                 for batch in batches(writer.written):
                     features = encode(batch).half().cpu().numpy()
@@ -80,7 +80,7 @@ def write_features(
                         )
                     if writer.written == 0:
                         needed = size * features[0].nbytes
-                        progress.write(f"features of {size} {description}: {readable_size(needed)} in {file}")
+                        say(f"features of {size} {description}: {readable_size(needed)} in {file}")
                     writer.append(features)
                     progress.update(len(features))
             except KeyboardInterrupt as interrupt:

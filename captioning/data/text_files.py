@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from utils import UserError, is_main_process, parse_json, printable
+from utils import UserError, is_main_process, parse_json, say
 
 WITH_MARK = "-sig"  # ends the name of a codec whose file begins with a byte order mark
 BYTE_ORDER_MARKS = {  # those of UTF-32 first, as one of them begins as one of UTF-16
@@ -191,7 +191,7 @@ def parse_json_lines(text: str, name: str | Path) -> list[tuple[int, Any]] | Non
 def say_once(text: str) -> None:
     """Print a line about a file that is read, once, however often it is."""
     if is_main_process():
-        print(printable(text), flush=True)
+        say(text)
 
 
 def report_problems(name: str | Path, problems: Sequence[str], shown: int = 5) -> None:

@@ -19,7 +19,7 @@ from captioning.data.submissions import FORMATS, METADATA
 from captioning.decoding.options import DecodingOptions
 from captioning.files import is_locked, lock_file_of, lock_output, remove_unfinished
 from captioning.folders.journal import Entry, Journal, SidecarChanges, file_stamp, files_digest
-from utils import Messages, UserError, check_output, counted, printable
+from utils import Messages, UserError, check_output, counted, say
 
 
 @dataclass
@@ -189,7 +189,7 @@ def plan_folder(
     rows, left_out, unreadable = _find_rows(options.test_folder, options.test_csv, options.recursive)
     if left_out:
         places = f"{counted(left_out, 'image')} in subfolders of {options.test_folder}"
-        print(printable(f"left out: {places}; --recursive takes them too"))
+        say(f"left out: {places}; --recursive takes them too")
     plan = Plan(rows, problems=[Problem(None, text) for text in unreadable])
     if options.as_sidecars:
         _check_sidecars(options, plan)
@@ -234,7 +234,7 @@ def _check_sidecars(options: FolderOptions, plan: Plan) -> None:
     if options.existing == "prepend" and not options.prefix:
         plan.trigger = sidecars.find_trigger(images)
         if plan.trigger:
-            print(printable(f'captions go behind "{plan.trigger}", with which most sidecars begin'))
+            say(f'captions go behind "{plan.trigger}", with which most sidecars begin')
 
 
 def _read_done(options: FolderOptions, plan: Plan) -> None:
@@ -262,14 +262,14 @@ def _read_done(options: FolderOptions, plan: Plan) -> None:
         if is_same:
             plan.done[image_id] = entry
     if plan.done:
-        print(printable(f"going on: {len(plan.done)} captions are in {journal} already"))
+        say(f"going on: {len(plan.done)} captions are in {journal} already")
     if changed:
-        print(f"sidecars that were changed since they were written and are left as they are: {changed}")
+        say(f"sidecars that were changed since they were written and are left as they are: {changed}")
     if different:
         what = [
             "another model" if name == "model" else f"another {name}" for name in dict.fromkeys(different)
         ]
-        print(printable(f"{journal}: from a run with {' and '.join(what)}; not used, starting anew"))
+        say(f"{journal}: from a run with {' and '.join(what)}; not used, starting anew")
 
 
 def _find_skipped(options: FolderOptions, plan: Plan) -> None:

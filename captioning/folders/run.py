@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
@@ -40,9 +39,9 @@ from utils import (
     is_main_process,
     on_main_process,
     parallel_map,
-    printable,
     processes,
     progress_bar,
+    say,
     tell,
 )
 
@@ -121,7 +120,7 @@ def _interruptions(journal: Journal, main_process: int) -> Iterator[None]:
         if is_main_process():
             journal.end_early()
         elif not is_alive(main_process) and not journal.ended_early():  # it can no longer say so
-            print(printable(f"interrupted: {kept}"), file=sys.stderr)
+            tell(f"interrupted: {kept}")
         raise
 
 
@@ -302,10 +301,10 @@ def write_output(options: FolderOptions, plan: Plan, problems: Sequence[Problem]
         counts.append(f"{len(plan.skipped)} had a sidecar before")
     if problems:
         counts.append(f"{len(problems)} without a caption")
-    print(printable(f"{', '.join(counts)}: captions in {' and '.join(places)}"))
+    say(f"{', '.join(counts)}: captions in {' and '.join(places)}")
     backup = Path(options.test_folder, Backup.FOLDER)
     if options.keeps_backup() and backup.is_dir():
-        print(printable(f"what the sidecars said before they were changed is in {backup}"))
+        say(f"what the sidecars said before they were changed is in {backup}")
 
 
 def metadata_rows(

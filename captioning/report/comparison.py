@@ -16,7 +16,7 @@ import numpy as np
 
 from captioning.report.scoring import COLUMNS, matched_bleu, report_scores
 from metrics import Scores, rouge_l, tokenize
-from utils import UserError, counted, require_regular_file
+from utils import UserError, counted, require_regular_file, say
 
 RESAMPLES = 2000
 DIGITS = 4  # to which scores are printed: a difference that is 0 there is 0
@@ -161,7 +161,7 @@ def compare_pairs(
         }
         if len(common) < 2:
             shared = counted(len(common), "scored image")
-            print(f"{names[first]} and {names[second]}: {shared} in common, not compared")
+            say(f"{names[first]} and {names[second]}: {shared} in common, not compared")
             continue
         both = [{key: captions[index][key] for key in common} for index in (first, second)]
         pair_scores = [scores[first], scores[second]]
@@ -191,14 +191,15 @@ def print_comparisons(comparisons: Sequence[dict], names: Sequence[str]) -> None
     for comparison in comparisons:
         first, second = names[comparison["first"]], names[comparison["second"]]
         images = comparison["images"]
-        print(f"\n{second} less {first}, 95 % interval of a paired bootstrap over {images} images:")
+        say()
+        say(f"{second} less {first}, 95 % interval of a paired bootstrap over {images} images:")
         print_intervals(comparison["intervals"])
         wins = counted(comparison["wins"], "image")
-        print(
+        say(
             f"by CIDEr {second} wins {wins}, loses {comparison['losses']}, ties {comparison['ties']}; "
             f"{comparison['identical']:.1%} of the captions are the same"
         )
-        print(comparison["verdict"])
+        say(comparison["verdict"])
 
 
 def print_intervals(intervals: Mapping[str, Interval]) -> None:
@@ -206,7 +207,7 @@ def print_intervals(intervals: Mapping[str, Interval]) -> None:
     for name, interval in intervals.items():
         chance = "" if interval.more_than_chance else "  may be chance"
         numbers = f"{signed(interval.difference):>8}  [{signed(interval.low)}, {signed(interval.high)}]"
-        print(f"  {COLUMNS[name]:8} {numbers}{chance}")
+        say(f"  {COLUMNS[name]:8} {numbers}{chance}")
 
 
 # --- files of --per_image_csv ----------------------------------------------------------------------------
@@ -228,11 +229,11 @@ def compare_files(first: str, second: str) -> None:
     intervals = compare_columns(*columns)
     if "CIDEr" not in intervals:
         raise UserError(f"{second}: no CIDEr in both files; write them with eval.py --per_image_csv")
-    print(f"{second} less {first}, means over {len(ids)} images, 95 % interval of a paired bootstrap:")
+    say(f"{second} less {first}, means over {len(ids)} images, 95 % interval of a paired bootstrap:")
     print_intervals(intervals)
     if apart:
-        print(f"left out: {counted(apart, 'image')} that only one of the files has")
-    print(verdict(intervals["CIDEr"], "CIDEr", first, second))
+        say(f"left out: {counted(apart, 'image')} that only one of the files has")
+    say(verdict(intervals["CIDEr"], "CIDEr", first, second))
 
 
 def read_per_image(file: str) -> dict[str, dict[str, float]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 import textwrap
 from collections.abc import Sequence
 from functools import partial
@@ -18,7 +17,7 @@ from captioning.data.images import read_image
 from captioning.data.submissions import ScoredCaption
 from captioning.decoding.options import DecodingOptions
 from captioning.files import write_encoded
-from utils import UserError, printable, tell
+from utils import UserError, say, tell
 
 if TYPE_CHECKING:  # files of captions are drawn without torch, which takes seconds to import
     from torch import Tensor
@@ -124,10 +123,10 @@ def caption_files(
         (best,) = captioner.describe_prepared(prepared, options, [Path(image).stem], **search)
         for caption in best.n_best[: options.num_captions]:
             scored = ScoredCaption.of(caption.text, caption.log_prob, len(caption.words))
-            print(printable(caption_line(scored, with_scores, "" if len(images) == 1 else image)))
+            say(caption_line(scored, with_scores, "" if len(images) == 1 else image))
         title = f"{best.text}\nlog-probability {best.log_prob:.2f}"
         draw_attention(file, image, best.words, best.attention, title)
-        print(f"figure: {file}", file=sys.stderr)
+        tell(f"figure: {file}")
     return figures
 
 

@@ -16,6 +16,7 @@ from captioning.decoding.options import UNFINISHED
 from captioning.report.scoring import matched_bleu
 from metrics import tokenize
 from metrics.ngrams import bleu_counts
+from utils import say
 
 PARTS = ("beginning", "middle", "end")  # thirds of a caption
 SHOWN_WORDS = 12  # most over-used and under-used words
@@ -225,13 +226,14 @@ def print_diversity(first: str, names: Sequence[str], rows: Sequence[dict[str, f
         rows: what `caption_diversity` returned for each of them.
     """
     width = max(map(len, [first, *names]))
-    print(f"\n{first:{width}} {' '.join(f'{title:>11}' for title in COLUMNS.values())}")
+    say()
+    say(f"{first:{width}} {' '.join(f'{title:>11}' for title in COLUMNS.values())}")
     for name, row in zip(names, rows):
         values = [row[key] for key in COLUMNS]
         cells = ["-" if v is None else f"{v:.4f}" if isinstance(v, float) else str(v) for v in values]
-        print(f"{name:{width}} {' '.join(f'{cell:>11}' for cell in cells)}")
+        say(f"{name:{width}} {' '.join(f'{cell:>11}' for cell in cells)}")
     if "samples" in rows[0]:
-        print(
+        say(
             f"{rows[0]['samples']} samples per image: Div-1 {rows[0]['div1']:.4f}, Div-2 "
             f"{rows[0]['div2']:.4f}, mBLEU-4 {rows[0]['mbleu']:.4f}"
         )

@@ -19,7 +19,7 @@ from captioning.data.text_files import say_once
 from captioning.decoding.options import DecodingOptions
 from metrics import Scores, score_captions, tokenize
 from metrics.ngrams import LONGEST_NGRAM, named_bleu
-from utils import UserError, counted, parallel_map, processes, progress_bar
+from utils import UserError, counted, parallel_map, processes, progress_bar, say
 
 if TYPE_CHECKING:
     import torch
@@ -193,7 +193,7 @@ def score_records(
     texts = {record.image_id: record.captions for record in records}
     captions, missing, unknown = match_submission(submission, records, references, partial, columns)
     if missing or unknown:
-        print(
+        say(
             f"PARTIAL: {len(captions)} of {counted(len(texts), 'image')} scored, {len(missing)} missing, "
             f"{counted(len(unknown), 'unknown row')} left out"
         )
@@ -245,7 +245,7 @@ def match_submission(
         refuse(submission, unknown, f"unknown to {whose}", "remove them, or give --partial")
     empty = sum(not caption.strip() for caption in captions.values())
     if empty:
-        print(f"{submission}: {empty} of {len(captions)} captions are empty; they count as wrong")
+        say(f"{submission}: {empty} of {len(captions)} captions are empty; they count as wrong")
     return captions, missing, unknown
 
 

@@ -31,7 +31,7 @@ from captioning.weights.checkpoints import (
     write_best,
 )
 from metrics import CiderD, bleu4, tokenize
-from utils import UserError, is_main_process, printable, write_table
+from utils import UserError, is_main_process, say, write_table
 
 SAMPLES = 3  # validation images whose captions are printed after every epoch
 LONGEST_SAMPLE = 90  # characters
@@ -83,7 +83,7 @@ class Monitor:
         indices = {len(shown) * number // SAMPLES for number in range(SAMPLES)} if shown else ()
         for image_id, caption in [shown[index] for index in sorted(indices)]:
             caption = textwrap.shorten(caption, LONGEST_SAMPLE, placeholder=" ...")
-            self.log(f"    {printable(image_id)}: {printable(caption)}")
+            self.log(f"    {image_id}: {caption}")
         self.seconds.append(row["seconds"])
         left = self.settings.epochs - row["epoch"]
         if left:
@@ -180,7 +180,7 @@ def begin_outputs(settings: TrainingSettings, resumed: Resumed | None) -> None:
         remove_superseded_state(output)
         abandoned += output.glob(LAST)
     if abandoned:
-        print(f"what {output}/ had after epoch {epochs} is now in {archive(output, abandoned)}/")
+        say(f"what {output}/ had after epoch {epochs} is now in {archive(output, abandoned)}/")
     repair_outputs(output)
 
 
@@ -203,7 +203,7 @@ def repair_outputs(output: Path) -> None:
             checkpoint = read_checkpoint(source)
             if checkpoint["history"] == wanted:
                 write_best(source, checkpoint)
-                print(f"{output}: {', '.join(stale)} written again from {source.name}")
+                say(f"{output}: {', '.join(stale)} written again from {source.name}")
         table = output / "history.csv"
         if not table.is_file() or table.read_bytes().count(b"\n") != len(history) + 1:
             write_table(table, history)

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from captioning.files import named_in_errors
 from captioning.training.resume import TrainingSettings
-from utils import Messages, pick_device, printable, processes
+from utils import Messages, pick_device, printable, processes, say
 
 # --- processes and precision --------------------------------------------------------------------------------
 
@@ -56,8 +56,8 @@ class Run:
         """Print, and append to the log's file, once for all processes."""
         if not self.is_main:
             return
-        print(text, flush=True)
-        self.unwritten.append(text)
+        say(text)
+        self.unwritten.append(printable(text))
         if self.log_file:
             self.log_file.parent.mkdir(parents=True, exist_ok=True)
             with named_in_errors(self.log_file), self.log_file.open("a", encoding="utf-8") as stream:

@@ -23,7 +23,7 @@ from captioning.files import Number, OutputFile, find_mismatch
 from captioning.weights.pretrained import build_encoder
 from captioning.weights.torch_files import load_torch_file
 from models import Attention, DecoderWithAttention, Encoder, HardAttention
-from utils import UserError, atomic_write, read_json, readable_size
+from utils import UserError, atomic_write, read_json, readable_size, say
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
@@ -240,7 +240,7 @@ def archive_previous_run(folder: Path, *patterns: str) -> None:
     """Move the files of an earlier run in the folder to its subfolder earlier_N, so that runs do not mix."""
     files = {file for pattern in patterns for file in folder.glob(pattern)}
     if any(file.suffix in (".pth", ".safetensors") for file in files):
-        print(f"the earlier run in {folder}/ is now in {archive(folder, files)}/")
+        say(f"the earlier run in {folder}/ is now in {archive(folder, files)}/")
 
 
 def archive(folder: Path, files: Iterable[Path]) -> Path:
