@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import errno
 import inspect
+import io
 import os
 import re
 import signal
@@ -42,6 +43,9 @@ def run_script(main: Callable, settings_class: type[AnySettings]) -> typing.NoRe
     Exit status: what `main` returns (None is 0); 2 with one line on stderr for wrong input; 130 after Ctrl-C,
     143 after SIGTERM, which are treated alike.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal or file that lacks a caption's letters
+            stream.reconfigure(errors="backslashreplace")
     try:
         with _ended_by_signals():
             settings = parse_settings(settings_class, description=sys.modules[main.__module__].__doc__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import textwrap
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from captioning.data.images import read_image
 from captioning.data.submissions import ScoredCaption
 from captioning.decoding.options import DecodingOptions
 from captioning.files import write_encoded
-from utils import UserError, say, tell
+from utils import UserError, counted, printable, say, tell
 
 if TYPE_CHECKING:  # files of captions are drawn without torch, which takes seconds to import
     from torch import Tensor
@@ -42,7 +43,19 @@ def check_figure(file: str | Path) -> str:
 def save_figure(figure, file: str | Path) -> None:
     """Write a matplotlib figure; the file's extension is the format."""
     extension = check_figure(file)
-    write_encoded(file, partial(figure.savefig, format=extension, dpi=DPI))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        write_encoded(file, partial(figure.savefig, format=extension, dpi=DPI))
+    messages = dict.fromkeys(str(warning.message) for warning in caught)
+    missing = [message for message in messages if "missing from" in message]  # one for each character
+    if missing:
+        tell(
+            f"{file}: its font lacks {counted(len(missing), 'character')} of its text, drawn as boxes; the "
+            f"setting font.family in a file matplotlibrc names another font"
+        )
+    for message in messages:
+        if message not in missing:
+            tell(message)
 
 
 def enlarge(attention: np.ndarray, width: int = 224, height: int = 224) -> np.ndarray:
@@ -78,7 +91,7 @@ def draw_attention(
     across, down = PANEL * min(width / height, 1), PANEL * min(height / width, 1)
     bar = 0.8 if len(words) else 0  # inches, for the colour bar
     size = (max(columns * across, 3) + bar, rows * (down + 0.35))
-    title = "\n".join(textwrap.fill(line, round(10 * size[0])) for line in title.splitlines())
+    title = "\n".join(textwrap.fill(printable(line), round(10 * size[0])) for line in title.split("\n"))
     lines = title.count("\n") + 1 if title else 0
     figure = Figure(figsize=(size[0], size[1] + 0.25 * lines), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -86,7 +99,7 @@ def draw_attention(
         axis.axis("off")
     for axis, word in zip(axes.flat, ["", *words]):
         axis.imshow(pixels, extent=(0, width, height, 0))
-        axis.set_title(word, fontsize=12, parse_math=False)
+        axis.set_title(printable(word), fontsize=12, parse_math=False)
     maps = attention if isinstance(attention, np.ndarray) else attention.cpu().numpy()
     for axis, weights in zip(axes.flat[1:], maps):
         smooth = enlarge(weights)
@@ -157,7 +170,7 @@ def draw_maps(file: str | Path, maps: dict[str, np.ndarray]) -> None:
     largest = max(float(np.max(values)) for values in maps.values())
     for axis, (name, values) in zip(axes, maps.items()):
         mapped = axis.imshow(values, cmap="magma", vmin=0, vmax=largest)
-        axis.set_title(name, fontsize=12)
+        axis.set_title(printable(name), fontsize=12, parse_math=False)
         axis.axis("off")
     figure.colorbar(mapped, ax=list(axes), label="mean attention")
     save_figure(figure, file)
@@ -183,10 +196,10 @@ def draw_captions(file: str | Path, rows: Sequence[tuple[str, str, str, Sequence
             image_axis.imshow(read_image(path, longest=SHOWN).transpose(1, 2, 0))
         except UserError as error:
             tell(f"drawn without image: {error}")
-        lines = textwrap.wrap(caption, 34) or ["(no caption)"]
+        lines = textwrap.wrap(printable(caption), 34) or ["(no caption)"]
         written = {"va": "top", "transform": beside.transAxes, "parse_math": False}
-        beside.text(0, 1.0, heading, fontsize=9, color="dimgray", **written)
+        beside.text(0, 1.0, printable(heading), fontsize=9, color="dimgray", **written)
         beside.text(0, 0.9, "\n".join(lines), fontsize=12, weight="bold", **written)
-        texts = [line for text in references[:5] for line in textwrap.wrap(text, 46)[:2]]
+        texts = [line for text in references[:5] for line in textwrap.wrap(printable(text), 46)[:2]]
         beside.text(0, 0.84 - 0.1 * len(lines), "\n".join(texts), fontsize=9, **written)
     save_figure(figure, file)

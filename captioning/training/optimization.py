@@ -17,7 +17,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from captioning.files import named_in_errors
 from captioning.training.resume import TrainingSettings
-from utils import Messages, pick_device, printable, processes, say
+from utils import Messages, is_main_process, pick_device, printable, processes, say
 
 # --- processes and precision --------------------------------------------------------------------------------
 
@@ -39,7 +39,8 @@ class Run:
         """mixed_precision: "no", "bf16" or "fp16"; the latter two on CUDA alone."""
         device = pick_device()
         if device.type != "cuda" and mixed_precision != "no":
-            processes().print("mixed precision is for CUDA; training in float32")
+            if is_main_process():
+                say("mixed precision is for CUDA; training in float32")
             mixed_precision = "no"
         dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
         scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision == "fp16")
