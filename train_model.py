@@ -132,7 +132,7 @@ def train(settings: Settings) -> dict:
     Raises:
         UserError: wrong input, or a loss that is no longer a number.
     """
-    check_output(settings.output_folder, folder=True)
+    check_output(settings.output_folder, folder=True, utf8=True)
     threads = torch.get_num_threads()
     try:
         if settings.base_model == "tiny":

@@ -174,9 +174,15 @@ def kind_of_file(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "device")
 
 
-def check_output(path: str | Path, folder: bool = False) -> None:
-    """Raise UserError, before any work, where no file, or folder, of this name can be written."""
+def check_output(path: str | Path, folder: bool = False, utf8: bool = False) -> None:
+    """Raise UserError, before any work, where no file, or folder, of this name can be written.
+
+    Args:
+        utf8: it is written by a library that takes no other names.
+    """
     path = Path(path)
+    if utf8 and not all(ord(letter) < 0xD800 or ord(letter) > 0xDFFF for letter in str(path)):
+        raise UserError(f"{path}: its name is not UTF-8, which the files of a model need; give another")
     _check_kind(path)
     if path.is_dir() and not folder:
         raise UserError(f"{path}: is a folder; give the name of a file to write")

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -353,9 +354,20 @@ class ReadRow(NamedTuple):
     problem: str
 
 
+@lru_cache(maxsize=4096)
+def _is_inside(place: str, folder: str) -> bool:
+    """Whether a folder is `folder`, or in it without a link that leads out."""
+    top = os.path.realpath(folder)
+    return os.path.commonpath([os.path.realpath(place), top]) == top
+
+
 def read_row(row: Row, options: FolderOptions, prepare: Callable[[str], Any]) -> ReadRow:
     try:
         path = require_image(row.image_id, row.path, options.test_folder)
+        if not _is_inside(os.path.dirname(path), str(options.test_folder)):
+            raise UserError(
+                f"{path}: in a folder that a link leads to; give that one as --test_folder, or copy it"
+            )
         image = prepare(path)
         return ReadRow(row, image, file_stamp(path), "")
     except UserError as error:

@@ -252,6 +252,19 @@ def test_a_file_without_permission(tmp_path, monkeypatch):
     assert "img1.png: cannot be read (Permission denied)" in problem
 
 
+def test_ids_of_a_list_reach_no_linked_folder(tmp_path, capsys):
+    folder = make_images(tmp_path / "p", 2)
+    make_images(tmp_path / "outside", 1)
+    make_images(folder / "own", 1)
+    (folder / "link").symlink_to(tmp_path / "outside")
+    (folder / "near").symlink_to(folder / "own")
+    (tmp_path / "t.csv").write_text("image_id\nimg0\nlink/img0.png\nnear/img0.png\nown/img0.png\n")
+    (problem,) = run(ColourCaptioner(), folder, tmp_path / "s.csv", test_csv=tmp_path / "t.csv")
+    assert problem.startswith(f"{folder}/link/img0.png: in a folder that a link leads to; give that one")
+    captions = dict(read_submission(tmp_path / "s.csv"))
+    assert [name for name, text in captions.items() if not text] == ["link/img0.png"]
+
+
 def test_nothing_readable_is_wrong_input(tmp_path):
     folder = make_images(tmp_path / "in", 1)
     (folder / "img0.png").write_text("x")
