@@ -181,7 +181,7 @@ def check_output(path: str | Path, folder: bool = False, utf8: bool = False) -> 
         utf8: it is written by a library that takes no other names.
     """
     path = Path(path)
-    if utf8 and not all(ord(letter) < 0xD800 or ord(letter) > 0xDFFF for letter in str(path)):
+    if utf8 and str(path).encode("utf-8", "ignore").decode() != str(path):
         raise UserError(f"{path}: its name is not UTF-8, which the files of a model need; give another")
     _check_kind(path)
     if path.is_dir() and not folder:

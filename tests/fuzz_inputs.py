@@ -282,7 +282,11 @@ def checkpoint_case(samples: Samples, folder: Path, rng: random.Random) -> Case:
     if kind == 0:
         return Case("caption.py", ["--img", samples.images[0], "--model", file])
     if kind == 1:
-        return Case("caption.py", ["--test_folder", images, "--output_csv", "s.csv"], has_rows("s.csv", 10))
+        return Case(
+            "caption.py",
+            ["--test_folder", images, "--output_csv", "s.csv"],
+            has_rows("s.csv", len(list(images.iterdir()))),
+        )
     if kind == 2:
         return Case("eval.py", [*data, "--checkpoint", file, "--beam_sizes", 1, "--split", "val"])
     if kind == 3:
@@ -312,7 +316,11 @@ def blip_case(samples: Samples, folder: Path, rng: random.Random) -> Case:
     if kind == 1:
         more = rng.choice([[], ["--prompt", "a photo of"], ["--with_scores"], ["--top_p", 0.9]])
         folder_of_images = ["--test_folder", images, "--output_csv", "s.csv", "--max_new_tokens", 8]
-        return Case("direct_caption.py", [*given, *folder_of_images, *more], has_rows("s.csv", 10))
+        return Case(
+            "direct_caption.py",
+            [*given, *folder_of_images, *more],
+            has_rows("s.csv", len(list(images.iterdir()))),
+        )
     if kind == 2:
         data = ["--data_folder", samples.prepared, "--split", "val", "--beam_sizes", 1]
         return Case("eval.py", [*given, *data])

@@ -308,3 +308,11 @@ def test_numbers_in_messages():
     sizes = (0, 600, 5_600, 1_234_567, 29_700_000_000)
     assert [readable_size(size) for size in sizes] == ["0 kB", "1 kB", "6 kB", "1.2 MB", "29.70 GB"]
     assert [counted(number, "image") for number in range(3)] == ["0 images", "1 image", "2 images"]
+
+
+def test_names_that_are_not_utf8_are_refused_where_a_library_takes_no_others(tmp_path):
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    check_output(odd, folder=True)
+    check_output(tmp_path / "café", folder=True, utf8=True)
+    with pytest.raises(UserError, match="its name is not UTF-8"):
+        check_output(odd, folder=True, utf8=True)

@@ -1,6 +1,7 @@
 """Damaged and hostile images, files of captions and names: read, or refused with one line; nothing else."""
 
 import csv
+import importlib
 import io
 import json
 import os
@@ -12,7 +13,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fork_server import Run
+from fuzz import find_fault
 from fuzz_damage import mutate
+from fuzz_inputs import (
+    Samples,
+    blip_case,
+    checkpoint_case,
+    images_case,
+    names_case,
+    prepared_case,
+    settings_case,
+    sidecars_case,
+    texts_case,
+)
 from PIL import Image
 
 import eval as evaluation
@@ -249,3 +263,23 @@ def test_formulas_are_escaped_where_asked_for(tmp_path, run_main):
     assert (tmp_path / "again.csv").read_bytes() == path.read_bytes()
     with (tmp_path / "scores.csv").open(newline="") as stream:
         assert not any(cell.startswith(("=", "+", "@")) for row in csv.reader(stream) for cell in row)
+
+
+# --- a few of the cases of tests/fuzz.py --------------------------------------------------------------------
+
+FEW = {images_case: 6, texts_case: 8, sidecars_case: 3, prepared_case: 3, checkpoint_case: 4, blip_case: 3,
+       settings_case: 12, names_case: 3}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", FEW, ids=lambda make: make.__name__)
+def test_a_few_cases_of_each_kind(make, demo, prepared, models, blip_folder, tmp_path, run_main, monkeypatch):
+    samples = Samples(demo, prepared, models, blip_folder)
+    for number in range(FEW[make]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        case = make(samples, folder, random.Random(f"{make.__name__} {number}"))
+        script = importlib.import_module(case.script.removesuffix(".py"))
+        result = run_main(script, *case.arguments)
+        run = Run(result.returncode or 0, 0, result.stdout + result.stderr)
+        assert not find_fault(case, run, folder), (case, run.output)
