@@ -33,6 +33,19 @@ def mutate(content: bytes, rng: random.Random) -> bytes:
     return bytes(damaged)
 
 
+ODD_LETTERS = ('"', ",", ";", "\t", "|", "\r", "\n", "\r\n", "\0", "\ufeff", "'", "=", "\u0301", "\u200d", "犬", "ü", "\x85",
+               "\u2028", "#0", "{", "]", "\\", "/", "..", " ", "é" * 300, "a" * 5000)  # fmt: skip
+
+
+def mutate_text(text: str, rng: random.Random) -> str:
+    """A few odd letters put in, or letters left out: still text."""
+    for _ in range(rng.randrange(1, 5)):
+        place = rng.randrange(len(text) + 1)
+        end = place + rng.choice([0, 0, 1, 5, 200])
+        text = text[:place] + rng.choice(["", *ODD_LETTERS]) + text[end:]
+    return text
+
+
 ODD_VALUES = (
     None, True, -1, 0, 1, 10**9, 10**30, 1.5, float("nan"), float("inf"), "", "text", "\x1b[2J", "\ud800",
     "../x", "/etc/passwd", "a\nb", [], {}, [[]], [None], {"a": {}}, "9" * 5000, [1] * 100, "\u202eabc", "\0",

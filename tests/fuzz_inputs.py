@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from fuzz_damage import damage_checkpoint, damage_json, mutate, odd_image, put_something_else
+from fuzz_damage import damage_checkpoint, damage_json, mutate, mutate_text, odd_image, put_something_else
 
 
 @dataclass
@@ -175,8 +175,9 @@ def texts_case(samples: Samples, folder: Path, rng: random.Random) -> Case:
             header = rng.choice([("image_id", "caption"), ("image", "caption"), ("a", "b")])
             csv.writer(stream, delimiter=rng.choice(",,;\t|")).writerows([header, *rows])
         encoding = rng.choice(["utf-8", "utf-8", "cp1252", "utf-16", "utf-8-sig"])
-        content = stream.getvalue().encode(encoding)
-        (folder / name).write_bytes(mutate(content, rng) if rng.random() < 0.8 else content)
+        text = stream.getvalue() if rng.random() < 0.4 else mutate_text(stream.getvalue(), rng)
+        content = text.encode(encoding, "replace")
+        (folder / name).write_bytes(mutate(content, rng) if rng.random() < 0.3 else content)
     if rng.random() < 0.05:
         put_something_else(folder / name, rng)
     images = samples.demo / "train" / "train"
@@ -187,7 +188,8 @@ def texts_case(samples: Samples, folder: Path, rng: random.Random) -> Case:
         )
     if kind == 1:
         return Case("train_model.py", [*data, "--base_model", "tiny", "--epochs", 1, "--workers", 1])
-    good = samples.demo / "train.csv"
+    good = folder / "good.csv"
+    good.write_text("image_id,caption\n" + "".join(f"{path.stem},a red circle\n" for path in samples.images))
     if kind == 2:
         given = ["--submission", name, "--references", good, "--partial", "--output_json", "o.json"]
         return Case("eval.py", [*given, "--output_captions", "o.csv", "--per_image_csv", "p.csv"])
