@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
@@ -100,6 +101,20 @@ def blip_settings(demo: Path, output: Path, **options):
     names |= {"base_model": "tiny", "output_folder": str(output)}
     few = {"epochs": 2, "patience": 0, "workers": 2, "batch_size": 8, "captions_per_image": 1}
     return train_model.Settings(**names | few | options)
+
+
+TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+def as_arguments(settings) -> list[str]:
+    """The arguments that give a script these settings."""
+    arguments = []
+    for name, value in asdict(settings).items():
+        if isinstance(value, tuple):
+            arguments += [f"--{name}", *map(str, value)]
+        else:
+            arguments.append(f"--{name}={value}")
+    return arguments
 
 
 def read_history(output: Path) -> list[dict[str, float]]:

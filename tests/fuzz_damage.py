@@ -33,8 +33,10 @@ def mutate(content: bytes, rng: random.Random) -> bytes:
     return bytes(damaged)
 
 
-ODD_LETTERS = ('"', ",", ";", "\t", "|", "\r", "\n", "\r\n", "\0", "\ufeff", "'", "=", "\u0301", "\u200d", "犬", "ü", "\x85",
-               "\u2028", "#0", "{", "]", "\\", "/", "..", " ", "é" * 300, "a" * 5000)  # fmt: skip
+ODD_LETTERS = (
+    '"', ",", ";", "\t", "|", "\r", "\n", "\r\n", "\0", "\ufeff", "'", "=", "\u0301", "\u200d", "\u72ac",
+    "\xfc", "\x85", "\u2028", "#0", "{", "]", "\\", "/", "..", " ", "\xe9" * 300, "a" * 5000,
+)  # fmt: skip
 
 
 def mutate_text(text: str, rng: random.Random) -> str:

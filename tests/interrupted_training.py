@@ -5,13 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, read_history
+from conftest import ROOT, as_arguments, read_history
 
 from captioning.training.optimization import Run
 from captioning.training.resume import OF_THIS_RUN
@@ -82,8 +82,7 @@ def interrupt(monkeypatch, run, settings, step: int, number: int = signal.SIGTER
 OPTIONS = {"dropout": 0.5, "batch_size": 4}
 
 
-def start(script: str, settings, *launcher: str) -> subprocess.Popen:
-    command = [sys.executable, *launcher, str(ROOT / script)]
-    command += [f"--{name}={value}" for name, value in asdict(settings).items()]
+def start(script: str, settings, launcher: Sequence[str] = (sys.executable,)) -> subprocess.Popen:
+    command = [*launcher, str(ROOT / script), *as_arguments(settings)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)

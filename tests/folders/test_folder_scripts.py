@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TWO_PROCESSES
 from folder_images import add_unreadable_files, make_images
 from PIL import Image
 
@@ -37,15 +37,12 @@ class Script:
         given += ["--test_folder", folder, "--output_csv", output, "--batch_size", "2", "--workers", "1"]
         self.arguments = [str(ROOT / name), *map(str, given)]
 
-    def start(self, *launcher) -> subprocess.Popen:
+    def start(self, launcher=(sys.executable,)) -> subprocess.Popen:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
-            [sys.executable, *launcher, *self.arguments],
+            [*launcher, *self.arguments],
             cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
-
-
-LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +105,9 @@ def test_two_processes_give_the_file_of_one(name, models, blip_model, photos, tm
     add_unreadable_files(folder)
     model = blip_model if name == "direct_caption.py" else models
     results = []
-    for output, launcher in ((tmp_path / "one.csv", ()), (tmp_path / "two.csv", LAUNCHER)):
-        process = Script(name, model, folder, output).start(*launcher)
+    for count, launcher in ((1, (sys.executable,)), (2, TWO_PROCESSES)):
+        output = tmp_path / f"{count}.csv"
+        process = Script(name, model, folder, output).start(launcher)
         out, err = process.communicate()
         assert process.returncode == 1 and "11 without a caption" in out, err  # 1: there are bad files
         assert 5 < err.count("no caption: ") <= 11  # of each process five at most, and how many more
@@ -124,7 +122,7 @@ def test_two_processes_give_the_file_of_one(name, models, blip_model, photos, tm
 def test_a_killed_process_ends_the_run_with_one_line(rank, models, photos, tmp_path):
     script = Script("caption.py", models, photos, tmp_path / "out.csv")
     journal = Journal(tmp_path / "out.csv")
-    launcher = script.start(*LAUNCHER)
+    launcher = script.start(TWO_PROCESSES)
     wait_for(lambda: journal.path(1).exists() and journal.count(), launcher)
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     for child in children:
@@ -132,7 +130,7 @@ def test_a_killed_process_ends_the_run_with_one_line(rank, models, photos, tmp_p
             os.kill(int(child), signal.SIGKILL)
     _, err = launcher.communicate()
     assert launcher.returncode == 1 and err.count("the same command goes on from there") == 1, err
-    process = script.start(*LAUNCHER)
+    process = script.start(TWO_PROCESSES)
     out, err = process.communicate()
     assert process.returncode == 0 and "going on: " in out, err
     process = Script("caption.py", models, photos, tmp_path / "whole.csv").start()
@@ -154,7 +152,7 @@ def test_a_killed_process_ends_the_run_with_one_line(rank, models, photos, tmp_p
 def test_wrong_input_is_printed_once(command, part, tmp_path):
     script, *rest = command.split()
     process = subprocess.run(
-        [sys.executable, *LAUNCHER, str(ROOT / script), *rest], capture_output=True, text=True, cwd=tmp_path
+        [*TWO_PROCESSES, str(ROOT / script), *rest], capture_output=True, text=True, cwd=tmp_path
     )
     lines = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
     assert process.returncode == 1 and len(lines) == 1 and part in lines[0], process.stderr

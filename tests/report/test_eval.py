@@ -9,7 +9,7 @@ from statistics import fmean
 
 import pytest
 import torch
-from conftest import ROOT, assert_one_line
+from conftest import ROOT, TWO_PROCESSES, assert_one_line
 
 import caption_from_checkpoint
 import eval as evaluation
@@ -116,11 +116,8 @@ def test_the_table_and_its_files(prepared, models, tmp_path, run_script):
 def test_two_processes_score_each_image_once(prepared, models, tmp_path):
     command = [str(ROOT / "eval.py"), "--checkpoint", str(models / "best_checkpoint.pth")]
     command += ["--data_folder", str(prepared), "--beam_sizes", "2", "--output_json"]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for name, start in (("one", []), ("two", launch)):
-        subprocess.run(
-            [sys.executable, *start, *command, str(tmp_path / name)], check=True, capture_output=True
-        )
+    for name, start in (("one", [sys.executable]), ("two", TWO_PROCESSES)):
+        subprocess.run([*start, *command, str(tmp_path / name)], check=True, capture_output=True)
     one, two = (json.loads((tmp_path / name).read_text())["scores"][0] for name in ("one", "two"))
     assert (one.pop("processes"), two.pop("processes")) == (1, 2)
     for line in (one, two):

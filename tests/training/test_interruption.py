@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import blip_settings, small_settings
+from conftest import TWO_PROCESSES, blip_settings, small_settings
 from interrupted_training import OPTIONS, assert_same_training, interrupt, start
 
 import train
@@ -63,14 +63,13 @@ def test_blip_goes_on_in_mid_epoch(demo, tmp_path, monkeypatch):
 @pytest.mark.parametrize("script", ["train.py", "train_model.py"])
 def test_two_processes_go_on_in_mid_epoch(script, prepared, demo, tmp_path):
     """SIGTERM to the launcher, which passes it on; then to its processes too, so that they get it twice."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
     def settings(run: str, **options):
         if script == "train.py":
             return small_settings(prepared, tmp_path / run, **OPTIONS, **options)
         return blip_settings(demo, tmp_path / run, **options)
 
-    process = start(script, settings("whole"), *launcher)
+    process = start(script, settings("whole"), TWO_PROCESSES)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     last = tmp_path / "cut" / "last.pth"
@@ -78,7 +77,7 @@ def test_two_processes_go_on_in_mid_epoch(script, prepared, demo, tmp_path):
         cut = settings("cut", save_every=1e-9, resume=last.exists())
         if last.exists():
             os.utime(last, (0, 0))
-        process = start(script, cut, *launcher)
+        process = start(script, cut, TWO_PROCESSES)
         while process.poll() is None and not (last.exists() and last.stat().st_mtime > 1):
             time.sleep(0.01)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -87,7 +86,7 @@ def test_two_processes_go_on_in_mid_epoch(script, prepared, demo, tmp_path):
         out, err = process.communicate(timeout=300)
         assert err.count("interrupted: epoch") == 1 and last.exists(), err
         assert "Traceback" not in err.partition("interrupted: epoch")[0], err  # the launcher has its own
-    process = start(script, settings("cut", resume=True), *launcher)
+    process = start(script, settings("cut", resume=True), TWO_PROCESSES)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0 and "going on in epoch" in out, err
     assert_same_training(tmp_path / "whole", tmp_path / "cut")

@@ -1,13 +1,11 @@
 """The self-critical stage of train.py: what it reaches, how it goes on, when it ends."""
 
 import subprocess
-import sys
-from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, small_settings
+from conftest import ROOT, TWO_PROCESSES, as_arguments, small_settings
 
 import train
 from captioning.data.features import cache_features
@@ -170,12 +168,9 @@ def test_two_processes_are_one_with_twice_the_batch(prepared, cross_entropy, tmp
     whole = go_on(prepared, cross_entropy, tmp_path / "whole", dropout=0.0, epochs=2)
     checkpoint = cross_entropy / "best_checkpoint.pth"
     options = OPTIONS | {"checkpoint": checkpoint, "self_critical_after": 0, "dropout": 0.0, "batch_size": 4}
-    settings = small_settings(prepared, tmp_path / "two", **options)
     epochs = len(load_checkpoint(checkpoint)["history"]) + 2
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command.append(str(ROOT / "train.py"))
-    for name, value in (asdict(settings) | {"epochs": epochs}).items():
-        command += [f"--{name}", str(value)] if value is not None else []
+    settings = small_settings(prepared, tmp_path / "two", **options | {"epochs": epochs})
+    command = [*TWO_PROCESSES, str(ROOT / "train.py"), *as_arguments(settings)]
     subprocess.run(command, check=True, capture_output=True)
     history = load_checkpoint(tmp_path / "two" / f"checkpoint_epoch_{epochs}.pth")["history"]
     assert_same_curves(whole, history[-2:])

@@ -3,12 +3,10 @@
 import csv
 import json
 import subprocess
-import sys
-from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import ROOT, small_settings
+from conftest import ROOT, TWO_PROCESSES, as_arguments, small_settings
 
 import train
 from caption import caption_images
@@ -125,10 +123,7 @@ def test_two_processes_or_two_parts_are_one_batch_of_twice_the_size(prepared, tm
     options = {"dropout": 0.0, "epochs": 2, "fine_tune_encoder": fine_tune}
     options |= {"encoder_name": "resnet18", "encoder_weights": "none", "encoder_lr": 1e-5}
     settings = small_settings(prepared, tmp_path / "two", **options, batch_size=4)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command.append(str(ROOT / "train.py"))
-    for name, value in asdict(settings).items():
-        command += [f"--{name}", str(value)]
+    command = [*TWO_PROCESSES, str(ROOT / "train.py"), *as_arguments(settings)]
     subprocess.run(command, check=True, capture_output=True)
     train.train(small_settings(prepared, tmp_path / "one", **options, batch_size=8))
     train.train(small_settings(prepared, tmp_path / "parts", **options, batch_size=4, grad_accumulation=2))

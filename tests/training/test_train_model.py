@@ -4,13 +4,12 @@ import json
 import random
 import shutil
 import subprocess
-import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, blip_settings, read_history
+from conftest import ROOT, TWO_PROCESSES, as_arguments, blip_settings, read_history
 
 import train_model
 from captioning.captioners.blip import load_captioner
@@ -80,10 +79,8 @@ def test_accumulated_passes_are_one_large_batch(demo, tmp_path):
 def test_two_processes_are_one_large_batch(demo, tmp_path):
     one = train_model.train(blip_settings(demo, tmp_path / "one", learning_rate=1e-4))
     settings = blip_settings(demo, tmp_path / "two", batch_size=4, learning_rate=1e-4)
-    options = [f"--{name}={value}" for name, value in asdict(settings).items()]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
-        [*command, str(ROOT / "train_model.py"), *options],
+        [*TWO_PROCESSES, str(ROOT / "train_model.py"), *as_arguments(settings)],
         cwd=ROOT,
         capture_output=True,
         text=True,
