@@ -16,10 +16,11 @@ from pathlib import Path
 from captioning.captioners.attention import Captioner
 from captioning.captioners.base import BaseCaptioner
 from captioning.command_line import run_script
+from captioning.data.images import natural_order
 from captioning.decoding.options import DecodingOptions
 from captioning.folders.plan import FolderOptions
 from captioning.folders.run import caption_folder
-from utils import Device, UserError, counted, is_main_process, natural_order, say
+from utils import Device, UserError, counted, is_main_process, say
 
 DEFAULT_OUTPUT = "submission.csv"
 

@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import h5py
 import numpy as np
 
 from captioning.command_line import allow_single, check_at_least, check_share, run_script
@@ -35,20 +36,28 @@ from captioning.data.annotations import (
     sources,
     test_records,
 )
-from captioning.data.fingerprints import IMAGE_FILES, record_image_files
-from captioning.data.hdf5 import RowWriter, require_disk_space
-from captioning.data.images import read_image
+from captioning.data.fingerprints import (
+    IMAGE_FILES,
+    digest_files,
+    images_are_as_prepared,
+    is_whole,
+    record_image_files,
+)
+from captioning.data.images import parallel_map, read_image
 from captioning.data.prepared import (
+    CHECKSUMS,
     END,
     PAD,
     START,
     UNK,
+    Prepared,
     Record,
-    digest_files,
+    find_checksums,
+    require_disk_space,
 )
 from captioning.data.tables import Columns
-from captioning.files import lock_folder
-from utils import Messages, UserError, check_output, parallel_map, progress_bar, say, write_json
+from captioning.files import OutputFile, lock_folder
+from utils import Messages, UserError, check_output, progress_bar, say, write_json
 
 REMEDY = "free some disk space, or lower --image_size"
 
@@ -249,6 +258,52 @@ def write_images(
     return kept
 
 
+class RowWriter:
+    """Writes a dataset row by row to a new HDF5 file; a context manager.
+
+    Args:
+        path: the file; give it the temporary path of an `atomic_write`.
+        name: of the dataset.
+        rows: how many there will be, at most.
+        remedy: what to do where the disk has not enough space for them.
+
+    Raises:
+        UserError: the disk has not enough space. OSError: a write failed.
+    """
+
+    def __init__(self, path: str | Path, name: str, rows: int, remedy: str):
+        self.path, self.name, self.rows, self.remedy = Path(path), name, rows, remedy
+        self.checksums: list[int] = []
+        self.dataset: h5py.Dataset | None = None
+
+    def __enter__(self) -> RowWriter:
+        self.stream = OutputFile(self.path)
+        self.file = h5py.File(self.stream, "w")
+        return self
+
+    def append(self, values: np.ndarray) -> None:
+        """Write the next rows (n, ...)."""
+        if self.dataset is None:
+            shape = values.shape[1:]
+            require_disk_space(self.path.parent, self.rows * values[0].nbytes, self.remedy)
+            chunks = (1,) * max(1, values.ndim - 3) + values.shape[1:][-3:]  # an image, or one view of it
+            options = {"maxshape": (None, *shape), "chunks": chunks}
+            self.dataset = self.file.create_dataset(self.name, (self.rows, *shape), values.dtype, **options)
+        written = len(self.checksums)
+        self.dataset[written : written + len(values)] = values
+        self.stream.check()
+        self.checksums += find_checksums(values).tolist()
+
+    def __exit__(self, kind, error, traceback) -> None:
+        with self.stream:
+            if self.dataset is not None:
+                self.dataset.resize(len(self.checksums), axis=0)
+                self.file[CHECKSUMS] = np.array(self.checksums, np.uint32)
+            self.file.close()
+            if error is not None:
+                raise error
+
+
 def read_images(
     records: list[Record], size: int, workers: int
 ) -> Iterator[tuple[Record, np.ndarray | UserError]]:
@@ -336,6 +391,18 @@ def input_files(settings: Settings) -> dict[str, list[int]]:
         else:
             inputs |= {str(path.resolve()): [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
     return inputs
+
+
+def is_prepared(settings: Settings) -> bool:
+    """Whether the output folder has the data, whole, that these settings and the annotations give."""
+    if not (Path(settings.output_folder) / "prepared.json").is_file():
+        return False
+    with lock_folder(settings.output_folder, reading=True):
+        data = Prepared(settings.output_folder)
+        inputs = input_files(settings)
+        same = has_settings(data.record, settings) and data.record["inputs"] == inputs
+        images = image_folders(settings)
+        return same and is_whole(data) and images_are_as_prepared(data, images)
 
 
 def has_settings(record: dict, settings: Settings) -> bool:

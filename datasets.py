@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from captioning.data.features import open_features
-from captioning.data.hdf5 import Rows
-from captioning.data.prepared import Prepared
+from captioning.data.prepared import Prepared, Rows
 from utils import UserError, start_worker
 
 

@@ -57,7 +57,7 @@ from utils import Device, UserError, check_output, processes, say, write_json, w
 
 if TYPE_CHECKING:  # files of captions are scored without torch, which takes seconds to import
     from captioning.captioners.base import BaseCaptioner
-    from captioning.report.pointing import Pointing
+    from captioning.report.quality import Pointing
 
 __all__ = ["Settings", "evaluate", "print_table", "score_submission"]
 
@@ -280,7 +280,7 @@ def make_rows(
 def score_pointing(rows: list[dict], records: Sequence[Record], settings: Settings) -> None:
     """Add to each row, as "pointing", how often the model looks at what it names."""
     from captioning.captioners.base import describe_files
-    from captioning.report.pointing import pointing_score, read_boxes
+    from captioning.report.quality import pointing_score, read_boxes
 
     paths = {record.image_id: record.path for record in records}
     boxes = read_boxes(settings.boxes, paths)

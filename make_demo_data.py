@@ -123,6 +123,13 @@ def make_demo_data(settings: Settings) -> None:
     say(f"{len(train)} training and {len(test)} test scenes drawn in {output}/")
 
 
+def is_drawn(settings: Settings) -> bool:
+    """Whether the output folder has a complete drawing, of as many training images."""
+    output = Path(settings.output_folder)
+    count = len([*(output / "train" / "train").glob("*.jpg")])
+    return (output / "boxes.json").is_file() and count == settings.train_images
+
+
 def choose_scenes(settings: Settings, rng: random.Random) -> tuple[list[Scene], list[Scene]]:
     """Training and test scenes, half of them with one group, half with a relation; the two sets are disjoint.
 

@@ -14,6 +14,7 @@ there, made from the same input with the same settings, is skipped. An interrupt
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -38,9 +39,9 @@ from captioning.command_line import (
     run_script,
 )
 from captioning.data.annotations import read_annotations, sources, test_records
-from captioning.data.fingerprints import files_are_as_recorded, images_are_as_prepared, stamp_files
+from captioning.data.fingerprints import files_are_as_recorded, is_same_training_data, stamp_files
 from captioning.data.images import walk_images
-from captioning.data.prepared import Prepared, is_same_training_data, read_prepared
+from captioning.data.prepared import read_prepared
 from captioning.data.tables import Columns
 from captioning.files import lock_folder
 from captioning.folders.plan import test_csv_places
@@ -90,18 +91,12 @@ class Settings:
         check_different_files(self, ("output_csv", "blip_csv"), ("annotations", "test_annotations"))
 
 
-# settings of the steps that are not offered as options here
+# settings of the steps that are not offered as options here; of `num_captions`, the last step scores one
 SET_BY_PIPELINE = {
-    "annotations",
-    "image_folder",
-    "test_annotations",
-    "test_image_folder",
-    "output_folder",
-    "data_folder",
-}
-SET_BY_PIPELINE |= {"test_folder", "output_csv", "word_map", "resume", "checkpoint", "model", "encoder_path"}
-SET_BY_PIPELINE |= {"decoder_path", "model_path", "base_model", "images", "img", "figure", "show"}
-SET_BY_PIPELINE |= {"num_captions"}  # the last step scores one caption of each image
+    "annotations", "image_folder", "test_annotations", "test_image_folder", "output_folder", "data_folder",
+    "test_folder", "output_csv", "word_map", "resume", "checkpoint", "model", "encoder_path", "decoder_path",
+    "model_path", "base_model", "images", "img", "figure", "show", "num_captions",
+}  # fmt: skip
 Settings.pipeline_steps = [
     Step("settings of create_input_files.py", create_input_files.Settings, "", frozenset(SET_BY_PIPELINE)),
     Step("settings of train.py", train.Settings, "", frozenset(SET_BY_PIPELINE)),
@@ -109,20 +104,12 @@ Settings.pipeline_steps = [
     Step("settings of train_model.py", blip_training.Settings, "blip_", frozenset(SET_BY_PIPELINE)),
     Step("settings of direct_caption.py", direct_caption.Settings, "blip_", frozenset(SET_BY_PIPELINE)),
 ]
-FOR_BOTH = {"seed", "val_fraction", "test_csv", "recursive", "save_every"}  # once given, for BLIP too
-FOR_BOTH |= {"id_column", "caption_column"}
+# once given, for BLIP too
+FOR_BOTH = {"seed", "val_fraction", "test_csv", "recursive", "save_every", "id_column", "caption_column"}
 
 # what the demonstration is trained with: small, so that it learns in minutes without a GPU
-DEMO = {
-    "encoder_name": "efficientnet_lite0",
-    "emb_dim": 64,
-    "attention_dim": 48,
-    "decoder_dim": 192,
-    "epochs": 8,
-    "decoder_lr": 2e-3,
-    "alpha_c": 0.1,
-    "workers": 0,
-}
+DEMO = {"encoder_name": "efficientnet_lite0", "emb_dim": 64, "attention_dim": 48, "decoder_dim": 192,
+        "epochs": 8, "decoder_lr": 2e-3, "alpha_c": 0.1, "workers": 0}  # fmt: skip
 
 
 def main(settings: Settings) -> None:
@@ -148,12 +135,9 @@ def check_before_work(settings: Settings) -> None:
         check_output(file)
     if settings.test_folder != Settings.test_folder and not Path(settings.test_folder).is_dir():
         raise UserError(f"{settings.test_folder}: no such folder; give the one with images to caption")
+    for step in Settings.pipeline_steps:
+        step_settings(settings, step.settings_class, step.prefix)
     check_encoder_name(step_settings(settings, train.Settings).encoder_name)
-    for settings_class, prefix in (
-        (create_input_files.Settings, ""), (caption.Settings, ""),
-        (blip_training.Settings, "blip_"), (direct_caption.Settings, "blip_"),
-    ):  # fmt: skip
-        step_settings(settings, settings_class, prefix)
 
 
 def step_settings(settings: Settings, settings_class: type, prefix: str = "", **decided):
@@ -180,10 +164,8 @@ def announce_steps(count: int) -> Callable[..., None]:
 
 def non_default_settings(step: AnySettings) -> dict[str, object]:
     """The settings of a step that are not the defaults, without those in SET_BY_PIPELINE."""
-    names = [name for name in step.__dataclass_fields__ if name not in SET_BY_PIPELINE]
-    differ = {name: getattr(step, name) for name in names}
-    default = type(step)
-    return {name: value for name, value in differ.items() if value != getattr(default, name)}
+    values, defaults = deciding_settings(step), type(step)
+    return {name: value for name, value in values.items() if value != getattr(defaults, name)}
 
 
 def choose_data(settings: Settings, announce: Callable[..., None]) -> Settings:
@@ -198,20 +180,16 @@ def choose_data(settings: Settings, announce: Callable[..., None]) -> Settings:
         drawing = replace(drawing, train_images=settings.demo_images)
     folder = Path(drawing.output_folder)
     say(f"no {settings.annotations[0]} here: using the demonstration set in {folder}/ (coloured shapes)")
-    if drawn_images(folder) == drawing.train_images:
+    if make_demo_data.is_drawn(drawing):
         announce(f"data: {folder}/ is there, skipped")
     else:
         announce(f"data: drawing {folder}/")
         make_demo_data.make_demo_data(drawing)
-    values = settings.step_values
-    settings = replace(
-        settings,
-        annotations=(str(folder / "train.csv"),),
-        image_folder=(str(folder / "train" / "train"),),
-        test_annotations=(str(folder / "test_captions.csv"),),
-        test_folder=str(folder / "test" / "test"),
-    )
-    settings.step_values, settings.is_demo = values, True
+    settings = copy.copy(settings)
+    settings.annotations = (str(folder / "train.csv"),)
+    settings.image_folder = (str(folder / "train" / "train"),)
+    settings.test_annotations = (str(folder / "test_captions.csv"),)
+    settings.test_folder, settings.is_demo = str(folder / "test" / "test"), True
     return settings
 
 
@@ -224,21 +202,15 @@ def choose_own_test(settings: Settings) -> Settings:
     if len(settings.annotations) > 1 or len(settings.image_folder) > 1:
         say("      its test split is of several files: eval.py scores it, after the training")
         return settings
-    values, given = settings.step_values, Path(settings.annotations[0])
-    folder = str(given) if given.is_dir() else settings.image_folder[0]
+    given, settings = settings.annotations[0], copy.copy(settings)
     say(f"      no {settings.test_folder}/: the test split of {given} is captioned and scored")
-    settings = replace(settings, test_folder=folder)
-    settings.step_values, settings.own_test = values, True
+    settings.test_folder = given if Path(given).is_dir() else settings.image_folder[0]
+    settings.own_test = True
     return settings
 
 
 def columns(settings: Settings) -> Columns:
     return Columns(settings.step_values.get("id_column"), settings.step_values.get("caption_column"))
-
-
-def drawn_images(folder: Path) -> int:
-    """How many training images of a complete drawing there are; boxes.json is written last."""
-    return len(list((folder / "train" / "train").glob("*.jpg"))) if (folder / "boxes.json").is_file() else 0
 
 
 def prepare(settings: Settings, announce: Callable[..., None]) -> None:
@@ -252,24 +224,12 @@ def prepare(settings: Settings, announce: Callable[..., None]) -> None:
         test_image_folder=(settings.test_folder,) if has_test else (),
         output_folder=settings.data_folder,
     )
-    if is_prepared(wanted):
+    if create_input_files.is_prepared(wanted):
         announce(f"preparation: {settings.data_folder}/ is up to date, skipped")
         return
     source = ", ".join(settings.annotations)
     announce(f"preparation: {source} -> {settings.data_folder}/", non_default_settings(wanted))
     create_input_files.create_input_files(wanted)
-
-
-def is_prepared(wanted: create_input_files.Settings) -> bool:
-    """Whether the output folder has the data, whole, that these settings and the annotations give."""
-    if not (Path(wanted.output_folder) / "prepared.json").is_file():
-        return False
-    with lock_folder(wanted.output_folder, reading=True):
-        data = Prepared(wanted.output_folder)
-        inputs = create_input_files.input_files(wanted)
-        same = create_input_files.has_settings(data.record, wanted) and data.record["inputs"] == inputs
-        images = create_input_files.image_folders(wanted)
-        return same and data.is_whole() and images_are_as_prepared(data, images)
 
 
 def train_attention(settings: Settings, announce: Callable[..., None]) -> dict:
@@ -354,33 +314,25 @@ def find_earlier_run(wanted: TrainingSettings, has_same_data: Callable[[dict], b
 
 def caption_with_attention(settings: Settings, announce: Callable[..., None]) -> None:
     models = [Path(settings.output_folder) / name for name in ("encoder.pth", "decoder.pth")]
-    wanted = step_settings(
-        settings,
-        caption.Settings,
-        encoder_path=str(models[0]),
-        decoder_path=str(models[1]),
-        test_folder=settings.test_folder,
-        output_csv=settings.output_csv,
-        num_captions=1,
-        **own_test_list(settings),
-    )
+    decided = {"encoder_path": str(models[0]), "decoder_path": str(models[1])} | captioning_places(settings)
+    wanted = step_settings(settings, caption.Settings, output_csv=settings.output_csv, **decided)
     caption_test_images("captions", caption.main, wanted, models, announce)
 
 
 def caption_with_blip(settings: Settings, announce: Callable[..., None]) -> None:
-    decided = {"model_path": settings.blip_folder, "test_folder": settings.test_folder, "num_captions": 1}
+    decided = {"model_path": settings.blip_folder, "output_csv": settings.blip_csv}
     if "beam_size" in settings.step_values and "blip_num_beams" not in settings.step_values:
         decided["num_beams"] = settings.step_values["beam_size"]  # the two are compared
-    decided |= own_test_list(settings)
-    wanted = step_settings(
-        settings, direct_caption.Settings, "blip_", **decided, output_csv=settings.blip_csv
-    )
+    decided |= captioning_places(settings)
+    wanted = step_settings(settings, direct_caption.Settings, "blip_", **decided)
     models = [Path(settings.blip_folder) / "model.safetensors"]
     caption_test_images("BLIP captions", direct_caption.main, wanted, models, announce)
 
 
-def own_test_list(settings: Settings) -> dict[str, str]:
-    return {"test_csv": settings.annotations[0]} if settings.own_test else {}
+def captioning_places(settings: Settings) -> dict[str, object]:
+    """What both captioning scripts caption."""
+    images = {"test_folder": settings.test_folder, "num_captions": 1}
+    return images | ({"test_csv": settings.annotations[0]} if settings.own_test else {})
 
 
 def caption_test_images(

@@ -51,7 +51,7 @@ from models import Attention, DecoderWithAttention, Encoder, HardAttention
 from utils import UserError, check_output, progress_bar, say
 
 if TYPE_CHECKING:
-    from captioning.training.self_critical import SelfCritical
+    from captioning.training.reinforce import LocationLoss, SelfCritical
 
 
 class Stage(NamedTuple):
@@ -214,9 +214,8 @@ def run_training(settings: Settings) -> dict:
                     replaced = sampling_probability(
                         settings.scheduled_sampling, epoch.number, settings.scheduled_epochs
                     )
-                    objective = CrossEntropy(
-                        encoder, decoder, settings, run, word_map, replaced, training.history, epoch.totals
-                    )
+                    hard = location_loss(settings, run, training.history, epoch.totals)
+                    objective = CrossEntropy(encoder, decoder, settings, run, word_map, replaced, hard)
                 train_one_epoch(epoch, train_loader, objective, optimizer, settings, run)
                 models = training.weights.averaged("encoder"), training.weights.averaged("decoder")
                 scores, captions = evaluate(*models, val_loader, val_records, word_map, settings, run)
@@ -331,13 +330,22 @@ def start_stage(
     return loaders[0], loaders[1]
 
 
+def location_loss(settings: Settings, run: Run, history: list[dict], totals: dict) -> LocationLoss | None:
+    """What trains hard attention beside the cross-entropy."""
+    if settings.attention == "soft":
+        return None
+    from captioning.training.reinforce import LocationLoss  # most trainings have none
+
+    return LocationLoss(settings, run, history, totals)
+
+
 def start_self_critical(
     training: Training, dataset: CaptionDataset, settings: Settings
 ) -> Callable[..., SelfCritical]:
     """Hold the stage's learning rate; return its objective, without the arguments that it shares with
     `CrossEntropy`. Where the stage begins, it has a new Adam, and the weights of the best epoch or of the
     checkpoint that the user chose."""
-    from captioning.training.self_critical import Reward, SelfCritical  # most trainings have no such stage
+    from captioning.training.reinforce import Reward, SelfCritical  # most trainings have no such stage
 
     run, history = training.run, training.history
     records = Prepared(settings.data_folder).records("train")

@@ -7,18 +7,14 @@ from __future__ import annotations
 
 import csv
 import errno
-import gc
 import hashlib
 import json
 import os
-import re
 import signal
 import stat
 import sys
 import typing
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -235,53 +231,10 @@ def read_json(path: str | Path, digest: str | None = None):
 def parse_json(text: str, name: str | Path):
     """The content of JSON text. Raises UserError, with the `name`, where it is none."""
     try:
-        with _no_garbage_collection():
-            return json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:  # the former also of a number with thousands of digits
         reason = str(error).partition(";")[0]
         raise UserError(f"{name}: not a JSON file ({reason})") from None
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """A fifth faster for large JSON: there is no garbage among many new lists, but it would be looked for."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def natural_order(name: str) -> list:
-    """Sort key by which img2 comes before img10."""
-    return [
-        (0, int(part[:4000]), part) if part.isdecimal() else (1, 0, part)  # longer ones Python does not read
-        for part in re.split(r"(\d+)", name)
-        if part
-    ]
-
-
-def parallel_map(function: Callable, items: Iterable, workers: int, ahead: int = 0) -> Iterator:
-    """`map(function, items)` on `workers` threads: in order, few results waiting, so that memory stays flat.
-
-    At most `ahead` of them wait, or four for each thread if that is more.
-
-    For work that leaves the interpreter lock, as Pillow's decoding and resizing does.
-    """
-    with ThreadPoolExecutor(max(workers, 1)) as pool:
-        waiting: deque = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > max(4 * workers, ahead, 1):
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
 
 
 def progress_bar(*args, **options) -> tqdm:
@@ -304,29 +257,6 @@ def processes() -> PartialState:
 def is_main_process() -> bool:
     """Whether this is the process that prints; known before the processes have found each other."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def on_main_process(work: Callable[[], typing.Any]) -> typing.Any:
-    """What `work()` gives in the main process, in every process; an error of the user is raised in all."""
-    state = processes()
-    result = [None]
-    if state.is_main_process:
-        try:
-            result = [work()]
-        except (UserError, OSError) as error:
-            if state.num_processes == 1:
-                raise
-            result = [error]
-    if state.num_processes > 1:
-        from accelerate.utils import broadcast_object_list
-
-        try:
-            broadcast_object_list(result)
-        except RuntimeError:
-            raise UserError("the main process ended before its work was done") from None
-    if isinstance(result[0], Exception):
-        raise result[0]
-    return result[0]
 
 
 Device = typing.Literal["auto", "cpu", "cuda", "mps"]  # of a setting `device`

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from captioning.captioners.attention import Captioner
 from captioning.command_line import check_at_least, run_script
+from captioning.data.images import parallel_map
 from captioning.data.prepared import END, START
 from captioning.decoding.options import DecodingOptions
 from captioning.decoding.teacher_forcing import token_logits
@@ -39,7 +40,7 @@ from captioning.folders.plan import FolderOptions
 from captioning.folders.run import caption_folder
 from models import DecoderWithAttention, normalize_images
 from tests.reference import textbook_search
-from utils import Device, UserError, parallel_map, pick_device, write_json
+from utils import Device, UserError, pick_device, write_json
 
 COCO_TEST_IMAGES = 5_000
 

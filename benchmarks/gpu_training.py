@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from captioning.decoding.teacher_forcing import token_logits
 from captioning.training.optimization import Run
-from captioning.training.self_critical import Reward, SelfCritical
+from captioning.training.reinforce import Reward, SelfCritical
 from models import normalize_images
 from tests.reference import pool, textbook_loss
 

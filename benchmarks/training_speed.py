@@ -44,7 +44,7 @@ from captioning.data.prepared import UNK
 from captioning.decoding.fast_energies import use_fast_energies
 from captioning.training.losses import CrossEntropy
 from captioning.training.optimization import Run
-from captioning.training.self_critical import Reward, SelfCritical
+from captioning.training.reinforce import Reward, SelfCritical
 from models import DecoderWithAttention, Encoder, normalize_images
 from tests.reference import TextbookDecoder, TextbookEncoder, pool, textbook_loss
 from utils import pick_device

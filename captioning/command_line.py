@@ -20,14 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from utils import (
-    Terminated,
-    UserError,
-    is_main_process,
-    leave_signals_to_main_process,
-    tell,
-    use_device,
-)
+from utils import Terminated, UserError, is_main_process, leave_signals_to_main_process, tell, use_device
 
 # errors of files that the user can mend: permissions, a full disk or quota, names, what was removed meanwhile
 OF_THE_USER = {

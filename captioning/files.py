@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils import UserError, atomic_write, is_main_process, say, tell
+from utils import UserError, atomic_write, is_main_process, kind_of_file, say, tell
 
 try:
     import fcntl
@@ -28,11 +28,7 @@ LOCK_FILE = ".lock"
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EMFILE,
                errno.ENFILE, errno.ESTALE)  # fmt: skip
 HELD = (errno.EACCES, errno.EAGAIN)  # what locking says where another process has the lock
-NO_LOCKS = (
-    errno.ENOLCK,
-    errno.ENOSYS,
-    errno.EOPNOTSUPP,
-)  # and where the file system, as of some clouds, has none
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # where a file system, as of some clouds, has none
 NOT_THROUGH_LINKS = getattr(os, "O_NOFOLLOW", 0)  # opening fails with ELOOP where the name is a link's
 
 
@@ -208,8 +204,7 @@ def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
     with suppress(FileNotFoundError):
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):
-            kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
-            raise UserError(f"{path}: a {kinds.get(stat.S_IFMT(mode), 'device')}, not a file; remove it")
+            raise UserError(f"{path}: a {kind_of_file(mode)}, not a file; remove it")
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 

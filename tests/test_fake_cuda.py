@@ -18,7 +18,7 @@ from captioning.decoding.options import WordRules
 from captioning.decoding.sampling import sample_captions
 from captioning.training.losses import sample_inputs
 from captioning.training.optimization import Run
-from captioning.training.self_critical import Reward, SelfCritical, draw_samples
+from captioning.training.reinforce import Reward, SelfCritical, draw_samples
 from models import DecoderWithAttention, Encoder, normalize_images
 from tests.fake_cuda import CUDA, CudaTensor, FakeCuda, backward, to_cuda
 from train import Settings

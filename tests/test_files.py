@@ -13,7 +13,8 @@ import pytest
 from conftest import ROOT, assert_one_line
 
 import create_input_files as preparation
-from captioning.data.hdf5 import ResumableRowWriter, RowWriter, open_dataset
+from captioning.data.features import ResumableRowWriter
+from captioning.data.prepared import open_dataset
 from captioning.files import (
     LOCK_FILE,
     OutputFile,
@@ -24,6 +25,7 @@ from captioning.files import (
     open_regular,
     remove_unfinished,
 )
+from create_input_files import RowWriter
 from utils import (
     UserError,
     atomic_write,

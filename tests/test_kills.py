@@ -23,7 +23,7 @@ from conftest import draw_demo
 from fork_server import Run, Server
 from PIL import Image
 
-from captioning.data.hdf5 import open_dataset
+from captioning.data.prepared import open_dataset
 from captioning.training.resume import best_epoch
 from captioning.weights.checkpoints import BEST_FILES, epoch_checkpoints, read_checkpoint
 from utils import read_json

@@ -22,14 +22,15 @@ import train
 import train_model
 import view_captions
 from captioning.captioners.blip import load_captioner
-from captioning.data.hdf5 import ResumableRowWriter, open_dataset
-from captioning.data.prepared import Prepared
+from captioning.data.features import ResumableRowWriter
+from captioning.data.fingerprints import is_whole
+from captioning.data.images import natural_order
+from captioning.data.prepared import Prepared, open_dataset
 from captioning.data.submissions import coco_id, read_submission, write_submission
 from captioning.weights.checkpoints import load_checkpoint, peek, read_checkpoint
-from captioning.weights.pretrained import load_embeddings, read_weights
-from captioning.weights.torch_files import load_torch_file
+from captioning.weights.pretrained import load_embeddings, load_torch_file, read_weights
 from captioning.weights.tutorial_checkpoint import read_tutorial_checkpoint
-from utils import UserError, natural_order, read_json, write_json
+from utils import UserError, read_json, write_json
 
 
 @pytest.fixture(autouse=True)
@@ -288,7 +289,7 @@ def test_pipes_among_prepared_data(prepared, tmp_path):
 
         def read(folder=folder):
             data = Prepared(folder)
-            assert not data.is_whole()
+            assert not is_whole(data)
             data.word_map()
             data.records("train")
             data.images("train")

@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from captioning.data.images import read_image, to_array
+from captioning.data.images import parallel_map, read_image, to_array
 from captioning.data.submissions import ScoredCaption
 from captioning.decoding.options import DecodingOptions
-from utils import UserError, parallel_map, progress_bar
+from utils import UserError, progress_bar
 
 
 @dataclass

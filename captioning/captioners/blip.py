@@ -42,8 +42,8 @@ from transformers.models.blip import modeling_blip_text
 from captioning import HUB_MODEL
 from captioning.captioners.base import BaseCaptioner, Caption, stack_maps
 from captioning.captioners.blip_files import check_config, check_files, check_preparation
-from captioning.data.hdf5 import require_disk_space
 from captioning.data.images import read_image
+from captioning.data.prepared import require_disk_space
 from captioning.data.submissions import ScoredCaption
 from captioning.decoding.options import DecodingOptions
 from captioning.decoding.sampling import draw_words, image_seed, uniform_numbers

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from captioning.captioners.base import BaseCaptioner
 from captioning.files import Number, find_mismatch
-from captioning.weights.torch_files import check_archive
+from captioning.weights.pretrained import check_archive
 from utils import UserError, require_regular_file
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from captioning.data.image_names import ImageFinder
-from captioning.data.images import walk_images
+from captioning.data.images import natural_order, walk_images
 from captioning.data.prepared import Record
 from captioning.data.tables import (
     Columns,
@@ -30,7 +30,7 @@ from captioning.data.text_files import parse_json_lines, read_text, read_told, r
 from captioning.files import AnyOf, Choice, find_mismatch
 from metrics import tokenize
 from metrics.tokenizer import find_unsegmented
-from utils import UserError, counted, natural_order, parse_json
+from utils import UserError, counted, parse_json
 
 METADATA = (
     "metadata.jsonl",

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import h5py
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from captioning.data.hdf5 import ResumableRowWriter, Rows, has_attributes, open_dataset
-from captioning.data.prepared import Prepared
+from captioning.data.prepared import (
+    CHECKSUMS,
+    Prepared,
+    Rows,
+    checksum_shape,
+    find_checksums,
+    open_dataset,
+    require_disk_space,
+)
+from captioning.files import OutputFile, is_in_place, lock_file
 from models import Encoder, normalize_images
 from utils import UserError, progress_bar, readable_size, say
 
@@ -118,6 +129,10 @@ def open_features(file: str | Path, data: Prepared, split: str) -> Rows:
         raise UserError(f"{file}: {error}; {REMEDY}") from None
 
 
+def has_attributes(file: h5py.File, attributes: dict[str, str]) -> bool:
+    return all(str(file.attrs.get(name)) == value for name, value in attributes.items())
+
+
 # --- the attention model's encoder --------------------------------------------------------------------------
 
 
@@ -185,3 +200,121 @@ def _cache_file(encoder: Encoder, data_folder: str | Path, split: str, views: in
 def _fingerprints(encoder: Encoder, data: Prepared, split: str) -> dict[str, str]:
     # "pictures" is what files on users' disks have
     return {"weights": weights_digest(encoder), "pictures": data.images_digest(split)}
+
+
+# --- writing that goes on -----------------------------------------------------------------------------------
+
+
+class ResumableRowWriter:
+    """Writes a new HDF5 file row by row, and goes on where a killed run stopped; a context manager.
+
+    Until the last row is there the file is called `.NAME.partial`. All its space is laid out at the start, so
+    that a kill at any moment leaves a sound HDF5 file; rows follow in order, each with its checksum, which
+    tells the rows that were written from the rest. The file stays behind when the run is interrupted or a
+    write fails, but not when the work itself is at fault, which a `UserError` says. A second run that would
+    write the same file waits.
+
+    Args:
+        path: the complete file.
+        name: of the dataset.
+        rows: how many there will be.
+        attributes: of the file; rows that an earlier run wrote with others are not used.
+        remedy: what to do where the disk has not enough space.
+
+    Attributes:
+        written: the number of rows that are there; may be lowered to write some again.
+
+    Raises:
+        UserError: the disk has not enough space. OSError: a write failed.
+    """
+
+    def __init__(self, path: str | Path, name: str, rows: int, attributes: dict[str, str], remedy: str):
+        self.path, self.name, self.rows = Path(os.path.realpath(path)), name, rows
+        self.attributes, self.remedy = attributes, remedy
+        self.tmp_path = self.path.with_name(f".{self.path.name}.partial")
+        self.row: tuple | None = None  # shape and type of a row
+        self.written = 0
+
+    def __enter__(self) -> ResumableRowWriter:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            self.stream = OutputFile(self.tmp_path, self.path, keep=True)
+            lock_file(self.stream, f"waiting for another run, which writes {self.path}")
+            if is_in_place(self.stream, self.tmp_path):
+                break
+            self.stream.close()  # the other run has finished it
+        self.written = self._count_written()
+        if not self.written:
+            self.row = None  # what is laid out there, if anything, is not to be relied on
+        return self
+
+    def append(self, values: np.ndarray) -> None:
+        """Write the next rows (n, ...)."""
+        row = (values.shape[1:], values.dtype)
+        if self.row is None:
+            require_disk_space(self.path.parent, self.rows * values[0].nbytes, self.remedy)
+            self._lay_out(*row)
+        if self.row != row:
+            raise UserError(f"{self.path}: the run before had rows of another shape; start it again")
+        checksums = find_checksums(values)
+        self._write(self.row_start + self.written * values[0].nbytes, values)
+        self._write(self.checksum_start + self.written * checksums[0].nbytes, checksums)
+        self.written += len(values)
+
+    def __exit__(self, kind, error, traceback) -> None:
+        with self.stream:
+            if os.name == "nt":  # where open files cannot be renamed, and none is locked
+                self.stream.close()
+            if error is None and self.written == self.rows:
+                os.replace(self.tmp_path, self.path)
+            elif not self.written or error is None or isinstance(error, UserError):
+                self.tmp_path.unlink()
+
+    def _lay_out(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        self.stream.truncate(0)
+        with h5py.File(self.stream, "w") as file:
+            file.attrs.update(self.attributes)
+            self.row_start = _create_contiguous(file, self.name, (self.rows, *shape), dtype)
+            sums = checksum_shape((self.rows, *shape))
+            self.checksum_start = _create_contiguous(file, CHECKSUMS, sums, np.dtype(np.uint32))
+        self.stream.check()
+        self.row = (shape, dtype)
+
+    def _count_written(self) -> int:
+        """The number of rows that an earlier run wrote of the same dataset."""
+        try:
+            with h5py.File(self.stream, "r") as file:
+                rows, checksums = file[self.name], file[CHECKSUMS]
+                if not has_attributes(file, self.attributes) or len(rows) != self.rows:
+                    return 0
+                self.row_start, self.checksum_start = rows.id.get_offset(), checksums.id.get_offset()
+                shape, dtype, expected = rows.shape, rows.dtype, checksums[:]
+            if None in (self.row_start, self.checksum_start) or expected.shape != checksum_shape(shape):
+                return 0
+            self.row = (shape[1:], dtype)
+            self.stream.seek(self.row_start)
+            size = math.prod(shape[1:]) * dtype.itemsize
+            for number in range(self.rows):
+                row = np.frombuffer(self.stream.read(size), np.uint8).reshape(1, *expected.shape[1:], -1)
+                if (find_checksums(row, expected[number : number + 1].shape) != expected[number]).any():
+                    return number
+        except (OSError, KeyError, RuntimeError, TypeError, ValueError, AttributeError, MemoryError):
+            return 0  # damaged, or not ours
+        return self.rows
+
+    def _write(self, offset: int, values: np.ndarray) -> None:
+        self.stream.seek(offset)
+        self.stream.write(values)
+        self.stream.check()
+
+
+def _create_contiguous(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """Make a dataset whose space in the file is fixed at once, and nothing is written to it; where it
+    begins."""
+    options = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    options.set_layout(h5py.h5d.CONTIGUOUS)
+    options.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    options.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    options.set_obj_track_times(False)  # the same rows make the same file, bit for bit
+    kind, space = h5py.h5t.py_create(dtype), h5py.h5s.create_simple(shape)
+    return h5py.h5d.create(file.id, name.encode(), kind, space, options).get_offset()

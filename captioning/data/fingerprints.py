@@ -10,13 +10,13 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import h5py
 import numpy as np
 
-from captioning.data.hdf5 import find_checksums
-from captioning.data.images import has_image_extension, read_image
-from captioning.data.prepared import Prepared, Record
+from captioning.data.images import has_image_extension, parallel_map, read_image
+from captioning.data.prepared import Prepared, Record, find_checksums, training_data
 from captioning.files import AnyOf, find_mismatch
-from utils import UserError, parallel_map, read_json, write_json
+from utils import UserError, read_json, write_json
 
 Stamps = dict[str, list]  # path -> size in bytes, time of change in nanoseconds and, where taken, SHA-256
 
@@ -156,3 +156,36 @@ def _checksums_by_path(data: Prepared) -> dict[str, int]:
         if rows.checksums is not None:
             found |= zip((record.path for record in data.records(split)), rows.checksums.tolist())
     return found
+
+
+# --- prepared data ------------------------------------------------------------------------------------------
+
+
+def digest_files(folder: str | Path) -> dict[str, str]:
+    """The digest of each file of a preparation: of a JSON file's bytes, of an HDF5 file's pixels."""
+    digests = {}
+    for path in filter(Path.is_file, sorted(Path(folder).glob("*.json"))):  # and no pipe
+        digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    for path in filter(Path.is_file, sorted(Path(folder).glob("*_images.hdf5"))):
+        with h5py.File(path, "r") as file:
+            digests[path.name] = file.attrs["digest"]
+    return digests
+
+
+def is_whole(data: Prepared) -> bool:
+    """Whether all files of a preparation that have a digest are there and have it."""
+    try:
+        found = digest_files(data.folder)
+    except (OSError, KeyError, RuntimeError):
+        return False
+    return all(found.get(name) == digest for name, digest in data.digests.items())
+
+
+def is_same_training_data(earlier: object, record: dict) -> bool:
+    """Whether a checkpoint's `training_data` are those of `prepared.json`: the same images, captions and
+    words, or where an earlier release noted no digests, made of the same files with the same settings."""
+    if not isinstance(earlier, dict):
+        return False
+    if earlier.get("files") and record.get("files"):
+        return earlier["files"] == training_data(record)["files"]
+    return all(earlier.get(name) == record[name] for name in ("settings", "inputs"))

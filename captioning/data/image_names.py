@@ -8,10 +8,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from captioning.data.images import IMAGE_EXTENSIONS, PACKAGES, walk_images
+from captioning.data.images import IMAGE_EXTENSIONS, PACKAGES, natural_order, walk_images
 from captioning.data.prepared import Record
 from captioning.data.text_files import say_once
-from utils import UserError, atomic_write, counted, natural_order
+from utils import UserError, atomic_write, counted
 
 SIGNATURES = {b"\xff\xd8": ".jpg", b"\x89PNG": ".png", b"GIF8": ".gif", b"RIFF": ".webp", b"BM": ".bmp"}
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import threading
 import warnings
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from io import BytesIO
@@ -16,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from utils import UserError, kind_of_file, natural_order
+from utils import UserError, kind_of_file
 
 # formats that not every Pillow reads, and what makes it read them
 PACKAGES = {".heic": "pillow-heif", ".heif": "pillow-heif", ".avif": '"pillow>=11.3"'}
@@ -347,3 +350,33 @@ def list_images(folder: str | Path) -> list[Path]:
     if not paths:
         raise UserError(f"{folder}: no images in it ({', '.join(IMAGE_EXTENSIONS)})")
     return paths
+
+
+def natural_order(name: str) -> list:
+    """Sort key by which img2 comes before img10."""
+    return [
+        (0, int(part[:4000]), part) if part.isdecimal() else (1, 0, part)  # longer ones Python does not read
+        for part in re.split(r"(\d+)", name)
+        if part
+    ]
+
+
+def parallel_map(function: Callable, items: Iterable, workers: int, ahead: int = 0) -> Iterator:
+    """`map(function, items)` on `workers` threads: in order, few results waiting, so that memory stays flat.
+
+    At most `ahead` of them wait, or four for each thread if that is more.
+
+    For work that leaves the interpreter lock, as Pillow's decoding and resizing does.
+    """
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        waiting: deque = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > max(4 * workers, ahead, 1):
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

@@ -11,7 +11,10 @@ noticed. Folders that were prepared before there were digests are accepted where
 
 from __future__ import annotations
 
-import hashlib
+import math
+import shutil
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,9 +22,8 @@ import h5py
 import numpy as np
 
 from captioning.command_line import LARGEST
-from captioning.data.hdf5 import Rows, open_dataset
 from captioning.files import AnyOf, Number, find_mismatch
-from utils import UserError, read_json
+from utils import UserError, read_json, readable_size
 
 PAD, UNK, START, END = "<pad>", "<unk>", "<start>", "<end>"
 REMEDY = "run create_input_files.py again"
@@ -88,30 +90,9 @@ def read_prepared(data_folder: str | Path) -> dict:
     return record
 
 
-def digest_files(folder: str | Path) -> dict[str, str]:
-    """The digest of each file of a preparation: of a JSON file's bytes, of an HDF5 file's pixels."""
-    digests = {}
-    for path in filter(Path.is_file, sorted(Path(folder).glob("*.json"))):  # and no pipe
-        digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    for path in filter(Path.is_file, sorted(Path(folder).glob("*_images.hdf5"))):
-        with h5py.File(path, "r") as file:
-            digests[path.name] = file.attrs["digest"]
-    return digests
-
-
 def training_data(record: dict) -> dict:
     """What a checkpoint keeps of `prepared.json`, by which `is_same_training_data` knows the data again."""
     return {"settings": record["settings"], "inputs": record["inputs"], "files": _training_digests(record)}
-
-
-def is_same_training_data(earlier: object, record: dict) -> bool:
-    """Whether a checkpoint's `training_data` are those of `prepared.json`: the same images, captions and
-    words, or where an earlier release noted no digests, made of the same files with the same settings."""
-    if not isinstance(earlier, dict):
-        return False
-    if earlier.get("files") and record.get("files"):
-        return earlier["files"] == _training_digests(record)
-    return all(earlier.get(name) == record[name] for name in ("settings", "inputs"))
 
 
 def _training_digests(record: dict) -> dict[str, str]:
@@ -202,14 +183,6 @@ class Prepared:
         with self.images(split).file as file:
             return str(file.attrs.get("digest"))
 
-    def is_whole(self) -> bool:
-        """Whether all files with a digest are there and have it."""
-        try:
-            found = digest_files(self.folder)
-        except (OSError, KeyError, RuntimeError):
-            return False
-        return all(found.get(name) == digest for name, digest in self.digests.items())
-
     def _read(self, name: str) -> object:
         digest = self.digests.get(name)
         if self.record.get("files") and digest is None:
@@ -233,3 +206,120 @@ class Prepared:
         elif values.min() < 0 or values.max() >= end:
             problem = f"numbers from {values.min()} to {values.max()} where {end - 1} is the largest"
         return self._require(values, name, problem).astype(np.min_scalar_type(end))
+
+
+# --- rows of HDF5 files -------------------------------------------------------------------------------------
+# Beside a dataset with a row for each image lies another, uint32: the CRC-32 of the bytes of each row, or
+# where rows have views, of each view. It is compared whenever they are read; files of earlier releases have
+# none.
+
+CHECKSUMS = "checksums"
+
+
+def checksum_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of rows (I, ...) each has a checksum: (I,); of (I, views, h, w, D) each view: (I, views)."""
+    return shape[: max(1, len(shape) - 3)]
+
+
+def find_checksums(values: np.ndarray, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """The CRC-32 of each of the parts into which the shape, that of `checksum_shape`, divides the values."""
+    shape = checksum_shape(values.shape) if shape is None else shape
+    parts = np.ascontiguousarray(values).reshape(math.prod(shape), -1)
+    return np.array([zlib.crc32(part) for part in parts], np.uint32).reshape(shape)
+
+
+def require_disk_space(folder: Path, needed: int, remedy: str) -> None:
+    """Raise UserError unless `needed` bytes are free on the folder's disk."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(f"{folder}: {readable_size(free)} free, {readable_size(needed)} needed: {remedy}")
+
+
+class Rows:
+    """A dataset of an open file, for reading; every row that has a checksum is compared with it.
+
+    Raises (on reading):
+        UserError: a row is damaged. OSError: it cannot be read.
+    """
+
+    def __init__(self, dataset: h5py.Dataset, checksums: np.ndarray | None, remedy: str):
+        self.dataset, self.checksums, self.remedy = dataset, checksums, remedy
+        self.file, self.shape, self.dtype = dataset.file, dataset.shape, dataset.dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: int | slice) -> np.ndarray:
+        """A row, or consecutive ones."""
+        if isinstance(index, slice):
+            return self.read(range(*index.indices(len(self))))
+        return self.read([index])[0]
+
+    def read(self, places: Sequence[int | tuple[int, ...]]) -> np.ndarray:
+        """Rows (n, ...) of these numbers; where rows have views, (row, view) is a place too."""
+        first = self.shape[len(np.atleast_1d(places[0])) :]
+        values = np.empty((len(places), *first), self.dtype)
+        for number, place in enumerate(places):
+            self.dataset.read_direct(values, place, np.s_[number])
+            if self.checksums is None:
+                continue
+            expected = self.checksums[place]
+            if (find_checksums(values[number], expected.shape) != expected).any():
+                raise UserError(f"{self.file.filename}: its row {place} is damaged; {self.remedy}")
+        return values
+
+
+def open_dataset(
+    path: str | Path, name: str, dtype: type, dimensions: int | None = None, remedy: str = "make it anew"
+) -> Rows:
+    """A dataset of an HDF5 file, whose values are all in this file; `.file.close()` closes it.
+
+    Args:
+        remedy: what to do where a row that is read later is damaged.
+
+    Raises:
+        ValueError: it is missing, cut short, of another kind, or leads to another file.
+    """
+    if not Path(path).is_file():
+        raise ValueError("the file is missing, or no file")
+    try:
+        file = h5py.File(path, "r")
+    except (OSError, RuntimeError):
+        raise ValueError("it is cut short or no HDF5 file") from None
+    try:
+        if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+            raise ValueError(f"it has no dataset {name} of its own")
+        dataset = file[name]
+        if not isinstance(dataset, h5py.Dataset) or dataset.dtype != dtype:
+            raise ValueError(f"its {name} are not {np.dtype(dtype)}")
+        if dataset.ndim != (dimensions or dataset.ndim):
+            raise ValueError(f"its {name} have {dataset.ndim} dimensions, not {dimensions}")
+        if _leads_elsewhere(dataset):
+            raise ValueError(f"its {name} are compressed or in other files")
+        if dataset.id.get_storage_size() < math.prod(dataset.shape) * dataset.dtype.itemsize:
+            raise ValueError(f"some of its {name} were never written")
+        return Rows(dataset, _read_checksums(file, dataset.shape), remedy)
+    except (KeyError, RuntimeError, OSError, TypeError) as error:
+        file.close()
+        raise ValueError(f"it is damaged ({type(error).__name__})") from None
+    except ValueError:
+        file.close()
+        raise
+
+
+def _leads_elsewhere(dataset: h5py.Dataset) -> bool:
+    """Whether its values are compressed, or in other files."""
+    packed = dataset.compression or dataset.scaleoffset is not None
+    return bool(dataset.is_virtual or dataset.external or packed)
+
+
+def _read_checksums(file: h5py.File, shape: tuple[int, ...]) -> np.ndarray | None:
+    link = file.get(CHECKSUMS, getlink=True)
+    if link is None:  # written by an earlier release
+        return None
+    checksums = file[CHECKSUMS] if isinstance(link, h5py.HardLink) else None
+    if not isinstance(checksums, h5py.Dataset) or checksums.dtype != np.uint32 or _leads_elsewhere(checksums):
+        raise ValueError(f"its {CHECKSUMS} are damaged")
+    if checksums.shape != checksum_shape(shape):
+        raise ValueError(f"its {CHECKSUMS} are not those of its rows")
+    return checksums[:]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from captioning.decoding.options import NO_RULES, WordMasks, WordRules
-from captioning.decoding.pooled_grid import encoder_out_of
+from captioning.decoding.teacher_forcing import encoder_out_of
 from models import ENCODED_SIZE, DecoderWithAttention
 from utils import UserError, copy_to_device
 
@@ -78,58 +78,72 @@ def beam_search_n_best(
         UserError: the logits are not numbers.
     """
     images, device = len(grids[0]), grids[0].device
-    best: list[list[Hypothesis]] = [[] for _ in range(images)]  # ended ones, by descending score
-
-    def score_to_beat(image: int) -> float:
-        return best[image][-1].score if len(best[image]) == n_best else -math.inf
-
-    def add_unfinished(row: int) -> None:
-        """Fill up an image's captions with its live hypotheses."""
-        image = beams.image[row]
-        ended_ones = [found.words for found in best[image]]
-        unfinished = beams.unfinished(row, rules, length_penalty)
-        best[image] += [found for found in unfinished if found.words not in ended_ones]
-        del best[image][n_best:]
-
+    best = BestCaptions(images, n_best, length_penalty)
     beams = _Beams(search_states(decoders, grids), images, start, beam_size, keep_alphas, device)
     masks = WordMasks(rules, end, device)
     for step in range(1, max_steps + 1):
-        log_probs, alphas = next_words(beams.states, beams.device_words[:, :, -1])  # (n, K, V), (n, K, P)
-        vocabulary = log_probs.shape[2]
-        masks.apply(log_probs, beams.device_words)
-        totals = (beams.device_scores.unsqueeze(2) + log_probs).flatten(1)  # (n, K * V)
-        scores, chosen = _to_host(*totals.topk(min(beam_size, totals.shape[1]), dim=1))  # descending
-        scores = scores.masked_fill(torch.arange(scores.shape[1]) >= beams.room.unsqueeze(1), -torch.inf)
-        parents, words = chosen // vocabulary, chosen % vocabulary
-        ended = (words == end) & scores.isfinite()
-
-        for i, k in ended.nonzero().tolist():  # few: at most beam_size an image over the whole search
-            image, total = beams.image[i], float(scores[i, k])
-            score = normalized_score(total, step, length_penalty)
-            if score > score_to_beat(image):
-                found = beams.hypothesis(i, int(parents[i, k]), score, total)
-                best[image] = sorted([*best[image], found], key=lambda h: -h.score)[:n_best]
-        for i in (scores.isneginf().all(dim=1) & (beams.room > 0)).nonzero().flatten().tolist():
-            add_unfinished(i)  # the rules leave no word
-        beams.follow(parents, words, scores.masked_fill(ended, -torch.inf), ended.sum(dim=1), alphas)
-
-        # sums only fall, so without a length penalty one that trails the ended ones can never win
-        leading = beams.scores[:, 0].tolist()
-        open_ = [
-            i for i, (image, lead) in enumerate(zip(beams.image, leading))
-            if lead > (-math.inf if length_penalty else score_to_beat(image))
-        ]  # fmt: skip
-        if not open_:
+        _take_step(step, beams, masks, best)
+        if not beams.image:
             break
-        beams.keep(open_)
-    else:
-        for i in range(len(beams.image)):
-            add_unfinished(i)
-    if [] in best:
+    for row in range(len(beams.image)):  # the step limit came
+        best.add_unfinished(beams, row, rules)
+    if [] in best.found:
         raise UserError(
             "the decoder's word scores are not numbers: its training went astray, take another checkpoint"
         )
-    return best
+    return best.found
+
+
+def _take_step(step: int, beams: _Beams, masks: WordMasks, best: BestCaptions) -> None:
+    """Lengthen the live hypotheses by a word, note those that end, and go on with the images that have others
+    which may still win."""
+    log_probs, alphas = next_words(beams.states, beams.device_words[:, :, -1])  # (n, K, V), (n, K, P)
+    vocabulary = log_probs.shape[2]
+    masks.apply(log_probs, beams.device_words)
+    totals = (beams.device_scores.unsqueeze(2) + log_probs).flatten(1)  # (n, K * V)
+    scores, chosen = _to_host(*totals.topk(min(beams.size, totals.shape[1]), dim=1))  # descending
+    scores = scores.masked_fill(torch.arange(scores.shape[1]) >= beams.room.unsqueeze(1), -torch.inf)
+    parents, words = chosen // vocabulary, chosen % vocabulary
+    ended = (words == masks.end) & scores.isfinite()
+    for i, k in ended.nonzero().tolist():  # few: at most beam_size an image over the whole search
+        best.add_ended(beams, i, int(parents[i, k]), float(scores[i, k]), step)
+    for i in (scores.isneginf().all(dim=1) & (beams.room > 0)).nonzero().flatten().tolist():
+        best.add_unfinished(beams, i, masks.rules)  # the rules leave no word
+    beams.follow(parents, words, scores.masked_fill(ended, -torch.inf), ended.sum(dim=1), alphas)
+    leading = zip(beams.image, beams.scores[:, 0].tolist())
+    beams.keep([row for row, (image, lead) in enumerate(leading) if best.may_change(image, lead)])
+
+
+class BestCaptions:
+    """The best captions of each image so far, up to `n_best`, by descending score: `found`."""
+
+    def __init__(self, images: int, n_best: int, length_penalty: float):
+        self.n_best, self.length_penalty = n_best, length_penalty
+        self.found: list[list[Hypothesis]] = [[] for _ in range(images)]
+
+    def add_ended(self, beams: _Beams, row: int, parent: int, total: float, length: int) -> None:
+        """Take in a hypothesis that ends, if it is good enough. total: its summed log-probability."""
+        image, score = beams.image[row], normalized_score(total, length, self.length_penalty)
+        if score > self._score_to_beat(image):
+            ended = beams.hypothesis(row, parent, score, total)
+            self.found[image] = sorted([*self.found[image], ended], key=lambda h: -h.score)[: self.n_best]
+
+    def add_unfinished(self, beams: _Beams, row: int, rules: WordRules) -> None:
+        """Fill up an image's captions with its live hypotheses."""
+        found = self.found[beams.image[row]]
+        ended_ones = [one.words for one in found]
+        unfinished = beams.unfinished(row, rules, self.length_penalty)
+        found += [one for one in unfinished if one.words not in ended_ones]
+        del found[self.n_best :]
+
+    def may_change(self, image: int, leading: float) -> bool:
+        """Whether live hypotheses, of which the best has this score, may still win: sums only fall, so that
+        without a length penalty one that trails the ended ones never does."""
+        return leading > (-math.inf if self.length_penalty else self._score_to_beat(image))
+
+    def _score_to_beat(self, image: int) -> float:
+        found = self.found[image]
+        return found[-1].score if len(found) == self.n_best else -math.inf
 
 
 class SearchState:
@@ -201,7 +215,7 @@ class _Beams:
         keep_alphas: bool,
         device: torch.device,
     ):
-        self.states = states  # one of each decoder
+        self.states, self.size = states, beam_size  # one state of each decoder
         self.image = list(range(images))  # index in the batch
         self.room = torch.full((images,), beam_size)  # hypotheses that may still live
         self.scores = torch.zeros(images, 1)  # -inf: no hypothesis
@@ -229,6 +243,8 @@ class _Beams:
         """Go on with these images only, on the device too."""
         some_end = len(rows) < len(self.image)
         self.image = [self.image[row] for row in rows]
+        if not rows:
+            return
         index = torch.tensor(rows)
         self.room, self.scores, self.parents = self.room[index], self.scores[index], self.parents[index]
         self.words, self.totals = self.words[index], self.totals[index]

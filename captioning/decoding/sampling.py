@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from captioning.decoding.beam_search import Hypothesis, next_words, search_states
+from captioning.decoding.beam_search import Hypothesis, SearchState, next_words, search_states
 from captioning.decoding.options import NO_RULES, WordMasks, WordRules
 from models import DecoderWithAttention
 from utils import UserError, copy_to_device
@@ -129,22 +129,30 @@ def draw_captions(
         history = torch.cat([history, words.unsqueeze(2)], dim=2)
         ended = ended | (words == end)
         if step % STEPS_BETWEEN_CHECKS == STEPS_BETWEEN_CHECKS - 1:
-            left = (~ended).sum(dim=1).cpu()
-            if not left.any():
+            picked = _drop_ended(states, ended)
+            if picked is None:
                 break
-            (index,) = copy_to_device([left.nonzero().flatten()], device)
-            first = ended[index].int().argsort(dim=1, stable=True)[:, : int(left.max())]  # those that go on
-            for state in states:
-                if len(index) < len(left):
-                    state.keep(index)
-                state.reorder(first)
-            picked = index.unsqueeze(1), first
             rows, ended, history, uniforms = (v[picked] for v in (rows, ended, history, uniforms))
     shape = images, samples, -1
     alphas = torch.stack(maps, dim=1).view(images, samples, len(maps), -1) if keep_alphas else None
     return DrawnCaptions(
         all_words.view(shape), all_log_probs.view(shape), is_stuck.view(images, samples), alphas
     )
+
+
+def _drop_ended(states: Sequence[SearchState], ended: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Go on with those images, and of each with those samples, that have not `ended` (N, K): their indices
+    (n, 1) and (n, k); None where all have."""
+    left = (~ended).sum(dim=1).cpu()
+    if not left.any():
+        return None
+    (index,) = copy_to_device([left.nonzero().flatten()], ended.device)
+    first = ended[index].int().argsort(dim=1, stable=True)[:, : int(left.max())]  # those that go on
+    for state in states:
+        if len(index) < len(left):
+            state.keep(index)
+        state.reorder(first)
+    return index.unsqueeze(1), first
 
 
 def image_seed(seed: int, image_id: str) -> int:

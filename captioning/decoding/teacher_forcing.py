@@ -2,14 +2,16 @@
 
 `token_logits` runs `DecoderWithAttention.teacher_forcing` and computes all logits in one product after the
 last step. So are, on a CPU, the gradients of the weights that each step uses: automatic differentiation would
-compute them at every step and add them up, 21 MB each time for an LSTM of width 512.
+compute them at every step and add them up, 21 MB each time for an LSTM of width 512. `encoder_out_of` gives
+the pixels that the decoder looks at, here and in the search, in a form that is faster to compute with.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +19,9 @@ from torch import Tensor
 from torch.autograd import Function, Variable
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
-from captioning.decoding.pooled_grid import encoder_out_of
-from models import DecoderWithAttention
+from models import ENCODED_SIZE, DecoderWithAttention, pool_grid
 from utils import copy_to_device
 
 
@@ -175,3 +177,60 @@ class CollectedWeightGradients(TorchFunctionMode):
         if type(inputs) is not Tensor or inputs.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return False
         return torch.is_grad_enabled() and weight.is_leaf and weight.requires_grad and bias is not None
+
+
+# --- a grid of 8 x 8 cells as 14 x 14 pixels ----------------------------------------------------------------
+# At 256 pixels an encoder's grid has 64 cells, and each of the 196 pixels is a mean of some of them: pooling
+# is a matrix whose rows sum to one. So what is linear in the pixels is computed from the cells, a third of
+# the numbers: attention's projection is pooled after its linear layer, and a context is a sum over cells.
+
+MATMUL = (Tensor.__matmul__, Tensor.matmul, torch.matmul)
+METADATA = (Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.__len__)
+
+
+def encoder_out_of(grid: Tensor) -> Tensor:
+    """An encoder's grid (N, h, w, encoder_dim) -> what the decoder looks at, (N, 196, encoder_dim)."""
+    height, width = grid.shape[1:3]
+    if height * width >= ENCODED_SIZE**2:
+        return pool_grid(grid).flatten(1, 2)
+    cells = torch.eye(height * width, dtype=grid.dtype, device=grid.device).view(-1, height, width, 1)
+    return PooledGrid(grid.flatten(1, 2), pool_grid(cells).flatten(1).T.contiguous())
+
+
+class PooledGrid(Tensor):
+    """The pixels (N, P, D) = pooling (P, C) @ cells (N, C, D). It stands for their tensor: an operation that
+    is not known here runs on the pixels."""
+
+    @staticmethod
+    def __new__(cls, cells: Tensor, pooling: Tensor) -> PooledGrid:
+        shape = len(cells), len(pooling), cells.shape[2]
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=cells.dtype, device=cells.device)
+
+    def __init__(self, cells: Tensor, pooling: Tensor):
+        self.cells, self.pooling = cells, pooling
+
+    def pool(self, values: Tensor) -> Tensor:
+        """Values of the cells (N, C, X) -> of the pixels (N, P, X)."""
+        return self.pooling.to(values.dtype).expand(len(values), -1, -1) @ values
+
+    @classmethod
+    def __torch_function__(cls, function, types, args: tuple = (), kwargs: dict[str, Any] | None = None):
+        if function in METADATA:
+            return super().__torch_function__(function, types, args, kwargs)
+        first, second = (*args, None, None)[:2]
+        if function is F.linear and type(first) is cls and not kwargs:
+            return first.pool(F.linear(first.cells, *args[1:]))
+        if function in MATMUL and type(second) is cls and type(first) is not cls and first.dim() == 3:
+            return first @ second.pooling.to(first.dtype) @ second.cells
+        is_of_images = isinstance(second, slice) or (isinstance(second, Tensor) and second.dim() == 1)
+        if function is Tensor.__getitem__ and is_of_images:
+            return cls(first.cells[second], first.pooling)
+        name = function.__name__
+        if type(first) is cls and (name == "__setitem__" or re.fullmatch("[^_].*_", name)):
+            raise TypeError(f"{name}: the pixels of a grid cannot be changed in place; make new ones")
+        return cls.__torch_dispatch__(function, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args: tuple = (), kwargs: dict[str, Any] | None = None):
+        pixels = tree_map(lambda a: a.pool(a.cells) if type(a) is cls else a, (args, kwargs or {}))
+        return function(*pixels[0], **pixels[1])

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from captioning.data.images import parallel_map
 from captioning.data.sidecars import Backup
 from captioning.data.submissions import ScoredCaption, caption_rows, metadata_name, write_submission
 from captioning.decoding.options import DecodingOptions
@@ -32,18 +33,7 @@ from captioning.folders.plan import (
     plan_folder,
     read_row,
 )
-from utils import (
-    Messages,
-    UserError,
-    counted,
-    is_main_process,
-    on_main_process,
-    parallel_map,
-    processes,
-    progress_bar,
-    say,
-    tell,
-)
+from utils import Messages, UserError, counted, is_main_process, processes, progress_bar, say, tell
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -259,6 +249,29 @@ def _gather(problems: list[Problem], journal: Journal) -> list[Problem]:
             f"another process of this run has ended before its share was done; {journal.count()} captions "
             f"are kept in {journal}, and the same command goes on from there"
         ) from None
+
+
+def on_main_process(work: Callable[[], Any]) -> Any:
+    """What `work()` gives in the main process, in every process; an error of the user is raised in all."""
+    state = processes()
+    result = [None]
+    if state.is_main_process:
+        try:
+            result = [work()]
+        except (UserError, OSError) as error:
+            if state.num_processes == 1:
+                raise
+            result = [error]
+    if state.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        try:
+            broadcast_object_list(result)
+        except RuntimeError:
+            raise UserError("the main process ended before its work was done") from None
+    if isinstance(result[0], Exception):
+        raise result[0]
+    return result[0]
 
 
 # --- the output --------------------------------------------------------------------------------------------

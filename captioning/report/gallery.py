@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from captioning.data.images import read_image
+from captioning.data.images import parallel_map, read_image
 from captioning.data.prepared import Record
 from captioning.files import named_in_errors, remove_unfinished, write_encoded
 from captioning.report.scoring import COLUMNS
 from metrics import Scores
-from utils import UserError, check_output, parallel_map, progress_bar
+from utils import UserError, check_output, progress_bar
 
 if TYPE_CHECKING:  # files of captions are shown without torch, which takes seconds to import
     from captioning.captioners.base import Caption

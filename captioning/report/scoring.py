@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captioning.data.annotations import as_paths, read_annotations, require_words, test_records
-from captioning.data.hdf5 import Rows
 from captioning.data.image_names import NameIndex, parts_of, stem
-from captioning.data.prepared import Prepared, Record
+from captioning.data.images import parallel_map
+from captioning.data.prepared import Prepared, Record, Rows
 from captioning.data.submissions import ScoredCaption, read_submission
 from captioning.data.tables import Columns
 from captioning.data.text_files import say_once
 from captioning.decoding.options import DecodingOptions
 from metrics import Scores, score_captions, tokenize
 from metrics.ngrams import LONGEST_NGRAM, named_bleu
-from utils import UserError, counted, parallel_map, processes, progress_bar, say
+from utils import UserError, counted, processes, progress_bar, say
 
 if TYPE_CHECKING:
     import torch

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from captioning.data.annotations import require_image
 from captioning.data.features import REMEDY, is_up_to_date, weights_digest, write_features
-from captioning.data.hdf5 import Rows, open_dataset
-from captioning.data.images import read_image
-from captioning.data.prepared import Record
+from captioning.data.images import parallel_map, read_image
+from captioning.data.prepared import Record, Rows, open_dataset
 from datasets import LEFT_OR_RIGHT, augment_image
-from utils import UserError, parallel_map, pick_device, processes, progress_bar
+from utils import UserError, pick_device, processes, progress_bar
 
 if TYPE_CHECKING:
     from captioning.captioners.blip import BlipCaptioner

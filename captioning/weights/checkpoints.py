@@ -17,11 +17,9 @@ import torch
 from torch import Tensor
 
 from captioning.command_line import LARGEST
-from captioning.data.hdf5 import require_disk_space
-from captioning.data.prepared import find_word_map_problem
+from captioning.data.prepared import find_word_map_problem, require_disk_space
 from captioning.files import Number, OutputFile, find_mismatch
-from captioning.weights.pretrained import build_encoder
-from captioning.weights.torch_files import load_torch_file
+from captioning.weights.pretrained import build_encoder, load_torch_file
 from models import Attention, DecoderWithAttention, Encoder, HardAttention
 from utils import UserError, atomic_write, read_json, readable_size, say
 

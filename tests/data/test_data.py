@@ -19,10 +19,10 @@ from PIL import Image
 
 import create_input_files as preparation
 from captioning.data.annotations import read_annotations, split_records
-from captioning.data.images import list_images, read_image
+from captioning.data.images import list_images, natural_order, parallel_map, read_image
 from captioning.data.submissions import write_submission
 from datasets import CaptionDataset, Request
-from utils import UserError, natural_order, parallel_map
+from utils import UserError
 
 FLICKR, COCO = SHARED / "flickr8k_small", SHARED / "coco_small"
 needs_flickr = pytest.mark.skipif(not FLICKR.is_dir(), reason="no real photographs here")

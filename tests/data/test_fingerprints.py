@@ -17,12 +17,13 @@ from captioning.data.fingerprints import (
     IMAGE_FILES,
     files_are_as_recorded,
     images_are_as_prepared,
+    is_same_training_data,
     list_image_files,
     record_image_files,
     stamp_files,
     stamp_times,
 )
-from captioning.data.prepared import Prepared, Record, is_same_training_data, training_data
+from captioning.data.prepared import Prepared, Record, training_data
 from utils import read_json, write_json
 
 
@@ -63,21 +64,21 @@ def data(demo, tmp_path):
 def test_images_that_change_are_noticed(data):
     copy, settings = data
     images = copy / "train" / "train"
-    assert run_pipeline.is_prepared(settings)
+    assert preparation.is_prepared(settings)
     touch(images / "train_0003.jpg")
     touch(copy / "test" / "test" / "test_0002.jpg")
     before = read_json(f"{settings.output_folder}/{IMAGE_FILES}")
-    assert run_pipeline.is_prepared(settings), "the contents are the same"
+    assert preparation.is_prepared(settings), "the contents are the same"
     after = read_json(f"{settings.output_folder}/{IMAGE_FILES}")
-    assert after != before and run_pipeline.is_prepared(settings)
+    assert after != before and preparation.is_prepared(settings)
     (images / "notes.txt").write_text("no image")
-    assert run_pipeline.is_prepared(settings)
+    assert preparation.is_prepared(settings)
 
     def noticed(change, undo) -> None:
         change()
-        assert not run_pipeline.is_prepared(settings)
+        assert not preparation.is_prepared(settings)
         undo()
-        assert run_pipeline.is_prepared(settings)
+        assert preparation.is_prepared(settings)
 
     photo, kept = images / "train_0003.jpg", copy / "kept.jpg"
     shutil.copy2(photo, kept)
@@ -95,9 +96,9 @@ def test_a_preparation_of_before_is_made_once_more(data):
     file = f"{settings.output_folder}/{IMAGE_FILES}"
     for content in (None, [], {"stamps": {"a": ["x"]}, "others": None}, {"stamps": 1}):
         write_json(file, content)
-        assert not run_pipeline.is_prepared(settings)
+        assert not preparation.is_prepared(settings)
     os.unlink(file)
-    assert not run_pipeline.is_prepared(settings)
+    assert not preparation.is_prepared(settings)
 
 
 def test_a_training_is_known_by_its_data_and_not_by_times(data, tmp_path):

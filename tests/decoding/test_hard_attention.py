@@ -16,8 +16,9 @@ from captioning.data.prepared import UNK
 from captioning.decoding.beam_search import beam_search
 from captioning.decoding.fast_energies import use_fast_energies
 from captioning.decoding.teacher_forcing import PackedCaptions, TokenLogits, token_logits
-from captioning.training.losses import BASELINE, CrossEntropy, LocationLoss
+from captioning.training.losses import CrossEntropy
 from captioning.training.optimization import Run
+from captioning.training.reinforce import BASELINE, LocationLoss
 from captioning.weights.checkpoints import load_checkpoint, save_checkpoint
 from models import Attention, DecoderWithAttention, HardAttention
 from tests.fake_cuda import CudaTensor, FakeCuda, backward, to_cuda
@@ -39,8 +40,8 @@ def make_settings(**options) -> train.Settings:
 
 def make_objective(decoder, baseline: float | None = None, **options) -> CrossEntropy:
     history = [] if baseline is None else [{"epoch": 1, BASELINE: baseline}]
-    objective = CrossEntropy(None, decoder, make_settings(**options), Run.start("no"), {UNK: 0}, 0.0, history)
-    return objective
+    settings, run = make_settings(**options), Run.start("no")
+    return CrossEntropy(None, decoder, settings, run, {UNK: 0}, hard=LocationLoss(settings, run, history))
 
 
 def plain_decoding(decoder, grid, caption: list[int], look) -> tuple[torch.Tensor, torch.Tensor]:
@@ -288,7 +289,9 @@ def test_a_training_step_on_cuda(monkeypatch, precision, fast):
     with FakeCuda() as cuda:
         on_device = SimpleNamespace(device=torch.device("cuda", 0), state=Run.start("no").state)
         moved = to_cuda(decoder)
-        objective = CrossEntropy(None, moved, make_settings(), on_device, {UNK: 0}, 0.0, [{BASELINE: -9.0}])
+        settings = make_settings()
+        hard = LocationLoss(settings, on_device, [{BASELINE: -9.0}])
+        objective = CrossEntropy(None, moved, settings, on_device, {UNK: 0}, hard=hard)
         objective.start_step(lengths.numpy())
         cuda.waits.clear()
         torch.manual_seed(1)  # the pretended device draws the CPU's numbers

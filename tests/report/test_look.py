@@ -26,13 +26,16 @@ from captioning.report.comparison import (
     verdict,
 )
 from captioning.report.figures import draw_attention
-from captioning.report.pointing import inside, named_objects, pointing_score, read_boxes
 from captioning.report.quality import (
     attention_summary,
     caption_quality,
     distinct_ngrams,
     entropy,
     has_repetition,
+    inside,
+    named_objects,
+    pointing_score,
+    read_boxes,
 )
 from captioning.report.scoring import report_scores
 from captioning.weights.checkpoints import load_checkpoint, save_checkpoint

@@ -11,8 +11,8 @@ import train
 from captioning.data.features import cache_features
 from captioning.data.prepared import Prepared
 from captioning.training.optimization import Run
+from captioning.training.reinforce import Reward, SelfCritical
 from captioning.training.resume import REWARD, epochs_of_patience
-from captioning.training.self_critical import Reward, SelfCritical
 from captioning.weights.checkpoints import decoder_from, encoder_from, load_checkpoint
 from datasets import CaptionDataset, Request
 from metrics import tokenize

@@ -14,8 +14,8 @@ from captioning.decoding.sampling import draw_captions
 from captioning.decoding.teacher_forcing import token_logits
 from captioning.training import self_critical
 from captioning.training.optimization import Run, TrainedWeights
+from captioning.training.reinforce import Reward, SelfCritical, draw_samples, leave_one_out
 from captioning.training.resume import REWARD
-from captioning.training.self_critical import Reward, SelfCritical, draw_samples, leave_one_out
 from metrics import CiderD
 from models import DecoderWithAttention, pool_grid
 from tests.reference import TextbookDecoder
@@ -214,7 +214,7 @@ def test_the_baseline_is_the_mean_of_the_others():
 
 
 def reinforce(textbook, grid, samples: list[list[list[int]]], rewards: list[list[float]]):
-    """The formula of captioning/training/self_critical.py, word by word; `samples` without `<start>`."""
+    """The formula of captioning/training/reinforce.py, word by word; `samples` without `<start>`."""
     total, words = 0.0, 0
     for image, (captions, values) in enumerate(zip(samples, rewards)):
         pixels = pool_grid(grid[image : image + 1]).flatten(1, 2)
