@@ -42,7 +42,7 @@ def caption_scores(references: list[list[list[str]]], captions: dict[int, str]) 
     hypotheses = [tokenize(captions[index]) for index in range(len(references))]
     cider = CiderD.from_references(references).score(references, hypotheses)
     scores = {"val_bleu4": bleu4(references, hypotheses), "val_cider": math.fsum(cider) / len(cider)}
-    # less is no match: NLTK's constants, or CIDEr of captions many times as long as the references
+    # less is no match: CIDEr of captions many times as long as the references leaves 1e-100 and the like
     return {name: score if score > 1e-6 else 0.0 for name, score in scores.items()}
 
 
