@@ -245,7 +245,7 @@ def test_hdf5_and_torch_survive_a_failing_write(tmp_path, monkeypatch):
             written.append(len(data))
             return super().write(data)
 
-    monkeypatch.setattr("captioning.data.hdf5.OutputFile", FullDisk)
+    monkeypatch.setattr("create_input_files.OutputFile", FullDisk)
     with pytest.raises(OSError), RowWriter(tmp_path / "a", "rows", 1000, "") as writer:
         for _ in range(1000):
             writer.append(np.zeros((1, 10_000), np.uint8))

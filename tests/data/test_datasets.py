@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from captioning.captioners.tiny_blip import tiny_captioner
-from captioning.data import features, hdf5
+from captioning.data import features
+from captioning.data import prepared as prepared_data
 from captioning.data.annotations import read_annotations
 from captioning.data.features import cache_features, cached_features, encode_images
 from captioning.files import remove_unfinished
@@ -168,7 +169,7 @@ def test_feature_cache_is_made_once_and_never_stale(prepared):
 
 def test_a_full_disk_is_noticed_before_the_work(tmp_path, monkeypatch):
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr(hdf5.shutil, "disk_usage", lambda folder: usage(free=99))
+    monkeypatch.setattr(prepared_data.shutil, "disk_usage", lambda folder: usage(free=99))
     encoded = []
 
     def encode(batch):
@@ -222,7 +223,7 @@ def test_an_interrupted_cache_goes_on(tmp_path):
             assert "start it again" in str(error)
             encoded = write_squares(file, 10, *arguments)
         assert [path.name for path in tmp_path.iterdir()] == ["f.hdf5"]
-        assert hdf5.open_dataset(file, "features", np.float16)[:].flatten().tolist() == truth
+        assert prepared_data.open_dataset(file, "features", np.float16)[:].flatten().tolist() == truth
         assert features.is_up_to_date(file, {"weights": arguments[0] if arguments else "w"}, 10)
         assert not features.is_up_to_date(file, {"weights": "other"}, 10)
         assert not features.is_up_to_date(file, {"weights": "w"}, 11)

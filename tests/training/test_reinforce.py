@@ -12,7 +12,7 @@ from captioning.decoding import sampling
 from captioning.decoding.fast_energies import use_fast_energies
 from captioning.decoding.sampling import draw_captions
 from captioning.decoding.teacher_forcing import token_logits
-from captioning.training import self_critical
+from captioning.training import reinforce
 from captioning.training.optimization import Run, TrainedWeights
 from captioning.training.reinforce import Reward, SelfCritical, draw_samples, leave_one_out
 from captioning.training.resume import REWARD
@@ -213,7 +213,7 @@ def test_the_baseline_is_the_mean_of_the_others():
 # --- the loss -----------------------------------------------------------------------------------------------
 
 
-def reinforce(textbook, grid, samples: list[list[list[int]]], rewards: list[list[float]]):
+def plain_reinforce(textbook, grid, samples: list[list[list[int]]], rewards: list[list[float]]):
     """The formula of captioning/training/reinforce.py, word by word; `samples` without `<start>`."""
     total, words = 0.0, 0
     for image, (captions, values) in enumerate(zip(samples, rewards)):
@@ -234,13 +234,13 @@ def test_the_gradient_is_that_of_plain_reinforce(fast, monkeypatch):
     decoder, indices = make_decoder(fast=fast).train(), [2, 0, 1]
     decoder.fc.bias.data[WORD_MAP[END]] = 0.5
     grid = torch.rand(3, 8, 8, 16).requires_grad_()
-    sampled, sample = [], self_critical.draw_samples
+    sampled, sample = [], reinforce.draw_samples
 
     def record(*arguments):
         sampled.append(sample(*arguments))
         return sampled[-1]
 
-    monkeypatch.setattr(self_critical, "draw_samples", record)
+    monkeypatch.setattr(reinforce, "draw_samples", record)
     objective = make_objective(decoder, dropout=0.0)
     lengths = torch.full((3, 2), 5)
     objective.start_step(lengths.numpy())
@@ -267,7 +267,7 @@ def test_the_gradient_is_that_of_plain_reinforce(fast, monkeypatch):
     )
     assert max(map(max, rewards)) > 0 and len(set(map(len, texts))) > 2
     leaf, textbook = grid.detach().clone().requires_grad_(), textbook_of(decoder)
-    expected = reinforce(textbook, leaf, samples, rewards)
+    expected = plain_reinforce(textbook, leaf, samples, rewards)
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     for name, gradient in {name: p.grad for name, p in textbook.named_parameters()}.items():
