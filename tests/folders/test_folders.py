@@ -177,7 +177,7 @@ def test_an_output_among_the_images_keeps_what_the_user_had(name, tmp_path, caps
     folder, mine = make_images(tmp_path / "in", 2), '{"file_name": "img0.png", "text": "by hand"}\n'
     (folder / name).write_text(mine)
     kept = folder / Backup.FOLDER / name
-    for number in range(3):  # what a run of ours wrote is not kept
+    for _ in range(3):  # what a run of ours wrote is not kept
         run(ColourCaptioner(), folder, folder / name)
         assert kept.read_text() == mine and "colour 0" in (folder / name).read_text()
         assert f"what {folder / name} said before is in {folder / Backup.FOLDER}" in capsys.readouterr().out
