@@ -10,6 +10,7 @@ import errno
 import hashlib
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -100,6 +101,21 @@ class Sidecars:
         if len(content) > LARGEST:
             raise UserError(f"{path}: larger than {LARGEST} bytes, which is no caption; left as it is")
         return None if _is_blank(content) else content
+
+    def has_text(self, image: str) -> bool:
+        """Whether `read` gives something; of a file of the usual kind its beginning is enough to see that."""
+        path = self.path(image)
+        with suppress(OSError):
+            status = os.stat(path)
+            if stat.S_ISREG(status.st_mode) and status.st_size <= LARGEST:
+                descriptor = os.open(path, os.O_RDONLY)
+                try:
+                    start = os.read(descriptor, 100)
+                finally:
+                    os.close(descriptor)
+                if not start.startswith(tuple(BYTE_ORDER_MARKS.values())) and not _is_blank(start):
+                    return True
+        return self.read(image) is not None
 
     def read_text(self, image: str) -> str:
         """Its text, "" where there is none. Raises UserError, also where the encoding cannot be told."""

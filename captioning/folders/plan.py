@@ -301,7 +301,7 @@ def _find_skipped(options: FolderOptions, plan: Plan) -> None:
             continue
         try:
             if not options.output_csv:
-                plan.skipped |= {image: ""} if sidecars.read(image) else {}
+                plan.skipped |= {image: ""} if sidecars.has_text(image) else {}
             elif text := sidecars.read_text(image):
                 plan.skipped[image] = text
         except UserError as error:
@@ -335,7 +335,8 @@ def _find_rows(
         rows = _rows_of_found_csv(folder)
         if rows:
             return rows, 0, []
-    names, left_out, unreadable = walk_images(folder, recursive)
+    found = walk_images(folder, recursive)
+    names, left_out, unreadable = found
     if not names:
         inside = f"; {left_out} in its subfolders, which --recursive takes" if left_out else ""
         raise UserError(f"{folder}: no images in it ({', '.join(IMAGE_EXTENSIONS)}){inside}")
@@ -343,12 +344,10 @@ def _find_rows(
     shown = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in names]
     for name in (name for name, count in Counter(shown).items() if count > 1):
         raise UserError(f"{folder}: two files whose names are written {name}; rename one")
-    stems = Counter(os.path.splitext(name)[0] for name in shown)
-    rows = []
-    for name, own in zip(names, shown):
-        stem = os.path.splitext(own)[0]
-        rows.append(Row(stem if stems[stem] == 1 and not recursive else own, str(folder / name)))
-    return rows, left_out, unreadable
+    stems = [os.path.splitext(name)[0] for name in shown]
+    counts = Counter(stems)
+    ids = [stem if counts[stem] == 1 and not recursive else name for stem, name in zip(stems, shown)]
+    return [Row(*row) for row in zip(ids, found.paths(folder))], left_out, unreadable
 
 
 def test_csv_places(folder: str | Path) -> list[Path]:
