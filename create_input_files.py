@@ -382,14 +382,14 @@ def input_files(settings: Settings) -> dict[str, list[int]]:
     folder of sidecars the sum of their sizes, and a fingerprint of their names and times."""
     inputs = {}
     for file in (*settings.annotations, *find_test(settings)[0]):
-        stats = {path: path.stat() for path in sources(file)}
+        stats = {path: os.stat(path) for path in sources(file)}
         if len(stats) > 10:
-            times = [(path.name, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()]
+            times = [(os.path.basename(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()]
             digest = hashlib.sha256(json.dumps(times).encode("utf-8", "replace")).digest()
             sizes = sum(stat.st_size for stat in stats.values())
             inputs[str(Path(file).resolve())] = [sizes, int.from_bytes(digest[:6], "big")]
         else:
-            inputs |= {str(path.resolve()): [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
+            inputs |= {os.path.realpath(path): [s.st_size, s.st_mtime_ns] for path, s in stats.items()}
     return inputs
 
 

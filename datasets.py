@@ -5,9 +5,12 @@ from __future__ import annotations
 import atexit
 import hashlib
 import multiprocessing
+import os
 import re
 import signal
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -172,30 +175,129 @@ class BatchSampler:
                 yield Request(np.sort(micro_batches[place]), int(seed))
 
 
-def make_loader(
-    dataset: CaptionDataset, sampler: BatchSampler, workers: int, device: torch.device
-) -> DataLoader:
-    """A loader of the sampler's batches, read by worker processes that live through all epochs."""
-    if workers:
-        atexit.register(kill_children)
-    return DataLoader(
-        dataset,
-        batch_size=None,  # the dataset reads a batch at a time
-        sampler=sampler,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        worker_init_fn=start_worker,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # so that starting workers draws nothing from the training's
-    )
+class BatchLoader(DataLoader):
+    """The sampler's batches, read by worker processes that live through all epochs.
+
+    Where one of these is killed, as by the system when memory is full, the others are ended too, and this
+    process reads the rest of the pass itself: the batches are the same.
+
+    Args:
+        workers: how many processes; 0: this one reads.
+        on_death: called with the number of the signal that killed a worker, 0 where it ended by itself.
+
+    Raises:
+        UserError: this process may not open as many files as the workers need.
+    """
+
+    def __init__(
+        self,
+        dataset: CaptionDataset,
+        sampler: BatchSampler,
+        workers: int,
+        device: torch.device,
+        on_death: Callable[[int], None],
+    ):
+        super().__init__(
+            dataset,
+            batch_size=None,  # the dataset reads a batch at a time
+            sampler=sampler,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            worker_init_fn=start_worker,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # so that starting workers draws nothing from the training's
+        )
+        self.on_death = on_death
+        self.processes: list[multiprocessing.Process] = []
+        if workers:
+            require_open_files(FILES_PER_WORKER * workers + OTHER_FILES)
+            atexit.register(kill_children)
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        if not self.num_workers:
+            yield from super().__iter__()
+            return
+        loaded = self._load_with_workers()
+        for request in self.sampler:
+            batch = next(loaded, None)
+            yield list(self.dataset[request]) if batch is None else batch
+
+    def _load_with_workers(self) -> Iterator[list[Tensor]]:
+        """The batches up to the death of a worker, if one dies."""
+        try:
+            earlier = multiprocessing.active_children()
+            batches = super().__iter__()
+            self.processes += [child for child in multiprocessing.active_children() if child not in earlier]
+            ignore_ends_of_children()  # torch's handler raises, wherever this process is; here it is noticed
+            yield from batches  # within five seconds
+        except UserError:
+            raise
+        except Exception:
+            signals = self._signals_of_the_dead()
+            if not signals:
+                raise  # it is an error of the dataset's
+            kill_children()  # they may wait for what the dead one held
+            self.on_death(max(signals))
+
+    def _signals_of_the_dead(self) -> list[int]:
+        deadline = time.monotonic() + 1  # a process closes its files a moment before it has ended
+        while not (dead := [child for child in self.processes if not child.is_alive()]):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+        return [max(0, -child.exitcode) for child in dead]
+
+
+def describe_death(number: int) -> str:
+    """What is likely to have ended a worker process by this signal, and what helps; 0: no signal."""
+    how = f"was killed by signal {number}" if number else "ended"
+    why = {
+        getattr(signal, "SIGKILL", None): "memory is full: give fewer --workers (0: none)",
+        getattr(signal, "SIGBUS", None): "shared memory (/dev/shm) is full: enlarge it, or give --workers 0",
+    }
+    reason = f", likely because {why[number]}" if number in why else "; --workers 0 does without"
+    return f"a process that loads batches {how}{reason}"
 
 
 def kill_children() -> None:
-    """End the loaders' worker processes at exit: they take no SIGTERM, and multiprocessing would wait for
+    """End the loaders' worker processes: at exit, as they take no SIGTERM, and multiprocessing would wait for
     them without end where somebody still holds the loader, as a shell holds its last traceback."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report their end
+    ignore_ends_of_children()
     for child in multiprocessing.active_children():
         child.kill()
+
+
+def ignore_ends_of_children() -> None:
+    """Take off torch's handler, which raises an error where a worker process ends."""
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+FILES_PER_WORKER, OTHER_FILES = 12, 24  # at most, of two loaders with their batches on the way; of the rest
+
+
+def require_open_files(count: int) -> None:
+    """Raise the number of files that this process may have open, where that is needed for `count` more.
+
+    Raises:
+        UserError: the system allows no more.
+    """
+    try:
+        import resource
+
+        in_use = len(os.listdir("/dev/fd"))
+    except (ImportError, OSError):  # Windows
+        return
+    limit, largest = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = in_use + count
+    if limit == resource.RLIM_INFINITY or limit >= needed:
+        return
+    if largest != resource.RLIM_INFINITY and largest < needed:
+        raise UserError(
+            f"only {largest} files may be open at once (ulimit -n), and the processes that load batches need "
+            f"{needed}: give fewer --workers (0: none)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, largest))
 
 
 # --- augmentation -------------------------------------------------------------------------------------------

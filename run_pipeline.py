@@ -370,9 +370,9 @@ def deciding_settings(wanted: AnySettings) -> dict[str, object]:
     return {name: value for name, value in asdict(wanted).items() if name not in SET_BY_PIPELINE}
 
 
-def inputs_of_captions(wanted: AnySettings, models: list[Path]) -> list[Path]:
+def inputs_of_captions(wanted: AnySettings, models: list[Path]) -> list[str | Path]:
     """The files that the captions depend on."""
-    images = [Path(wanted.test_folder, name) for name in walk_images(wanted.test_folder, True).names]
+    images = walk_images(wanted.test_folder, True, in_order=False).paths(wanted.test_folder)
     lists = [*test_csv_places(wanted.test_folder), *(sources(wanted.test_csv) if wanted.test_csv else [])]
     return [*models, *images, *lists]
 

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
 
 from captioning.command_line import check_at_least, check_share, run_script
 from captioning.data.features import cache_features
@@ -45,7 +44,7 @@ from captioning.training.optimization import Run
 from captioning.training.resume import REWARD, Resumed, TrainingSettings, find_resumable
 from captioning.weights.checkpoints import STATES, check_content, decoder_from, encoder_from, load_checkpoint
 from captioning.weights.pretrained import build_encoder, load_embeddings
-from datasets import BatchSampler, CaptionDataset, make_loader
+from datasets import BatchLoader, BatchSampler, CaptionDataset
 from metrics import tokenize
 from models import Attention, DecoderWithAttention, Encoder, HardAttention
 from utils import UserError, check_output, progress_bar, say
@@ -305,7 +304,7 @@ def build_sampler(images: int, settings: Settings, run: Run, training: bool) -> 
 
 def start_stage(
     stage: Stage, epoch: int, encoder: Encoder, sampler: BatchSampler, settings: Settings, run: Run
-) -> tuple[DataLoader, DataLoader]:
+) -> tuple[BatchLoader, BatchLoader]:
     """Freeze or unfreeze the encoder; return the loaders of training and validation images or, with a frozen
     encoder, of their cached features.
 
@@ -326,7 +325,7 @@ def start_stage(
             dataset = CaptionDataset(settings.data_folder, split, features)
         if split == "val":
             sampler = build_sampler(len(dataset), settings, run, training=False)
-        loaders.append(make_loader(dataset, sampler, settings.workers, run.device))
+        loaders.append(BatchLoader(dataset, sampler, settings.workers, run.device, run.lose_worker))
     return loaders[0], loaders[1]
 
 
@@ -371,7 +370,7 @@ def start_self_critical(
 
 def train_one_epoch(
     epoch: Epoch,
-    loader: DataLoader,
+    loader: BatchLoader,
     objective: CrossEntropy | SelfCritical,
     optimizer: torch.optim.Optimizer,
     settings: Settings,
@@ -399,7 +398,7 @@ def train_one_epoch(
 def evaluate(
     encoder: Encoder,
     decoder: DecoderWithAttention,
-    loader: DataLoader,
+    loader: BatchLoader,
     records: list[Record],
     word_map: dict[str, int],
     settings: Settings,

@@ -155,7 +155,7 @@ def run_training(settings: Settings) -> dict:
     torch.manual_seed(settings.seed)
     captioner = build_captioner(settings, train_records, resumed)
     train_set, val_set = build_datasets(captioner, train_records, val_records, settings, run)
-    captions = encode_captions(captioner, train_set.records, settings.max_length)
+    captions = encode_captions(captioner, train_set.records, settings.max_length, run.log)
     loss_module = CaptionLoss(captioner.model).to(run.device)
     optimizer = build_optimizer(captioner.model, settings)
     trained = sum(p.numel() for p in captioner.model.parameters() if p.requires_grad)

@@ -52,6 +52,8 @@ def leave_signals_to_main_process(*_) -> None:
 def start_worker(*_) -> None:
     """For worker processes of a DataLoader: they leave signals to the main process, and die with it."""
     leave_signals_to_main_process()
+    if hasattr(signal, "SIGBUS"):  # shared memory is full: the main process says so, not torch's handler
+        signal.signal(signal.SIGBUS, signal.SIG_DFL)
     if sys.platform == "linux":  # elsewhere a worker looks every five seconds, and not while it waits to send
         import ctypes
 

@@ -33,8 +33,9 @@ OF_THE_USER = {
 def run_script(main: Callable, settings_class: type[AnySettings]) -> typing.NoReturn:
     """Run `main(settings)` as a command: the settings come from the command line.
 
-    Exit status: what `main` returns (None is 0); 2 with one line on stderr for wrong input; 130 after Ctrl-C,
-    143 after SIGTERM, which are treated alike.
+    Exit status: what `main` returns (None is 0); 2 with one line on stderr for wrong input, and where the
+    machine fails, as with full memory or a killed worker process; 130 after Ctrl-C, 143 after SIGTERM, which
+    are treated alike.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal or file that lacks a caption's letters
@@ -73,6 +74,10 @@ def _explain(error: Exception) -> str | None:
         return "the GPU's memory is full: lower --batch_size, or use a smaller encoder"
     if isinstance(error, MemoryError) or any(words in str(error) for words in MEMORY_IS_FULL):
         return "this machine's memory is full: lower --batch_size or --workers, or end other programs"
+    if "oo many open files" in str(error):
+        return "too many files are open at once: lower --workers, or raise the limit (ulimit -n)"
+    if isinstance(error, BlockingIOError):
+        return "this machine starts no more processes: lower --workers, or end other programs"
     if isinstance(error, OSError) and errno.errorcode.get(error.errno) in OF_THE_USER:
         return f"{error.strerror}: {error.filename or 'while writing'}"
     return None

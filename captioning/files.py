@@ -208,6 +208,16 @@ def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
+def open_to_append(path: str | Path) -> io.TextIOWrapper:
+    """A text file to write more lines to. Where the path is a link, a new file takes the link's place, as in
+    `utils.atomic_write`. Raises UserError where it is something else, as `open_regular` does."""
+    with suppress(FileNotFoundError):
+        if os.path.islink(path):
+            os.unlink(path)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | NOT_THROUGH_LINKS
+    return open(open_regular(path, flags), "a", encoding="utf-8")
+
+
 @contextmanager
 def named_in_errors(path: str | Path) -> Iterator[None]:
     """Give an OSError of the block the name of the file or folder that is written, where it has none: one of

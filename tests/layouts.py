@@ -86,6 +86,8 @@ LISTS = [{"file_name": name, "text": captions} for name, captions in PHOTOS.item
 OBJECTS = [{"image_id": stem, "caption": caption} for stem, caption in STEMS]
 MORE = ("Image Name", "Caption", "by", "stars")
 CELLS = [(name, json.dumps(own)) for name, own in PHOTOS.items()]
+WIDE = [(name, *own) for name, own in PHOTOS.items()]
+WIDE_NAMES = ("image_id", "caption_0", "caption_1")
 TEXTS = {  # the name of a file, and what is in it
     "Kaggle": ("train.csv", table(STEMS, ("image_id", "caption"))),
     "Flickr8k captions.txt": ("captions.txt", table(ROWS, HEADER)),
@@ -105,6 +107,10 @@ TEXTS = {  # the name of a file, and what is in it
     "further columns": ("a.csv", table([(*row, "x", 5) for row in ROWS], MORE)),
     "a split column": ("a.csv", table([(*row, SPLITS[row[0]]) for row in ROWS], (*HEADER, "split"))),
     "lists in cells": ("a.csv", table(CELLS, ("filename", "raw"))),
+    "captions in columns": ("a.csv", table(WIDE, ("image", "caption_1", "caption_2"))),
+    "captions in columns, semicolons": ("a.csv", table(WIDE, ("Dateiname", "Text 1", "Text 2"), ";")),
+    "captions in columns, one named alike": ("a.csv", table(WIDE, ("file_name", "sentence", "sentence2"))),
+    "captions in JSON, one by one": ("a.json", text_of([dict(zip(WIDE_NAMES, row)) for row in WIDE])),
     "Windows paths": ("a.csv", table([(f"C:\\data\\img\\{name}", text) for name, text in ROWS], HEADER)),
     "Kaggle paths": ("a.csv", table([(f"/kaggle/input/x/{name}", text) for name, text in ROWS], HEADER)),
     "folders": ("a.csv", table([(f"images/{name}", text) for name, text in ROWS], HEADER)),

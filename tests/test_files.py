@@ -25,6 +25,7 @@ from captioning.files import (
     open_regular,
     remove_unfinished,
 )
+from captioning.training.optimization import Run
 from create_input_files import RowWriter
 from utils import (
     UserError,
@@ -189,6 +190,28 @@ def test_what_libraries_write_goes_through_no_link(tmp_path):
     ):
         pass
     assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_what_is_added_to_goes_through_no_link(tmp_path):
+    for number, target in enumerate(("mine", "none", "/dev/full")):
+        (tmp_path / "mine").write_text("mine")
+        log = tmp_path / f"{number}.log"
+        log.symlink_to(tmp_path / target)
+        run = Run.start("no")
+        run.log_to(log)
+        for line in ("first", "second"):
+            run.log(line)
+        assert log.read_text() == "first\nsecond\n" and not log.is_symlink()
+    assert (tmp_path / "mine").read_text() == "mine" and not (tmp_path / "none").exists()
+
+
+def test_finished_rows_take_the_place_of_a_link(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "rows").symlink_to(tmp_path / "mine")
+    with ResumableRowWriter(tmp_path / "rows", "rows", 1, {}, "") as writer:
+        writer.append(np.zeros((1, 4), np.uint8))
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert not (tmp_path / "rows").is_symlink() and (tmp_path / "rows").stat().st_size > 4
 
 
 def make_link(place, target):

@@ -8,6 +8,7 @@ sidecars. docs/file_formats.md has a line for each.
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 from collections import Counter
@@ -97,14 +98,25 @@ def as_paths(files: str | Path | Sequence[str | Path]) -> list[Path]:
     return [Path(file) for file in ([files] if isinstance(files, (str, Path)) else files)]
 
 
-def sources(file: str | Path) -> list[Path]:
+def sources(file: str | Path) -> list[str]:
     """The files that annotations are read from: lists of splits and sidecars are among them."""
     file = Path(file)
     if file.is_dir():
         metadata = _metadata_in(file)
-        return [metadata] if metadata else sorted(path for own in SIDECARS for path in file.rglob(f"*{own}"))
+        return [str(metadata)] if metadata else [f"{file}/{name}" for name in _sidecars_in(file)]
     lists = [path for pattern in FLICKR_LISTS.values() for path in sorted(file.parent.glob(pattern))]
-    return [file, *lists] if lists and file not in lists and _is_flickr_text(read_text(file)[0]) else [file]
+    has_lists = lists and file not in lists and _is_flickr_text(read_text(file)[0])
+    return [str(path) for path in (file, *(lists if has_lists else ()))]
+
+
+def _sidecars_in(folder: Path) -> list[str]:
+    """The sidecars in a folder and the folders in it, relative to it, each folder's files together."""
+    found: list[str] = []
+    for place, subfolders, names in os.walk(folder):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        start = "".join(f"{part}/" for part in Path(place).relative_to(folder).parts)
+        found += [start + name for name in names if name.endswith(SIDECARS)]
+    return sorted(found, key=lambda name: name.split("/"))
 
 
 def _merge(earlier: list[Record], records: list[Record], file: Path) -> list[Record]:
@@ -314,7 +326,7 @@ def _metadata_in(folder: Path) -> Path | None:
 def _read_folder(folder: Path, lowercase: bool) -> list[Image]:
     """A folder, with subfolders, of images with sidecars, or of sidecars alone; each line is a caption."""
     images = walk_images(folder, recursive=True).names
-    texts = {path.relative_to(folder).as_posix(): path for path in sources(folder)}
+    texts = {name: folder / name for name in _sidecars_in(folder)}
     names = {name.rpartition(".")[0] or name: name for name in reversed(images)}
     if not images:  # captions alone; the images are elsewhere
         names = {name.rpartition(".")[0]: name.rpartition(".")[0] for name in texts}

@@ -229,7 +229,7 @@ class ResumableRowWriter:
     """
 
     def __init__(self, path: str | Path, name: str, rows: int, attributes: dict[str, str], remedy: str):
-        self.path, self.name, self.rows = Path(os.path.realpath(path)), name, rows
+        self.path, self.name, self.rows = Path(path), name, rows
         self.attributes, self.remedy = attributes, remedy
         self.tmp_path = self.path.with_name(f".{self.path.name}.partial")
         self.row: tuple | None = None  # shape and type of a row

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -36,20 +37,25 @@ def list_image_files(folders: Iterable[str | Path]) -> Iterator[str]:
         for entry in entries:
             if has_image_extension(entry.name):
                 yield entry.path
-            elif not entry.name.startswith(".") and os.path.isdir(entry.path):
+            elif not entry.name.startswith(".") and _is_folder(entry):
                 waiting.append(entry.path)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
 def stamp_times(files: Iterable[str | Path]) -> Stamps:
     """The stamps of files, without digests; of those that are not there size -1."""
-    return {str(file): _size_and_time(file) for file in files}
+    return {str(file): _size_and_time(file) or [-1, 0] for file in files}
 
 
 def stamp_files(files: Iterable[str | Path], workers: int = 4) -> Stamps:
     """The stamps of the files that are there, with digests: each is read."""
-    there = [str(file) for file in files if os.path.isfile(file)]
-    digests = parallel_map(digest_file, there, workers)
-    return {file: [*_size_and_time(file), digest] for file, digest in zip(there, digests)}
+    stamps = _stamps_of_files(files)
+    for stamp, digest in zip(stamps.values(), parallel_map(digest_file, stamps, workers)):
+        stamp.append(digest)
+    return stamps
 
 
 def are_as_recorded(
@@ -75,15 +81,23 @@ def files_are_as_recorded(recorded: object, files: Iterable[str | Path]) -> bool
         list(map(type, s)) != [int, int, str] for s in recorded.values()
     ):
         return False  # of an earlier release, or damaged
-    current = stamp_times(file for file in files if os.path.isfile(file))
+    current = _stamps_of_files(files)
     return are_as_recorded(recorded, current, lambda path, stamp: digest_file(path) == stamp[2])
 
 
-def _size_and_time(file: str | Path) -> list[int]:
+def _stamps_of_files(files: Iterable[str | Path]) -> Stamps:
+    """Those of the files that are there, and no folders."""
+    return {str(file): stamp for file in files if (stamp := _size_and_time(file, regular=True))}
+
+
+def _size_and_time(file: str | Path, regular: bool = False) -> list[int] | None:
+    """None where there is none, or no `regular` file."""
     try:
         status = os.stat(file)
     except OSError:
-        return [-1, 0]
+        return None
+    if regular and not stat.S_ISREG(status.st_mode):
+        return None
     return [status.st_size, status.st_mtime_ns]
 
 

@@ -307,12 +307,20 @@ class ImageFiles(NamedTuple):
     left_out: int
     problems: list[str]
 
+    def paths(self, folder: str | Path) -> list[str]:
+        """str(Path(folder, name)) of each, without making as many Paths, which takes long."""
+        start = str(Path(folder, "x"))[:-1]
+        return [start + name for name in self.names]
 
-def walk_images(folder: str | Path, recursive: bool = False) -> ImageFiles:
+
+def walk_images(folder: str | Path, recursive: bool = False, in_order: bool = True) -> ImageFiles:
     """The files of a folder, or of all folders in it too, whose names end as those of images do.
 
     Broken links, pipes and the like are among them. Hidden files and folders are not, nor are the folders
     that links lead to.
+
+    Args:
+        in_order: whether their order matters; to sort many takes longer than to find them.
 
     Raises:
         UserError: there is no such folder.
@@ -334,12 +342,15 @@ def walk_images(folder: str | Path, recursive: bool = False) -> ImageFiles:
         if parts and not recursive:
             left_out += len(found)
         else:
-            names += ["/".join((*parts, name)) for name in found]
-    return ImageFiles(sorted(names, key=natural_order), left_out, problems if recursive else [])
+            start = "".join(f"{part}/" for part in parts)
+            names += [start + name for name in found]
+    if in_order:
+        names.sort(key=natural_order)
+    return ImageFiles(names, left_out, problems if recursive else [])
 
 
 def has_image_extension(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
+    return name.lower().endswith(IMAGE_EXTENSIONS) and os.path.splitext(name)[1] != ""
 
 
 def list_images(folder: str | Path) -> list[Path]:

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -20,7 +21,7 @@ from typing import Literal
 
 from captioning.data.images import IMAGE_EXTENSIONS, PACKAGES
 from captioning.data.text_files import BYTE_ORDER_MARKS, decode_text, encode_text
-from captioning.files import NOT_THROUGH_LINKS, OF_THE_DISK, open_regular, remove_unfinished
+from captioning.files import OF_THE_DISK, open_regular, open_to_append, remove_unfinished
 from utils import UserError, atomic_write, check_output
 
 EXISTING = Literal["skip", "overwrite", "append", "prepend"]
@@ -100,6 +101,21 @@ class Sidecars:
         if len(content) > LARGEST:
             raise UserError(f"{path}: larger than {LARGEST} bytes, which is no caption; left as it is")
         return None if _is_blank(content) else content
+
+    def has_text(self, image: str) -> bool:
+        """Whether `read` gives something; of a file of the usual kind its beginning is enough to see that."""
+        path = self.path(image)
+        with suppress(OSError):
+            status = os.stat(path)
+            if stat.S_ISREG(status.st_mode) and status.st_size <= LARGEST:
+                descriptor = os.open(path, os.O_RDONLY)
+                try:
+                    start = os.read(descriptor, 100)
+                finally:
+                    os.close(descriptor)
+                if not start.startswith(tuple(BYTE_ORDER_MARKS.values())) and not _is_blank(start):
+                    return True
+        return self.read(image) is not None
 
     def read_text(self, image: str) -> str:
         """Its text, "" where there is none. Raises UserError, also where the encoding cannot be told."""
@@ -304,11 +320,35 @@ class Backup:
             UserError: it cannot be kept. OSError: nothing can be written, as on a full disk.
         """
         name = os.path.relpath(path, self.root)
+        self._keep_unless_ours(name, content)
+        self._note(name, new)
+
+    @contextmanager
+    def keeping(self, path: str) -> Iterator[None]:
+        """Keep the content of another file among the images, which the block writes anew.
+
+        Raises:
+            UserError: it cannot be kept. OSError: nothing can be written, as on a full disk.
+        """
+        content, name = b"", os.path.relpath(path, self.root)
+        with suppress(FileNotFoundError), open(open_regular(path), "rb") as stream:
+            content = stream.read()
+        if content:
+            self.check()
+            self._keep_unless_ours(name, content)
+        yield
+        if content:
+            self._note(name, Path(path).read_bytes())
+            self.record()
+
+    def _keep_unless_ours(self, name: str, content: bytes) -> None:
         if self.written is None:
             self.written = self._read_record()
-        with _named_alone(path):
+        with _named_alone(os.path.join(self.root, name)):
             if self._digest(name, content) not in self.written:
                 self._copy(name, content)
+
+    def _note(self, name: str, new: bytes) -> None:
         digest = self._digest(name, new)
         self.written.add(digest)
         self.unrecorded.append(digest)
@@ -317,9 +357,8 @@ class Backup:
         """Note what is about to be written. Raises OSError, and UserError where the record is no file."""
         if self.unrecorded:
             self.folder.mkdir(exist_ok=True)
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | NOT_THROUGH_LINKS
-            with open(open_regular(self.record_file, flags), "ab") as stream:
-                stream.write("".join(f"{digest}\n" for digest in self.unrecorded).encode("ascii"))
+            with open_to_append(self.record_file) as stream:
+                stream.writelines(f"{digest}\n" for digest in self.unrecorded)
             self.unrecorded = []
 
     def _read_record(self) -> set[str]:

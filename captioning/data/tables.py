@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ CAPTIONS = (
     "caption", "captions", "text", "texts", "description", "comment", "sentence", "sentences", "raw",
     "image_caption", "caption_text",
 )  # fmt: skip
+NUMBERED = tuple(rf"{name}_?\d*" for name in CAPTIONS)  # caption, caption_1, caption_2
 SAMPLE = 200  # rows by which the columns are recognized
 IMAGE_NAME = re.compile(
     rf"\S.*({'|'.join(map(re.escape, (*IMAGE_EXTENSIONS, *PACKAGES)))})(\.\d+)?(#\d+)?", re.IGNORECASE
@@ -73,14 +75,11 @@ class Columns:
     found: set[str] = field(default_factory=set)
     seen: tuple[str, ...] = ()  # the last file's columns
 
-    def pick(self, names: Sequence[str], given: str | None, usual: Sequence[str]) -> str | None:
-        """The name of `names` that was given, else the first of the usual ones; capitals do not matter."""
+    def pick(self, names: Sequence[str], given: str | None, usual: tuple[str, ...]) -> list[str]:
+        """The name of `names` that was given, else the `usual_names`."""
         self.seen = tuple(names)
-        if given in names:
-            self.found.add(given)
-            return given
-        plain = {re.sub(r"[\s-]+", "_", name.strip().lower()): name for name in reversed(names)}
-        return next((plain[name] for name in usual if name in plain), None)
+        self.found |= {given} & {*names}
+        return [given] if given in names else usual_names(self.seen, usual)
 
     def check(self) -> None:
         """Raise UserError where a name was given that no file has."""
@@ -88,6 +87,14 @@ class Columns:
             if name is not None and name not in self.found:
                 there = ", ".join(self.seen)[:100] or "none with names"
                 raise UserError(f"{setting} {name}: no such column; there are {there}")
+
+
+@lru_cache
+def usual_names(names: tuple[str, ...], usual: tuple[str, ...]) -> list[str]:
+    """The names that match the first of these patterns that any matches; capitals do not matter."""
+    plain = [(name, re.sub(r"[\s-]+", "_", name.strip().lower())) for name in names]
+    found = ([name for name, own in plain if re.fullmatch(pattern, own)] for pattern in usual)
+    return next(filter(None, found), [])
 
 
 def read_table(path: Path, columns: Columns) -> Iterator[Row]:
@@ -135,11 +142,8 @@ class Layout(NamedTuple):
 
     width: int
     has_header: bool
-    image_id: int
-    caption: int | None = None
-    file_name: int | None = None
-    split: int | None = None
-    rank: int | None = None
+    captions: list[int]
+    places: list[int]  # of id, file name, split and rank; -1: there is none
 
 
 def read_delimited(text: str, name: str | Path, columns: Columns) -> Iterator[Row]:
@@ -155,15 +159,15 @@ def read_delimited(text: str, name: str | Path, columns: Columns) -> Iterator[Ro
     layout = _find_layout(name, rows, columns)
     if layout is None:
         raise refuse(name, text)
-    places = [-1 if index is None else index for index in layout[2:]]
     problems, without = [], 0
     for line, fields in rows[layout.has_header :]:
         fields, problem = _fit(fields, layout, separator)
         width = len(fields)
-        image_id, caption, *others = [fields[i].strip() if 0 <= i < width else "" for i in places]
+        image_id, *others = [fields[i].strip() if 0 <= i < width else "" for i in layout.places]
         if "#" in image_id:
             image_id = re.sub(r"(\.\w+)#\d+$", r"\1", image_id)
-        captions = None if layout.caption is None else [] if problem else _captions_of_cell(caption)
+        cells = [fields[i].strip() for i in layout.captions if i < width and not problem]
+        captions = [one for cell in cells for one in _captions_of_cell(cell)] if layout.captions else None
         if not image_id:
             problem = problem or "no image named"
         elif captions == []:
@@ -173,7 +177,7 @@ def read_delimited(text: str, name: str | Path, columns: Columns) -> Iterator[Ro
             problems.append(f"line {line}: {problem}")
         if image_id:
             yield Row(f"line {line}", image_id, captions, *[other or None for other in others])
-    if without == len(rows) - layout.has_header:
+    if 0 < without == len(rows) - layout.has_header:
         say_once(f"{name}: none of its rows has a caption")
     else:
         report_problems(name, problems)
@@ -191,7 +195,7 @@ def _find_separator(text: str, columns: Columns) -> tuple[str, str]:
             rows = [row for row in csv.reader(lines, delimiter=separator) if row] or [[]]
             width = _usual_width(rows)
             header = [cell.strip() for cell in rows[0]]
-            known = len(header) > 1 and Columns().pick(header, columns.id, IDS) is not None
+            known = len(header) > 1 and Columns().pick(header, columns.id, IDS) != []
             if known or width > 1:
                 images = sum(_is_image_name(cell.strip()) for row in rows for cell in row)
                 found.append((known, sum(len(row) >= width for row in rows) + images, -order, separator))
@@ -206,44 +210,38 @@ def _usual_width(rows: list[list[str]]) -> int:
 def _find_layout(name: str | Path, rows: list[tuple[int, list[str]]], columns: Columns) -> Layout | None:
     """By the names in the header, else by what the columns look like; None where neither tells."""
     header = [cell.strip().strip("\ufeff") for cell in rows[0][1]]
-    named = [columns.pick(header, columns.id, IDS), columns.pick(header, columns.caption, CAPTIONS)]
-    for column in named:
-        if column is not None and header.count(column) > 1:
+    named = [columns.pick(header, columns.id, IDS)[:1], columns.pick(header, columns.caption, NUMBERED)]
+    for column in (*named[0], *named[1]):
+        if header.count(column) > 1:
             raise UserError(f"{name}: has two columns {column}; remove or rename one")
     sample = [fields for _, fields in rows[1 : SAMPLE + 1]]
-    has_header = named != [None, None] or not _is_image_row(header, sample)
+    has_header = named != [[], []] or not _is_image_row(header, sample)
     if not has_header:
         sample = [header, *sample]
         header = [""] * _usual_width(sample)
     looks = _Looks(sample, len(header))
-    ids, captions = (None if column is None else header.index(column) for column in named)
-    if ids is None:
-        ids = looks.find_ids(captions)
-    if ids is None:
-        return None
-    if captions is None:
-        captions = looks.find_captions(ids)
-    if captions is None and len(header) > 1 and named[0] is None:
+    ids, captions = ([header.index(column) for column in own] for own in named)
+    ids = ids or looks.find_ids(captions)
+    captions = captions or looks.find_captions(ids)
+    if not ids or not (captions or named[0] or len(header) == 1):
         return None
     if has_header:
-        _say_what_is_taken(name, header, named, ids, captions)
-    others = {
-        kind: header.index(found)
-        for kind, usual in (("file_name", FILES), ("split", ("split",)), ("rank", ("rank",)))
-        if has_header and (found := Columns().pick(header, None, usual)) is not None
-    }
-    return Layout(len(header), has_header, ids, captions, **others)
+        _say_what_is_taken(name, header, all(named), ids[0], captions)
+    others = [usual_names(tuple(header), usual) for usual in (FILES, ("split",), ("rank",))]
+    others = [header.index(found[0]) if found else -1 for found in others]
+    return Layout(len(header), has_header, captions, ids + others)
 
 
 def _say_what_is_taken(
-    name: str | Path, header: list[str], named: list[str | None], ids: int, captions: int | None
+    name: str | Path, header: list[str], all_named: bool, ids: int, captions: list[int]
 ) -> None:
     """A line where columns are not known by their names."""
-    if captions is None and len(header) > 1:
+    if not captions and len(header) > 1:
         there = ", ".join(header)[:100]
         say_once(f"{name}: no column of captions in {there} (--caption_column names one): a list of images")
-    elif None in named and len(header) > 1:
-        taken = f"{header[ids]} is taken for the images, {header[captions]} for the captions"
+    elif not all_named and len(header) > 1:
+        texts = ", ".join(header[index] for index in captions)
+        taken = f"{header[ids]} is taken for the images, {texts} for the captions"
         say_once(f"{name}: {taken}; --id_column and --caption_column name other columns")
 
 
@@ -257,20 +255,20 @@ class _Looks:
             for looks in (_is_image_name, _is_sentence, _is_word)
         )
 
-    def find_ids(self, captions: int | None) -> int | None:
+    def find_ids(self, captions: list[int]) -> list[int]:
         """The one column of names of image files; of two columns that of words beside that of sentences."""
-        free = [index for index in range(len(self.images)) if index != captions]
+        free = [index for index in range(len(self.images)) if index not in captions]
         images = [index for index in free if self.images[index] > 0.9]
         if len(images) == 1:
-            return images[0]
+            return images
         words = [index for index in free if self.words[index] > 0.9]
         others = [index for index in range(len(self.images)) if self.sentences[index] > 0.5]
-        return words[0] if len(self.images) == 2 and len(words) == 1 and others else None
+        return words if len(self.images) == 2 and len(words) == 1 and others else []
 
-    def find_captions(self, ids: int) -> int | None:
+    def find_captions(self, ids: list[int]) -> list[int]:
         """The one column of sentences."""
-        found = [index for index, share in enumerate(self.sentences) if share > 0.5 and index != ids]
-        return found[0] if len(found) == 1 else None
+        found = [index for index, share in enumerate(self.sentences) if share > 0.5 and index not in ids]
+        return found if len(found) == 1 else []
 
 
 def _is_image_name(cell: str) -> bool:
@@ -301,16 +299,15 @@ def _fit(fields: list[str], layout: Layout, separator: str) -> tuple[list[str], 
     """
     while len(fields) > layout.width and not fields[-1].strip():
         fields = fields[:-1]
-    surplus, caption = len(fields) - layout.width, layout.caption
+    surplus = len(fields) - layout.width
     if surplus > 0:
-        if caption is None or not (caption == layout.width - 1 or layout.width == 2):
-            return (
-                fields,
-                f"{len(fields)} columns in place of {layout.width}; quote captions with {separator}",
-            )
+        if len(layout.captions) != 1 or not (layout.captions[0] == layout.width - 1 or layout.width == 2):
+            problem = f"{len(fields)} columns in place of {layout.width}; quote captions with {separator}"
+            return fields, problem
+        (caption,) = layout.captions
         own = separator.join(fields[caption : caption + surplus + 1])
         return [*fields[:caption], own, *fields[caption + surplus + 1 :]], ""
-    if caption is not None and 1 < len(fields) <= caption:
+    if layout.captions and 1 < len(fields) <= layout.captions[0]:
         return fields, f"{len(fields)} columns in place of {layout.width} ({separator.join(fields)[:60]})"
     return fields, ""
 
@@ -363,16 +360,18 @@ def _row_of(entry: Mapping[str, Any], place: str, name: str | Path, columns: Col
     """The row of one object; without `image_id` where it names no image."""
     keys = [key for key in entry if isinstance(key, str)]
     names = [key for key in keys if isinstance(entry[key], (str, int)) and not isinstance(entry[key], bool)]
-    id_key, file_key = columns.pick(names, columns.id, IDS), Columns().pick(names, None, FILES)
-    caption_key = columns.pick(keys, columns.caption, CAPTIONS)
+    id_keys, file_keys = columns.pick(names, columns.id, IDS), usual_names(tuple(names), FILES)
+    caption_keys = columns.pick(keys, columns.caption, NUMBERED)
     image, path = _image_of(entry)
-    file_name = str(entry[file_key]) if file_key else path
+    file_name = str(entry[file_keys[0]]) if file_keys else path
     if entry.get("filepath") and "filename" in entry:  # Karpathy's: folder and file
         file_name = f"{entry['filepath']}/{entry['filename']}"
-    image_id = str(entry[id_key]).strip() if id_key else "/".join(parts_of(path or ""))
+    image_id = str(entry[id_keys[0]]).strip() if id_keys else "/".join(parts_of(path or ""))
     captions, tokens = None, None
-    if caption_key is not None:
-        captions, tokens = _captions_of_value(entry[caption_key], f"{name}, {place}")
+    if caption_keys:
+        values = [entry[key] for key in caption_keys]
+        value = values[0] if len(values) == 1 else [one for one in values if one is not None]
+        captions, tokens = _captions_of_value(value, f"{name}, {place}")
     split, rank = (None if entry.get(key) is None else str(entry[key]) for key in ("split", "rank"))
     return Row(place, image_id, captions, file_name, split, rank, tokens, image)
 
@@ -405,7 +404,7 @@ def _captions_of_value(value: Any, where: str) -> tuple[list[str], list[list[str
 
 def objects_of(content: Any, text: str, name: str | Path) -> Iterable[tuple[int, Any]]:
     """(number, object) of a list of objects or ids, of one object, or of {id: caption, or captions}."""
-    if isinstance(content, dict) and content.keys() & {*IDS} and content.keys() & {*CAPTIONS}:
+    if isinstance(content, dict) and content.keys() & {*IDS} and usual_names((*content,), NUMBERED):
         content = [content]
     elif isinstance(content, dict):
         values = [*content.values()]

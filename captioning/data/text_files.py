@@ -91,7 +91,7 @@ def read_told(path: str | Path) -> str:
     `read_text` does."""
     text, codec = read_text(path)
     if not codec.startswith("utf-8"):
-        say_once(f"{path}: not UTF-8; read as {codec}")
+        say_once(f"{path}: not UTF-8; read as {codec} (save it as UTF-8 where letters come out wrong)")
     return text
 
 

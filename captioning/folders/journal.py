@@ -20,11 +20,11 @@ from pathlib import Path
 from captioning.data.sidecars import Backup, Sidecars
 from captioning.data.submissions import ScoredCaption
 from captioning.files import (
-    NOT_THROUGH_LINKS,
     AnyOf,
     find_mismatch,
     named_in_errors,
     open_regular,
+    open_to_append,
     remove_unfinished,
 )
 from utils import UserError, atomic_write
@@ -149,8 +149,8 @@ class Journal:
                 f"{self}: removed while this run was at work, or written by another run, or not in a folder "
                 f"that all machines share; the same command starts anew"
             )
-        file, flags = self.path(process), os.O_WRONLY | os.O_APPEND | os.O_CREAT | NOT_THROUGH_LINKS
-        with named_in_errors(file), open(open_regular(file, flags), "a", encoding="ascii") as stream:
+        file = self.path(process)
+        with named_in_errors(file), open_to_append(file) as stream:
             stream.write(text if os.fstat(stream.fileno()).st_size else header + text)
 
     def count(self) -> int:

@@ -40,7 +40,7 @@ class FolderOptions:
     sidecars: bool = False  # write each caption beside its image: photo.txt for photo.jpg
     sidecar_extension: str = ".txt"  # file extension of the sidecars
     existing: EXISTING = "skip"  # where a sidecar exists already
-    backup: bool = True  # keep what sidecars said before they are changed, in .sidecar_backup
+    backup: bool = True  # keep what sidecars, or an output among the images, said before: in .sidecar_backup
     prefix: str = ""  # words with which a sidecar or metadata text begins; {name}, {folder}: the image's
     suffix: str = ""  # words with which it ends
     batch_size: int = 32  # images captioned at a time
@@ -132,6 +132,17 @@ class FolderOptions:
         backup = Backup(self.test_folder, process) if self.keeps_backup() else None
         return SidecarChanges(self.as_sidecars, backup, trigger)
 
+    @contextmanager
+    def replacing_output(self) -> Iterator[None]:
+        """Where the output is among the images, keep what a file of its name says that the block replaces."""
+        root, output = os.path.realpath(self.test_folder), Path(self.output_csv)
+        place = os.path.join(os.path.realpath(output.parent), output.name)
+        if self.backup and Path(place).is_relative_to(root):
+            with Backup(root).keeping(place):
+                yield
+        else:
+            yield
+
     def keeps_backup(self) -> bool:
         return self.sidecars and self.backup and self.existing != "skip"
 
@@ -187,6 +198,7 @@ def plan_folder(
 
     messages: get the problems.
     """
+    _check_output_is_no_list(options)
     rows, left_out, unreadable = _find_rows(options.test_folder, options.test_csv, options.recursive)
     if left_out:
         places = f"{counted(left_out, 'image')} in subfolders of {options.test_folder}"
@@ -220,6 +232,14 @@ def plan_folder(
     if plan.pending and not plan.depends_on:
         describe()
     return plan
+
+
+def _check_output_is_no_list(options: FolderOptions) -> None:
+    """Raise UserError where the output would take the place of the test.csv that names the images."""
+    if options.output_csv is not None and options.test_csv is None and not options.recursive:
+        output = Path(options.output_csv).resolve()
+        if output in test_csv_places(options.test_folder) and output.is_file():
+            raise UserError(f"--output_csv {options.output_csv}: has the images' ids; give another name")
 
 
 def _check_sidecars(options: FolderOptions, plan: Plan) -> None:
@@ -281,7 +301,7 @@ def _find_skipped(options: FolderOptions, plan: Plan) -> None:
             continue
         try:
             if not options.output_csv:
-                plan.skipped |= {image: ""} if sidecars.read(image) else {}
+                plan.skipped |= {image: ""} if sidecars.has_text(image) else {}
             elif text := sidecars.read_text(image):
                 plan.skipped[image] = text
         except UserError as error:
@@ -315,7 +335,8 @@ def _find_rows(
         rows = _rows_of_found_csv(folder)
         if rows:
             return rows, 0, []
-    names, left_out, unreadable = walk_images(folder, recursive)
+    found = walk_images(folder, recursive)
+    names, left_out, unreadable = found
     if not names:
         inside = f"; {left_out} in its subfolders, which --recursive takes" if left_out else ""
         raise UserError(f"{folder}: no images in it ({', '.join(IMAGE_EXTENSIONS)}){inside}")
@@ -323,12 +344,10 @@ def _find_rows(
     shown = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in names]
     for name in (name for name, count in Counter(shown).items() if count > 1):
         raise UserError(f"{folder}: two files whose names are written {name}; rename one")
-    stems = Counter(os.path.splitext(name)[0] for name in shown)
-    rows = []
-    for name, own in zip(names, shown):
-        stem = os.path.splitext(own)[0]
-        rows.append(Row(stem if stems[stem] == 1 and not recursive else own, str(folder / name)))
-    return rows, left_out, unreadable
+    stems = [os.path.splitext(name)[0] for name in shown]
+    counts = Counter(stems)
+    ids = [stem if counts[stem] == 1 and not recursive else name for stem, name in zip(stems, shown)]
+    return [Row(*row) for row in zip(ids, found.paths(folder))], left_out, unreadable
 
 
 def test_csv_places(folder: str | Path) -> list[Path]:

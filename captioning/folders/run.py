@@ -302,7 +302,8 @@ def write_output(options: FolderOptions, plan: Plan, problems: Sequence[Problem]
         if options.metadata:
             captions = metadata_rows(captions, plan, options)
         rows, columns = caption_rows(captions, with_ranks, options.with_scores)
-        write_submission(options.output_csv, rows, columns, options.escape_formulas)
+        with options.replacing_output():
+            write_submission(options.output_csv, rows, columns, options.escape_formulas)
         places.append(str(options.output_csv))
     if sidecars:
         places.append(str(Path(options.test_folder, *["**"] * options.recursive, f"*{sidecars.extension}")))
@@ -316,8 +317,11 @@ def write_output(options: FolderOptions, plan: Plan, problems: Sequence[Problem]
         counts.append(f"{len(problems)} without a caption")
     say(f"{', '.join(counts)}: captions in {' and '.join(places)}")
     backup = Path(options.test_folder, Backup.FOLDER)
-    if options.keeps_backup() and backup.is_dir():
-        say(f"what the sidecars said before they were changed is in {backup}")
+    kept = ["the sidecars said before they were changed"] if options.keeps_backup() else []
+    if options.output_csv and (backup / os.path.relpath(options.output_csv, options.test_folder)).is_file():
+        kept.insert(0, f"{options.output_csv} said before")
+    if kept and backup.is_dir():
+        say(f"what {' and what '.join(kept)} is in {backup}")
 
 
 def metadata_rows(

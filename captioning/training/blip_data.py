@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from captioning.data.features import REMEDY, is_up_to_date, weights_digest, writ
 from captioning.data.images import parallel_map, read_image
 from captioning.data.prepared import Record, Rows, open_dataset
 from datasets import LEFT_OR_RIGHT, augment_image
-from utils import UserError, pick_device, processes, progress_bar
+from utils import UserError, pick_device, processes, progress_bar, say
 
 if TYPE_CHECKING:
     from captioning.captioners.blip import BlipCaptioner
@@ -159,17 +159,22 @@ class BlipDataset:
 
 
 def encode_captions(
-    captioner: BlipCaptioner, records: list[Record], max_length: int
+    captioner: BlipCaptioner, records: list[Record], max_length: int, log: Callable[[str], None] = say
 ) -> list[list[list[int]]]:
     """For each record its captions as token ids, `[DEC] ... [SEP]`, at most `max_length` of them.
 
-    They are lower-cased and without punctuation, as in BLIP's own training.
+    They are lower-cased and without punctuation, as in BLIP's own training. log: is told how many are cut.
     """
-    encoded = []
+    start, encoded, lengths = captioner.model.config.text_config.bos_token_id, [], []
     for record in records:
         texts = [" ".join(words) for words in record.tokens if words]
-        ids = captioner.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
-        encoded.append([[captioner.model.config.text_config.bos_token_id, *tokens[1:]] for tokens in ids])
+        ids = captioner.tokenizer(texts)["input_ids"]
+        encoded.append([[start, *tokens[1:-1][: max_length - 2], tokens[-1]] for tokens in ids])
+        lengths += map(len, ids)
+    cut = sum(length > max_length for length in lengths)
+    if cut:
+        share = f"{cut} of {len(lengths)} captions have more than {max_length} tokens, up to {max(lengths)}"
+        log(f"{share}, and are cut; --max_length takes longer ones")
     return encoded
 
 

@@ -46,10 +46,12 @@ from captioning.training.resume import (
     set_random_states,
 )
 from captioning.weights.checkpoints import LAST, check_room, load_optimizer, save_checkpoint
-from datasets import BatchSampler
+from datasets import BatchSampler, describe_death
 from utils import Terminated, UserError, progress_bar
 
-SAVE = 1  # what the processes agree on after a step: this, or the number of the signal that ends the run
+# what the processes agree on after a step: nothing, 0; SAVE; the number of the signal that ends the run; or
+# LOST_WORKER and the number of the signal that killed a process which loads batches
+SAVE, LOST_WORKER = 1, 100
 
 
 class Training:
@@ -104,6 +106,7 @@ class Training:
                 self.begin_outputs()  # where it has come to that before the resume
                 self.run.log(f"stopped: no better {settings.select_by} for {without_better} epochs")
                 break
+            self._stop_without_workers()
             if not interrupted:
                 self.schedule.before_epoch(epochs_since_improvement(self.history, settings.score))
             self.epoch = Epoch(self, len(self.history) + 1, interrupted)
@@ -186,20 +189,40 @@ class Training:
 
     def save_or_stop(self) -> None:
         """Between two steps, in all processes: write `last.pth` where it is time, and end the run where a
-        signal came."""
+        signal came, or a process that loads batches was killed."""
         request = self.signals.number
         if not request and self.run.is_main and time.monotonic() >= self.save_time:
             request = SAVE
-        if self.group:
-            requests = torch.tensor(request)
-            torch.distributed.all_reduce(requests, torch.distributed.ReduceOp.MAX, self.group)
-            request = int(requests)
+        request = self._agree(request)
         if request:
             problem = self._write(self.mid_epoch_state())
+            if request >= LOST_WORKER:
+                raise self._loss_of_worker(request, self._how_to_go_on(problem))
             if request != SAVE:
                 raise ending(request, self._how_to_go_on(problem))
             if problem:
                 self.run.log(f"epoch {self.epoch.number} is {problem}; the training goes on")
+
+    def _stop_without_workers(self) -> None:
+        """Between two epochs, in all processes: end the run where a process that loads batches was killed in
+        the validation, the rest of which was read without it."""
+        request = self._agree(0)
+        if request >= LOST_WORKER:
+            raise self._loss_of_worker(request, self._how_to_go_on(None, complete=True))
+
+    def _agree(self, request: int) -> int:
+        """What all processes do: the largest of their requests."""
+        if self.run.lost_worker is not None:
+            request = LOST_WORKER + self.run.lost_worker
+        if self.group:
+            requests = torch.tensor(request)
+            torch.distributed.all_reduce(requests, torch.distributed.ReduceOp.MAX, self.group)
+            request = int(requests)
+        return request
+
+    @staticmethod
+    def _loss_of_worker(request: int, how_to_go_on: str) -> UserError:
+        return UserError(f"{describe_death(request - LOST_WORKER)}; {how_to_go_on}")
 
     def mid_epoch_state(self) -> dict:
         """The content of `last.pth`, in the main process; the others give their share."""
@@ -314,7 +337,7 @@ class Epoch:
                 steps.set_postfix_str(describe_training(self._numbers(report)))
             training.save_or_stop()
         self.row |= self._numbers(report)
-        if training.group or training.signals.number:  # one may have come since
+        if training.group or training.signals.number or training.run.lost_worker is not None:  # since then
             training.save_or_stop()
         training.after_steps = training.mid_epoch_state()
         training.signals.release()

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from captioning.files import named_in_errors
+from captioning.files import named_in_errors, open_to_append
 from captioning.training.resume import TrainingSettings
 from utils import Messages, is_main_process, pick_device, printable, processes, say
 
@@ -33,6 +33,7 @@ class Run:
     scaler: torch.amp.GradScaler
     log_file: Path | None = None  # what is logged is appended here too
     unwritten: list[str] = field(default_factory=list)  # logged before there was a file
+    lost_worker: int | None = None  # the signal that killed a process which loads batches; 0: none did
 
     @classmethod
     def start(cls, mixed_precision: str) -> Run:
@@ -53,6 +54,10 @@ class Run:
     def describe(self) -> str:
         return f"{self.state.num_processes} x {self.device.type}"
 
+    def lose_worker(self, number: int) -> None:
+        """A process that loads batches was killed by this signal, or ended by itself, 0."""
+        self.lost_worker = number
+
     def log(self, text: str) -> None:
         """Print, and append to the log's file, once for all processes."""
         if not self.is_main:
@@ -61,7 +66,7 @@ class Run:
         self.unwritten.append(printable(text))
         if self.log_file:
             self.log_file.parent.mkdir(parents=True, exist_ok=True)
-            with named_in_errors(self.log_file), self.log_file.open("a", encoding="utf-8") as stream:
+            with named_in_errors(self.log_file), open_to_append(self.log_file) as stream:
                 stream.writelines(f"{line}\n" for line in self.unwritten)
             self.unwritten.clear()
 

@@ -26,6 +26,7 @@ from layouts import (
 
 import metrics
 from captioning.data.annotations import read_annotations
+from captioning.data.tables import Columns
 from metrics import MeteorDataError
 from utils import UserError
 
@@ -276,3 +277,16 @@ def test_of_many_rows_some_are_named(images, tmp_path, capsys):
     read_annotations(tmp_path / "x.csv")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6 and lines[-1].endswith("and 195 more like these")
+
+
+def test_several_columns_of_captions_need_not_all_be_filled(tmp_path):
+    header = "image,caption1,caption2,caption_3,caption_count\n"
+    (tmp_path / "x.csv").write_text(f'{header}a.jpg,A dog,,"A cat, a dog",2\nb.jpg,,,,0\nc.jpg,,A hat\n')
+    records = read_annotations(tmp_path / "x.csv")
+    assert {record.image_id: record.captions for record in records} == {
+        "a.jpg": ["A dog", "A cat, a dog"], "b.jpg": [], "c.jpg": ["A hat"],
+    }  # fmt: skip
+    (tmp_path / "x.jsonl").write_text('{"file_name": "a.jpg", "text1": "A dog", "text2": null}\n')
+    assert [record.captions for record in read_annotations(tmp_path / "x.jsonl")] == [["A dog"]]
+    named = read_annotations(tmp_path / "x.csv", None, Columns(caption="caption_3"))
+    assert [record.captions for record in named] == [["A cat, a dog"], [], []]

@@ -12,7 +12,7 @@ from folder_images import ColourCaptioner, Killed, add_unreadable_files, make_im
 from PIL import Image
 
 from captioning.data.annotations import read_annotations
-from captioning.data.sidecars import Sidecars
+from captioning.data.sidecars import Backup, Sidecars
 from captioning.data.submissions import ScoredCaption, read_submission, write_submission
 from captioning.decoding.options import DecodingOptions
 from captioning.folders.plan import FolderOptions, find_images
@@ -170,6 +170,44 @@ def test_metadata_of_a_folder(tmp_path):
         run(ColourCaptioner(), folder, folder / "metadata.jsonl", decoding=DecodingOptions(num_captions=2))
     with pytest.raises(UserError, match=r"are for --sidecars: add it .the last two are for metadata.jsonl"):
         run(ColourCaptioner(), folder, folder / "x.jsonl", prefix="x")
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "my captions.csv"])
+def test_an_output_among_the_images_keeps_what_the_user_had(name, tmp_path, capsys, monkeypatch):
+    folder, mine = make_images(tmp_path / "in", 2), '{"file_name": "img0.png", "text": "by hand"}\n'
+    (folder / name).write_text(mine)
+    kept = folder / Backup.FOLDER / name
+    for _ in range(3):  # what a run of ours wrote is not kept
+        run(ColourCaptioner(), folder, folder / name)
+        assert kept.read_text() == mine and "colour 0" in (folder / name).read_text()
+        assert f"what {folder / name} said before is in {folder / Backup.FOLDER}" in capsys.readouterr().out
+    assert [path.name for path in kept.parent.glob("[!.]*")] == [name]
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    for number, place in enumerate((name, f"../link/{name}"), start=2):  # however it is named
+        (folder / name).write_text(f"by hand, {number}")
+        run(ColourCaptioner(), ".", place)
+        assert (kept.parent / f"{name}.{number}").read_text() == f"by hand, {number}"
+    (folder / name).write_text("not kept")
+    run(ColourCaptioner(), folder, folder / name, backup=False)
+    assert len([*kept.parent.glob("[!.]*")]) == 3
+
+
+def test_an_output_elsewhere_is_no_users_text(tmp_path):
+    folder, output = make_images(tmp_path / "in", 2), tmp_path / "metadata.jsonl"
+    output.write_text("of an earlier run")
+    run(ColourCaptioner(), folder, output)
+    assert "colour" in output.read_text() and not (folder / Backup.FOLDER).exists()
+
+
+def test_the_list_of_ids_is_no_output(tmp_path):
+    folder = make_images(tmp_path / "test" / "test", 2)
+    for place in (folder, folder.parent, tmp_path):
+        (place / "test.csv").write_text("image_id\nimg1\n")
+        with pytest.raises(UserError, match="has the images' ids"):
+            run(no_captioner, folder, place / "test.csv")
+        assert (place / "test.csv").read_text() == "image_id\nimg1\n"
+        (place / "test.csv").unlink()
 
 
 def test_one_folder_of_100000_files(tmp_path):

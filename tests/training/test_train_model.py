@@ -14,7 +14,8 @@ from conftest import ROOT, TWO_PROCESSES, as_arguments, blip_settings, read_hist
 import train_model
 from captioning.captioners.blip import load_captioner
 from captioning.captioners.tiny_blip import tiny_captioner
-from captioning.training.blip_data import draw_captions, pad_captions
+from captioning.data.prepared import Record
+from captioning.training.blip_data import draw_captions, encode_captions, pad_captions
 from captioning.training.optimization import Run
 from utils import UserError
 
@@ -55,6 +56,25 @@ def test_an_image_is_encoded_once_for_its_captions():
     words = pad_captions(captions, captioner.tokenizer.pad_token_id)
     loss = train_model.CaptionLoss(captioner.model)
     torch.testing.assert_close(loss(images[:1], **words), loss(images[[0, 0]], **words))
+
+
+def test_captions_that_are_cut_are_counted(capsys):
+    """Cut as transformers cut them; a line says how many, and names the setting."""
+    long = "two small black stars lie on the gravel"
+    captioner = tiny_captioner([*CAPTIONS, long])
+    records = [
+        Record(f"img{number}", None, texts, [text.split() for text in texts])
+        for number, texts in enumerate((CAPTIONS, [long, CAPTIONS[0]]))
+    ]
+    lengths = [[len(text.split()) + 2 for text in record.captions] for record in records]
+    assert [[*map(len, texts)] for texts in encode_captions(captioner, records, 40)] == lengths
+    assert not capsys.readouterr().out
+    encoded = encode_captions(captioner, records, 8)
+    said = "2 of 5 captions have more than 8 tokens, up to 10, and are cut; --max_length takes longer ones\n"
+    assert capsys.readouterr().out == said
+    for record, texts in zip(records, encoded):
+        own = captioner.tokenizer(record.captions, truncation=True, max_length=8)["input_ids"]
+        assert [ids[1:] for ids in texts] == [ids[1:] for ids in own]
 
 
 def test_every_epoch_draws_captions_anew():
