@@ -43,7 +43,7 @@ from captioning.training.monitor import caption_scores, repair_outputs
 from captioning.training.optimization import Run
 from captioning.training.resume import REWARD, Resumed, TrainingSettings, find_resumable
 from captioning.weights.checkpoints import STATES, check_content, decoder_from, encoder_from, load_checkpoint
-from captioning.weights.pretrained import build_encoder, load_embeddings
+from captioning.weights.pretrained import build_encoder
 from datasets import BatchLoader, BatchSampler, CaptionDataset
 from metrics import tokenize
 from models import Attention, DecoderWithAttention, Encoder, HardAttention
@@ -210,9 +210,8 @@ def run_training(settings: Settings) -> dict:
                         encoder, decoder, settings, run, word_map, epoch=epoch.number, totals=epoch.totals
                     )
                 else:
-                    replaced = sampling_probability(
-                        settings.scheduled_sampling, epoch.number, settings.scheduled_epochs
-                    )
+                    share, epochs_in_all = settings.scheduled_sampling, settings.scheduled_epochs
+                    replaced = sampling_probability(share, epoch.number, epochs_in_all)
                     hard = location_loss(settings, run, training.history, epoch.totals)
                     objective = CrossEntropy(encoder, decoder, settings, run, word_map, replaced, hard)
                 train_one_epoch(epoch, train_loader, objective, optimizer, settings, run)
@@ -262,6 +261,8 @@ def build_models(
     else:
         embeddings = None
         if settings.embeddings:
+            from captioning.data.text_files import load_embeddings  # most trainings have none
+
             embeddings, known_words = load_embeddings(settings.embeddings, word_map)
             log(f"{settings.embeddings} has vectors for {known_words} of the {len(word_map)} words")
             settings = replace(settings, emb_dim=embeddings.shape[1])

@@ -156,7 +156,7 @@ def test_a_training_is_read_in_few_files(capsys):
         (modules, lines), (modules_in_all, lines_in_all) = counts
         print(f"\ntrain.py reaches {modules} modules of {lines} lines by its imports at the top, "
               f"{modules_in_all} of {lines_in_all} with those inside functions")  # fmt: skip
-    assert modules <= 28 and lines <= 5500
+    assert modules <= 28 and lines <= 5650
 
 
 def test_few_files():

@@ -7,9 +7,10 @@ import torchvision
 from conftest import random_captions
 
 from captioning.data.features import encode_images
+from captioning.data.text_files import load_embeddings
 from captioning.decoding.fast_energies import use_fast_energies
 from captioning.decoding.teacher_forcing import PackedCaptions, token_logits
-from captioning.weights.pretrained import build_encoder, fold_batch_norms, load_embeddings
+from captioning.weights.pretrained import build_encoder, fold_batch_norms
 from models import DecoderWithAttention, Encoder, HardAttention, LSTMCell, normalize_images, pool_grid
 from tests.reference import TextbookDecoder
 from utils import UserError

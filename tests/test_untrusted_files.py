@@ -27,8 +27,9 @@ from captioning.data.fingerprints import is_whole
 from captioning.data.images import natural_order
 from captioning.data.prepared import Prepared, open_dataset
 from captioning.data.submissions import coco_id, read_submission, write_submission
+from captioning.data.text_files import load_embeddings
 from captioning.weights.checkpoints import load_checkpoint, peek, read_checkpoint
-from captioning.weights.pretrained import load_embeddings, load_torch_file, read_weights
+from captioning.weights.pretrained import load_torch_file, read_weights
 from captioning.weights.tutorial_checkpoint import read_tutorial_checkpoint
 from utils import UserError, read_json, write_json
 

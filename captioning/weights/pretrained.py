@@ -1,4 +1,4 @@
-"""Weights from elsewhere: ImageNet's for encoders, word vectors for decoders.
+"""Encoders with weights from elsewhere, as ImageNet's.
 
 `build_encoder("resnet101")` gives a `models.Encoder` its weights. Further families join `models.ENCODERS`
 here: EfficientNetV2, ConvNeXt, and two EfficientNets whose weights come with pip and need no download.
@@ -143,53 +143,6 @@ def torchvision_weights(encoder_name: str) -> tuple[str, dict]:
             f"elsewhere and give the file with --encoder_weights FILE, or take --encoder_name "
             f"efficientnet_lite2 (its weights came with pip), or --encoder_weights none (untrained)"
         ) from None
-
-
-def load_embeddings(path: str | Path, word_map: dict[str, int]) -> tuple[Tensor, int]:
-    """Word vectors from a text file, one word and its numbers per line (GloVe, word2vec, fastText).
-
-    Returns:
-        embeddings (len(word_map), width) float32; a word with capitals that the file lacks gets the vector of
-        the same word in lower case, other such words are drawn from U(-sqrt(3/width), sqrt(3/width)). How
-        many words the file has.
-
-    Raises:
-        UserError: the file is missing, its lines have no or different widths, or it has none of the words.
-    """
-    vectors: dict[str, np.ndarray] = {}
-    wanted = {*word_map, *map(str.lower, word_map)}
-    width, number = None, 0
-    require_regular_file(path, "no such file of word vectors")
-    try:
-        with open(path, encoding="utf-8") as stream:
-            for number, line in enumerate(stream, start=1):
-                line = line.rstrip()
-                if number == 1 and len(line.split(" ")) == 2:
-                    continue  # word2vec's header: count and width
-                width = width or len(line.split(" ")) - 1
-                word, *values = line.rsplit(" ", width)  # from the right: some words contain spaces
-                if word in wanted:
-                    vectors[word] = np.array(values, dtype=np.float32)
-                    if len(values) != width or not width:
-                        raise ValueError(f"{len(values)} numbers where {width} were expected")
-                    if not np.isfinite(vectors[word]).all():
-                        raise ValueError("one is nan or infinite")
-    except ValueError as error:  # UnicodeDecodeError is one
-        raise UserError(
-            f"{path}, line {number + 1 if isinstance(error, UnicodeDecodeError) else number}: not a word and "
-            f"its numbers ({error}); give a GloVe text file"
-        ) from None
-    found = {
-        word: own for word in word_map if (own := vectors.get(word, vectors.get(word.lower()))) is not None
-    }
-    if not found:
-        raise UserError(
-            f"{path}: holds none of the word map's words; give a GloVe text file of the captions' language"
-        )
-    embeddings = torch.empty(len(word_map), width).uniform_(-math.sqrt(3 / width), math.sqrt(3 / width))
-    for word, vector in found.items():
-        embeddings[word_map[word]] = torch.from_numpy(vector)
-    return embeddings, len(found)
 
 
 class FoldedConv(nn.Conv2d):
