@@ -298,7 +298,7 @@ class Backup:
     FOLDER = ".sidecar_backup"
 
     def __init__(self, root: str | Path, process: int = 0):
-        self.root, self.folder = Path(root), Path(root) / self.FOLDER
+        self.root, self.folder = str(root), Path(root) / self.FOLDER
         self.record_file = self.folder / f".written-{process}"
         self.written: set[str] | None = None
         self.unrecorded: list[str] = []
@@ -369,16 +369,18 @@ class Backup:
         return written
 
     def _copy(self, name: str, content: bytes) -> None:
-        place, folder, number = self.folder / name, os.path.dirname(name), 1
+        first, folder, number = os.path.join(self.folder, name), os.path.dirname(name), 1
         if folder not in self.inside:
             inside = os.path.join(os.path.realpath(self.folder), folder).rstrip("/")
-            if os.path.realpath(place.parent) != inside:
-                raise UserError(f"{place.parent}: leads out of {self.folder}; remove it")
+            if os.path.realpath(os.path.dirname(first)) != inside:
+                raise UserError(f"{os.path.dirname(first)}: leads out of {self.folder}; remove it")
+            os.makedirs(inside, exist_ok=True)
             self.inside.add(folder)
+        place = first
         while os.path.lexists(place) and not _contains(place, content):
             number += 1
-            place = self.folder / f"{name}.{number}"
-        if not os.path.lexists(place):
+            place = f"{first}.{number}"
+        if not os.path.lexists(place) and not _link(os.path.join(self.root, name), place):
             with atomic_write(place) as tmp_path:
                 tmp_path.write_bytes(content)
 
@@ -387,7 +389,25 @@ class Backup:
         return hashlib.sha256(os.fsencode(name) + b"\0" + content).hexdigest()[:32]
 
 
-def _contains(file: Path, content: bytes) -> bool:
+def _link(path: str, place: str) -> bool:
+    """Give a file that is about to be replaced the name `place` too: quicker than a copy, and with its times.
+
+    Returns:
+        Whether that was possible. Not of a link, and not of a file that has further names: it might be
+        changed by one of these.
+    """
+    try:
+        os.link(path, place, follow_symlinks=False)
+    except (OSError, NotImplementedError):  # a file system, or an owner, that allows none
+        return False
+    status = os.lstat(place)
+    if stat.S_ISREG(status.st_mode) and status.st_nlink == 2:
+        return True
+    os.unlink(place)
+    return False
+
+
+def _contains(file: str, content: bytes) -> bool:
     with suppress(OSError, UserError), open(open_regular(file), "rb") as stream:
         return stream.read(len(content) + 1) == content
     return False

@@ -1,5 +1,6 @@
 """The text of a sidecar: what a caption is added to, in whatever encoding, is never damaged."""
 
+import errno
 import os
 import random
 
@@ -236,3 +237,30 @@ def test_a_place_where_nothing_can_be_kept_is_refused(tmp_path):
     (tmp_path / Backup.FOLDER).write_text("a file")
     with pytest.raises(UserError, match="is a file, not a folder"):
         Backup(tmp_path).check()
+
+
+@pytest.mark.parametrize("can_link", [True, False])
+def test_what_is_kept_is_no_other_files_text(can_link, tmp_path, monkeypatch):
+    """It is the file itself, under a further name, where it has no other; else a copy."""
+    folder, outside = tmp_path / "in", tmp_path / "outside.txt"
+    folder.mkdir()
+    for place in (folder / "own.txt", folder / "linked.txt", outside):
+        place.write_text("mine")
+    os.link(folder / "linked.txt", tmp_path / "further.txt")
+    (folder / "symbolic.txt").symlink_to(outside)
+    if not can_link:
+
+        def refuse(*arguments, **options):
+            raise PermissionError(errno.EPERM, "not permitted")
+
+        monkeypatch.setattr(os, "link", refuse)
+    backup, sidecars = Backup(folder), Sidecars(existing="overwrite")
+    for name in ("own", "linked", "symbolic"):
+        backup.keep(str(folder / f"{name}.txt"), b"mine", b"new")
+        sidecars.write(str(folder / f"{name}.jpg"), b"new")
+        assert (folder / f"{name}.txt").read_text() == "new"
+    for place in (tmp_path / "further.txt", outside, *folder.glob("*.txt")):
+        place.write_text("changed in place")
+    for kept in (folder / Backup.FOLDER).glob("*.txt"):
+        assert kept.read_text() == "mine" and kept.stat().st_nlink == 1 and not kept.is_symlink()
+    assert len([*(folder / Backup.FOLDER).glob("*.txt")]) == 3
