@@ -24,9 +24,10 @@ except ImportError:  # Windows: there two runs at once are not noticed
     fcntl = None
 
 LOCK_FILE = ".lock"
+OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)  # this process, or the machine, can have no more open
 # errors that concern the whole disk, or this process, and not the one file that met them
-OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EMFILE,
-               errno.ENFILE, errno.ESTALE)  # fmt: skip
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.ESTALE,
+               *OUT_OF_FILES)  # fmt: skip
 HELD = (errno.EACCES, errno.EAGAIN)  # what locking says where another process has the lock
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # where a file system, as of some clouds, has none
 NOT_THROUGH_LINKS = getattr(os, "O_NOFOLLOW", 0)  # opening fails with ELOOP where the name is a link's

@@ -5,16 +5,21 @@ import errno
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from conftest import ROOT, assert_one_line
+from folder_images import make_images
 
 import create_input_files as preparation
+from captioning import command_line
 from captioning.data.features import ResumableRowWriter
+from captioning.data.images import read_image
 from captioning.data.prepared import open_dataset
+from captioning.data.sidecars import Sidecars
 from captioning.files import (
     LOCK_FILE,
     OutputFile,
@@ -25,6 +30,7 @@ from captioning.files import (
     open_regular,
     remove_unfinished,
 )
+from captioning.folders.plan import FolderOptions, Row, read_row
 from captioning.training.optimization import Run
 from create_input_files import RowWriter
 from utils import (
@@ -341,3 +347,27 @@ def test_names_that_are_not_utf8_are_refused_where_a_library_takes_no_others(tmp
     check_output(tmp_path / "café", folder=True, utf8=True)
     with pytest.raises(UserError, match="its name is not UTF-8"):
         check_output(odd, folder=True, utf8=True)
+
+
+def test_an_image_is_not_to_blame_where_no_more_files_can_be_open(tmp_path):
+    """As with a low `ulimit -n` and many threads: nothing is left out, and the run says why it ends."""
+    folder = make_images(tmp_path / "in", 2)
+    (folder / "img1.txt").write_text("mine")
+    sidecars, image = Sidecars(), str(folder / "img1.png")
+    readers = {
+        "image": lambda: read_image(image),
+        "row": lambda: read_row(Row("img1", image), FolderOptions(folder), read_image),
+        "sidecar": lambda: sidecars.read(image),
+        "sidecar's beginning": lambda: sidecars.has_text(image),
+    }
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for read in readers.values():
+        read()
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (0, limit[1]))
+            with pytest.raises(OSError) as raised:
+                read()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+        assert raised.value.errno == errno.EMFILE
+        assert "too many files are open at once: lower --workers" in command_line._explain(raised.value)

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
+from captioning.files import OUT_OF_FILES
 from utils import UserError, kind_of_file
 
 # formats that not every Pillow reads, and what makes it read them
@@ -67,6 +68,8 @@ def read_image(path: str | Path, size: int | None = None, longest: int | None = 
         ) from None
     except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
         if isinstance(error, OSError) and error.errno is not None:
+            if error.errno in OUT_OF_FILES:
+                raise  # it is not this image's fault
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         reason = str(error)
         if isinstance(error, UnidentifiedImageError):

@@ -21,7 +21,7 @@ from typing import Literal
 
 from captioning.data.images import IMAGE_EXTENSIONS, PACKAGES
 from captioning.data.text_files import BYTE_ORDER_MARKS, decode_text, encode_text
-from captioning.files import OF_THE_DISK, open_regular, open_to_append, remove_unfinished
+from captioning.files import OF_THE_DISK, OUT_OF_FILES, open_regular, open_to_append, remove_unfinished
 from utils import UserError, atomic_write, check_output
 
 EXISTING = Literal["skip", "overwrite", "append", "prepend"]
@@ -97,6 +97,8 @@ class Sidecars:
         except FileNotFoundError:
             return None
         except OSError as error:
+            if error.errno in OUT_OF_FILES:
+                raise
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         if len(content) > LARGEST:
             raise UserError(f"{path}: larger than {LARGEST} bytes, which is no caption; left as it is")

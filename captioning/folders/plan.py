@@ -18,7 +18,7 @@ from captioning.data.images import IMAGE_EXTENSIONS, read_image, walk_images
 from captioning.data.sidecars import EXISTING, Backup, Sidecars
 from captioning.data.submissions import FORMATS, METADATA
 from captioning.decoding.options import DecodingOptions
-from captioning.files import is_locked, lock_file_of, lock_output, remove_unfinished
+from captioning.files import OUT_OF_FILES, is_locked, lock_file_of, lock_output, remove_unfinished
 from captioning.folders.journal import Entry, Journal, SidecarChanges, file_stamp, files_digest
 from utils import Messages, UserError, check_output, counted, say
 
@@ -392,6 +392,8 @@ def read_row(row: Row, options: FolderOptions, prepare: Callable[[str], Any]) ->
     except UserError as error:
         problem = str(error)
     except OSError as error:
+        if error.errno in OUT_OF_FILES:
+            raise
         problem = f"{row.path}: cannot be read ({error.strerror})"
     except MemoryError:
         problem = f"{row.path}: too large for this machine's memory; make it smaller"
