@@ -65,7 +65,7 @@ CASES = {  # settings, and the step in which a worker is killed: of 8 an epoch
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if "," in n else n for n in CASES])
 def test_a_training_ends_after_the_step_and_goes_on(name, prepared, tmp_path, monkeypatch):
     options, step = CASES[name]
     whole, cut = (small_settings(prepared, tmp_path / run, **SMALL | options) for run in ("whole", "cut"))
