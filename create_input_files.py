@@ -32,7 +32,6 @@ from captioning.command_line import allow_single, check_at_least, check_share, r
 from captioning.data.annotations import (
     read_annotations,
     read_training_splits,
-    require_image,
     sources,
     test_records,
 )
@@ -43,6 +42,7 @@ from captioning.data.fingerprints import (
     is_whole,
     record_image_files,
 )
+from captioning.data.image_names import require_apart, require_image
 from captioning.data.images import parallel_map, read_image
 from captioning.data.prepared import (
     CHECKSUMS,
@@ -142,6 +142,7 @@ def read_splits(settings: Settings) -> dict[str, list[Record]]:
     if test_annotations:
         splits["test"] = test_records(read_annotations(test_annotations, test_image_folders, **how))
     columns.check()
+    require_apart(splits)
     return {name: records for name, records in splits.items() if records}
 
 

@@ -133,13 +133,14 @@ def tokenize(caption: str, lowercase: bool = True) -> list[str]:
 
 def find_unsegmented(captions: Iterable[str]) -> tuple[str, list[str]] | None:
     """A script without blanks between words, of which `tokenize` makes one word a sentence, and the captions
-    in it; None where they are less than a tenth of all."""
-    captions = list(captions)
-    for script, pattern in _UNSEGMENTED.items():
-        found = [caption for caption in captions if not caption.isascii() and pattern.search(caption)]
-        if found and 10 * len(found) >= len(captions):
-            return script, found
-    return None
+    in it; of several scripts the most frequent; None where there are none."""
+    captions = [caption for caption in captions if not caption.isascii()]
+    found = {
+        script: [caption for caption in captions if pattern.search(caption)]
+        for script, pattern in _UNSEGMENTED.items()
+    }
+    script = max(found, key=lambda script: len(found[script]))
+    return (script, found[script]) if found[script] else None
 
 
 @lru_cache(KEPT_CHUNKS)

@@ -10,37 +10,46 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from captioning.data.image_names import ImageFinder
+from captioning.data.image_names import (
+    ImageFinder,
+    NameIndex,
+    join_same_files,
+    match_list,
+    merge_records,
+    require_same_split,
+)
 from captioning.data.images import natural_order, walk_images
 from captioning.data.prepared import Record
 from captioning.data.tables import (
     Columns,
     Row,
+    is_flickr_text,
     is_parquet,
     objects_of,
     read_delimited,
+    read_flickr_text,
     read_objects,
     read_parquet,
 )
-from captioning.data.text_files import parse_json_lines, read_text, read_told, report_problems, say_once
+from captioning.data.text_files import (
+    parse_json_lines,
+    read_text,
+    read_told,
+    report_problems,
+    require_words,
+    say_once,
+)
 from captioning.files import AnyOf, Choice, find_mismatch
 from metrics import tokenize
-from metrics.tokenizer import find_unsegmented
 from utils import UserError, counted, parse_json
 
-METADATA = (
-    "metadata.jsonl",
-    "metadata.csv",
-    "metadata.parquet",
-)  # as Hugging Face has them beside the images
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # of Hugging Face, beside the images
 SIDECARS = (".txt", ".caption")  # extensions of the captions beside images; where both are there, the first
 FLICKR_LISTS = {"train": "*trainImages.txt", "val": "*devImages.txt", "test": "*testImages.txt"}
-FLICKR_LINE = re.compile(r"(.+?)#\d+\t(.*)")
 Image = tuple[Record, tuple[str, ...]]  # and the names of its file
 SPLITS = {
     **dict.fromkeys(("train", "training", "restval"), "train"),
@@ -54,6 +63,7 @@ def read_annotations(
     image_folders: str | Path | Sequence[str | Path] | None = None,
     columns: Columns | None = None,
     lowercase: bool = True,
+    need_words: bool = True,
 ) -> list[Record]:
     """The images of annotation files of any layout; those of several files together.
 
@@ -64,9 +74,11 @@ def read_annotations(
             sidecars.
         columns: names of columns that the user gives.
         lowercase: the words of `Record.tokens` are in lower case.
+        need_words: refuse captions without blanks between the words; False where captions are not used.
 
     Raises:
-        UserError: a file or folder is missing, has none of the layouts, or no images.
+        UserError: a file or folder is missing, has none of the layouts, or no images; an image is in two
+            splits; captions that `require_words` refuses.
     """
     files, folders = as_paths(files), None if image_folders is None else as_paths(image_folders)
     asked, merged = columns or Columns(), []
@@ -80,8 +92,14 @@ def read_annotations(
             if nameless is not None:
                 raise UserError(f"{file}: damaged annotations (image {nameless.image_id} has no file_name)")
             finder.assign(images, file)
-        merged = _merge(merged, [record for record, _ in images], file)
-    return merged
+            if file.is_dir() and not any(record.path for record, _ in images):
+                raise _no_folder_of_images(file, f"no image for the {counted(len(images), 'caption file')}")
+        records = [record for record, _ in images]
+        for split in sorted({record.split or "" for record in records if need_words}):
+            own = [text for record in records if (record.split or "") == split for text in record.captions]
+            require_words(own, file)
+        merged = merge_records(merged, records, file)
+    return join_same_files(merged, ", ".join(map(str, files)))
 
 
 def _finder(file: Path, number: int, files: int, folders: list[Path]) -> ImageFinder:
@@ -103,10 +121,15 @@ def sources(file: str | Path) -> list[str]:
     file = Path(file)
     if file.is_dir():
         metadata = _metadata_in(file)
-        return [str(metadata)] if metadata else [f"{file}/{name}" for name in _sidecars_in(file)]
-    lists = [path for pattern in FLICKR_LISTS.values() for path in sorted(file.parent.glob(pattern))]
-    has_lists = lists and file not in lists and _is_flickr_text(read_text(file)[0])
-    return [str(path) for path in (file, *(lists if has_lists else ()))]
+        return [*map(str, metadata)] or [f"{file}/{name}" for name in _sidecars_in(file)]
+    return [str(path) for path in (file, *(path for _, path in _lists_beside(file)))]
+
+
+def _lists_beside(file: Path) -> list[tuple[str, Path]]:
+    """(split, its list of images) of the lists beside an annotation file; none where it is one of them."""
+    patterns = FLICKR_LISTS.items()
+    lists = [(split, path) for split, own in patterns for path in sorted(file.parent.glob(own))]
+    return lists if all(path != file for _, path in lists) else []
 
 
 def _sidecars_in(folder: Path) -> list[str]:
@@ -115,38 +138,8 @@ def _sidecars_in(folder: Path) -> list[str]:
     for place, subfolders, names in os.walk(folder):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         start = "".join(f"{part}/" for part in Path(place).relative_to(folder).parts)
-        found += [start + name for name in names if name.endswith(SIDECARS)]
+        found += [start + name for name in names if name.lower().endswith(SIDECARS)]
     return sorted(found, key=lambda name: name.split("/"))
-
-
-def _merge(earlier: list[Record], records: list[Record], file: Path) -> list[Record]:
-    """The records of earlier files and of a further one, with captions of the same images or of others."""
-    merged, renamed = [*earlier], []
-    by_id = {record.image_id: record for record in earlier}
-    for record in records:
-        known = by_id.get(record.image_id)
-        if known is not None and record.path and known.path and known.path != record.path:
-            record.image_id = f"{Path(record.path).parent.name}/{record.image_id}"
-            renamed.append(record.image_id)
-            known = by_id.get(record.image_id)
-            if known is not None and known.path != record.path:
-                raise UserError(
-                    f"{file}: {known.path} and {record.path} have the same id; rename one of them"
-                )
-        if known is None:
-            merged.append(record)
-            continue
-        if known.split != record.split:
-            raise UserError(f"{file}: {record.image_id} is in the {known.split} and the {record.split} split")
-        known.captions += record.captions
-        known.tokens += record.tokens
-        known.path = known.path or record.path
-    if renamed:
-        say_once(
-            f"{file}: {counted(len(renamed), 'id')} of other images in an earlier file; the folder's name "
-            f"is put in front, as in {renamed[0]}"
-        )
-    return merged
 
 
 # --- splits -------------------------------------------------------------------------------------------------
@@ -163,8 +156,7 @@ def read_training_splits(
     """The splits of annotation files, see `split_records`.
 
     Raises:
-        UserError: as `read_annotations` does, or the training split has no captions, or those that
-            `require_words` refuses.
+        UserError: as `read_annotations` does, or the training split has no captions.
     """
     records = read_annotations(files, image_folders, columns, lowercase)
     names = ", ".join(map(str, as_paths(files)))
@@ -175,18 +167,17 @@ def read_training_splits(
             say_once(f"{names}: {counted(unsorted, 'image')} in no split, left out")
         if not any(record.split == "val" for record in records):
             say_once(
-                f"{names}: none of its images are to validate on; a share of the others is (--val_fraction)"
+                f"{names}: has no val split; a share of its train split is held out for it (--val_fraction)"
             )
     splits = split_records(records, val_fraction, seed)
     if not any(record.captions for record in splits["train"]):
         raise UserError(f"{names}: no training captions in it; expected a caption column with text")
-    require_words((text for record in splits["train"] for text in record.captions), names)
     return splits
 
 
 def split_records(records: list[Record], val_fraction: float, seed: int) -> dict[str, list[Record]]:
     """The records of "train", "val" and "test": the file's own splits; where it names no "val", a random
-    `val_fraction` of the images to train on.
+    `val_fraction` of the images to train on, at least one of two unless it is 0.
 
     The random split is drawn among the captioned images by id, so it does not depend on the order of the
     file.
@@ -200,7 +191,10 @@ def split_records(records: list[Record], val_fraction: float, seed: int) -> dict
     if not splits["val"]:
         ids = sorted(record.image_id for record in splits["train"] if record.captions)
         random.Random(seed).shuffle(ids)
-        held_out = set(ids[: round(val_fraction * len(ids))])
+        count = round(val_fraction * len(ids))
+        if val_fraction > 0 and len(ids) > 1:
+            count = min(max(count, 1), len(ids) - 1)
+        held_out = set(ids[:count])
         splits["val"] = [record for record in splits["train"] if record.image_id in held_out]
         splits["train"] = [record for record in splits["train"] if record.image_id not in held_out]
     return splits
@@ -212,41 +206,24 @@ def test_records(records: list[Record], split: str = "test") -> list[Record]:
     return [record for record in records if not named or record.split == split]
 
 
-def require_words(captions: Iterable[str], name: str | Path) -> None:
-    """Raise UserError where sentences have no blanks between the words: each would count as one word."""
-    captions = list(captions)
-    found = find_unsegmented(captions)
-    if found:
-        script, sentences = found
-        raise UserError(
-            f"{name}: {len(sentences)} of {len(captions)} captions are {script} without blanks between words "
-            f'("{sentences[0][:30]}"): each would count as one word; put blanks between words, or characters'
-        )
-
-
-def require_image(image_id: str, path: str | None, folder: str | Path = "the image folder") -> str:
-    """`path`, the image file of this id. Raises UserError where there is none."""
-    if path is None:
-        raise UserError(f"{image_id}: no image file of this name in {folder}")
-    return path
-
-
 # --- layouts ------------------------------------------------------------------------------------------------
 
 
 def _read(file: Path, finder: ImageFinder | None, columns: Columns, lowercase: bool) -> list[Image]:
     """finder: gets the images that the file has itself."""
     if file.is_dir():
-        metadata = _metadata_in(file)
-        return _read(metadata, finder, columns, lowercase) if metadata else _read_folder(file, lowercase)
+        return _read_folder(file, finder, columns, lowercase)
     if is_parquet(file):
         return _images_of(read_parquet(file, columns), file, finder, lowercase)
     text = read_told(file)
     if text.lstrip()[:1] in ("{", "["):
         return _read_json(text, file, columns, lowercase)
-    if _is_flickr_text(text):
-        return _read_flickr_text(text, file, lowercase)
-    return _images_of(read_delimited(text, file, columns), file, None, lowercase)
+    is_flickr = is_flickr_text(text)
+    rows = read_flickr_text(text, file) if is_flickr else read_delimited(text, file, columns)
+    images = _images_of(rows, file, None, lowercase)
+    if not any(record.split for record, _ in images):
+        _take_splits_of_lists(images, file, is_flickr)
+    return images
 
 
 def _images_of(rows: Iterable[Row], name: Path, finder: ImageFinder | None, lowercase: bool) -> list[Image]:
@@ -261,10 +238,7 @@ def _images_of(rows: Iterable[Row], name: Path, finder: ImageFinder | None, lowe
             image = Record(row.image_id, path, split=split, file_name=row.file_name), names
             images[row.image_id] = image
         record = image[0]
-        if record.split != split:
-            raise UserError(
-                f"{name}: {row.image_id} is in the {record.split} and the {split} split; mend one row"
-            )
+        require_same_split(record, Record(row.image_id, None, split=split), name)
         captions = row.captions or []
         record.captions += captions
         if row.tokens is None:
@@ -286,81 +260,114 @@ def _cased(words: Iterable[str], lowercase: bool) -> list[str]:
     return [word.lower() for word in words] if lowercase else list(words)
 
 
-def _is_flickr_text(text: str) -> bool:
-    """Whether it begins as Flickr8k.token.txt does: name.jpg#0, a tab, a caption."""
-    return bool(FLICKR_LINE.fullmatch(text.lstrip().partition("\n")[0].rstrip("\r")))
+def _take_splits_of_lists(images: list[Image], file: Path, is_flickr: bool) -> None:
+    """Give the images the splits of the lists beside their file, if there are any.
+
+    is_flickr: whether it is Flickr8k.token.txt, so that the lists must be its.
+    """
+    lists = _lists_beside(file)
+    records = {record.image_id: record for record, _ in images}
+    index, used = NameIndex(records if lists else ()), []
+    for split, path in lists:
+        names = match_list(path, index, file, is_flickr)
+        for name in names:
+            if records[name].split not in (None, split):
+                raise UserError(f"{path}: {name} is in the list of another split too; remove it from one")
+            records[name].split = split
+        used += [path.name] if names else []
+    if used:
+        say_once(f"{file}: its splits are those of the lists beside it, {', '.join(used)}")
 
 
-def _read_flickr_text(text: str, file: Path, lowercase: bool) -> list[Image]:
-    """Flickr8k.token.txt, with the lists of splits beside it."""
-    splits: dict[str, str] = {}
-    for split, pattern in FLICKR_LISTS.items():
-        for path in sorted(file.parent.glob(pattern)):
-            for name in filter(None, map(str.strip, read_text(path)[0].splitlines())):
-                if splits.setdefault(name, split) != split:
-                    raise UserError(f"{path}: {name} is in the list of another split too; remove it from one")
-    rows, problems = [], []
-    for number, line in enumerate(re.split(r"\r\n|\n|\r", text), start=1):
-        found = FLICKR_LINE.fullmatch(line)
-        if not found:
-            problems += (
-                [f"line {number}: not like photo.jpg#0<TAB>A dog ({line[:60]})"] if line.strip() else []
-            )
-            continue
-        caption = found[2].strip()
-        problems += [] if caption else [f"line {number}: no caption ({found[1]})"]
-        rows.append(Row(f"line {number}", found[1], [caption] if caption else []))
-    report_problems(file, problems)
-    images = _images_of(rows, file, None, lowercase)
-    for record, _ in images:
-        record.split = splits.get(record.image_id)
-    if splits:
-        say_once(f"{file}: its splits are those of the lists beside it, {', '.join(FLICKR_LISTS.values())}")
+# --- folders ------------------------------------------------------------------------------------------------
+
+
+def _metadata_in(folder: Path) -> dict[Path, str | None]:
+    """The file of metadata in a folder; else of its folders train, validation, test, with their splits."""
+    for name in METADATA:
+        if (folder / name).is_file():
+            return {folder / name: None}
+    places = {place: SPLITS.get(place.name.lower()) for place in sorted(folder.iterdir())}
+    found = {place: split for place, split in places.items() if split and place.is_dir()}
+    return {own: split for place, split in found.items() for own in [*_metadata_in(place)][:1]}
+
+
+def _read_folder(folder: Path, finder: ImageFinder | None, columns: Columns, lowercase: bool) -> list[Image]:
+    metadata = _metadata_in(folder)
+    if not metadata:
+        return _read_sidecars(folder, lowercase)
+    images: list[Image] = []
+    for file, split in metadata.items():
+        own = _read(file, finder, columns, lowercase)
+        start = f"{file.parent.name}/" if split else ""
+        for record, names in own:
+            record.image_id, record.split = start + record.image_id, split or record.split
+            record.file_name = record.file_name and start + record.file_name
+            images.append((record, tuple(start + name for name in names)))
+    files = walk_images(folder, recursive=True, in_order=False).names
+    if len(images) < len(files) and (
+        passed := len({*map(_stem, files)} & {*map(_stem, _sidecars_in(folder))})
+    ):
+        read = f"{', '.join(file.name for file in metadata)} names {len(images)} of {len(files)} images"
+        say_once(f"{folder}: {read}; the {counted(passed, 'sidecar')} beside images are not read")
     return images
 
 
-def _metadata_in(folder: Path) -> Path | None:
-    return next((folder / name for name in METADATA if (folder / name).is_file()), None)
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
-def _read_folder(folder: Path, lowercase: bool) -> list[Image]:
+def _read_sidecars(folder: Path, lowercase: bool) -> list[Image]:
     """A folder, with subfolders, of images with sidecars, or of sidecars alone; each line is a caption."""
     images = walk_images(folder, recursive=True).names
-    texts = {name: folder / name for name in _sidecars_in(folder)}
-    names = {name.rpartition(".")[0] or name: name for name in reversed(images)}
+    texts: dict[str, list[str]] = defaultdict(list)  # by the image's name without extension, .txt first
+    for name in sorted(
+        _sidecars_in(folder), key=lambda name: SIDECARS.index(os.path.splitext(name)[1].lower())
+    ):
+        texts[_stem(name)].append(name)
+    names = {_stem(name) or name: name for name in reversed(images)}
     if not images:  # captions alone; the images are elsewhere
-        names = {name.rpartition(".")[0]: name.rpartition(".")[0] for name in texts}
+        names = {stem: stem for stem in texts}
     rows, problems, codecs = [], [], Counter()
     for stem in sorted(names, key=natural_order):
-        sidecar = next((texts[stem + own] for own in SIDECARS if stem + own in texts), None)
         captions: list[str] = []
-        if sidecar is not None:
+        if stem in texts:
             try:
-                text, codec = read_text(sidecar)
-                captions = [line.strip() for line in text.splitlines() if line.strip()]
-                codecs[codec] += not codec.startswith("utf-8")
+                text, codec = read_text(folder / texts[stem][0])
             except UserError as error:
                 problems.append(f"{names[stem]}: {error}")
                 continue
+            if not images and is_flickr_text(text):
+                raise _no_folder_of_images(folder, "no images in it", texts[stem][0])
+            captions = [line.strip() for line in text.splitlines() if line.strip()]
+            codecs[codec] += not codec.startswith("utf-8")
         problems += [] if captions else [f"{names[stem]}: no caption beside it"]
         rows.append(Row("", names[stem], captions))
     if not any(row.captions for row in rows):
-        inside = (
-            ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file())[:5]) or "nothing else"
-        )
-        raise UserError(
-            f"{folder}: a folder with {counted(len(images), 'image')}, but no captions beside them "
-            f"(photo.txt or photo.caption for photo.jpg, or {METADATA[0]}); it has {inside}; give the file "
-            f"of captions"
+        raise _no_folder_of_images(
+            folder,
+            f"a folder with {counted(len(images), 'image')}, but no captions beside them (photo.txt or "
+            f"photo.caption for photo.jpg, or {METADATA[0]})",
         )
     report_problems(folder, problems)
     for codec, count in codecs.items():
         if count:
             say_once(f"{folder}: {counted(count, 'sidecar')} not UTF-8; read as {codec}")
+    if twice := [own for stem, own in texts.items() if stem in names and len(own) > 1]:
+        shown = f"{counted(len(twice), 'image')} with two sidecars, such as {' and '.join(twice[0])}"
+        say_once(f"{folder}: {shown}; the first is read")
     found = _images_of(rows, folder, None, lowercase)
     for record, _ in found if images else ():
         record.path = str(folder / record.image_id)
     return found
+
+
+def _no_folder_of_images(folder: Path, reason: str, annotations: str | None = None) -> UserError:
+    """The error for a folder without images that have captions. annotations: the file in it to give."""
+    files = sorted(path.name for path in folder.iterdir() if path.is_file())
+    inside = ", ".join(files[:5]) + (", ..." if len(files) > 5 else "")
+    remedy = f"give {folder / annotations}" if annotations else "give the file of captions"
+    return UserError(f"{folder}: {reason}; it has {inside or 'nothing else'}; {remedy}")
 
 
 # --- JSON ---------------------------------------------------------------------------------------------------

@@ -11,15 +11,23 @@ word too. All tables (tables.py) are read.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
 
 from captioning.data.image_names import coco_id
-from captioning.data.tables import Columns, read_table
-from captioning.data.text_files import say_once
-from utils import UserError, atomic_write, write_csv, write_json
+from captioning.data.tables import (
+    Columns,
+    Row,
+    is_parquet,
+    objects_of,
+    read_delimited,
+    read_objects,
+    read_parquet,
+)
+from captioning.data.text_files import parse_json_lines, read_told, say_once
+from utils import UserError, atomic_write, parse_json, write_csv, write_json
 
 FORMATS = (".csv", ".json", ".jsonl")
 MORE_COLUMNS = ("rank", "log_prob", "log_prob_per_word", "words")
@@ -126,7 +134,7 @@ def read_submission(path: str | Path, columns: Columns | None = None) -> list[tu
         UserError: the file is missing, damaged or of another layout, or holds no row.
     """
     path, rows = Path(path), []
-    for row in read_table(Path(path), columns or Columns()):
+    for row in _read_table(Path(path), columns or Columns()):
         where = f"{path}, {row.place}"
         if row.captions is None:
             raise UserError(f"{where}: no caption in it; give a file of captions")
@@ -150,3 +158,20 @@ def read_submission(path: str | Path, columns: Columns | None = None) -> list[tu
                 f"{row.image_id!a}; mend or replace the file"
             ) from None
     return [(_unescape_formula(row.image_id), _unescape_formula("".join(row.captions))) for row in best]
+
+
+def _read_table(path: Path, columns: Columns) -> Iterator[Row]:
+    """The rows of a file with any of these tables.
+
+    Raises:
+        UserError: there is no such file, or it is damaged, or something else.
+    """
+    if is_parquet(path):
+        return read_parquet(path, columns)
+    text = read_told(path)
+    if text.lstrip()[:1] not in ("{", "["):
+        return read_delimited(text, path, columns)
+    lines = parse_json_lines(text, path)
+    if lines is not None:
+        return read_objects(lines, path, columns)
+    return read_objects(objects_of(parse_json(text, path), text, path), path, columns, "entry")

@@ -6,10 +6,8 @@ recognized by its content; `Columns` are the names that the user gives.
 
 from __future__ import annotations
 
-import ast
 import csv
 import io
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -19,10 +17,9 @@ from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from captioning.data.image_names import parts_of
-from captioning.data.images import IMAGE_EXTENSIONS, PACKAGES
-from captioning.data.text_files import parse_json_lines, read_told, report_problems, say_once, split_rows
-from utils import UserError, parse_json
+from captioning.data.image_names import is_image_name, parts_of
+from captioning.data.text_files import captions_of_cell, no_such, report_problems, say_once, split_rows
+from utils import UserError
 
 SEPARATORS = "\t|;,"  # the rarest in captions first
 IDS = (  # usual names of columns, the likeliest first
@@ -35,10 +32,8 @@ CAPTIONS = (
     "image_caption", "caption_text",
 )  # fmt: skip
 NUMBERED = tuple(rf"{name}_?\d*" for name in CAPTIONS)  # caption, caption_1, caption_2
+FLICKR_LINE = re.compile(r"(.+?)#\d+\t(.*)")
 SAMPLE = 200  # rows by which the columns are recognized
-IMAGE_NAME = re.compile(
-    rf"\S.*({'|'.join(map(re.escape, (*IMAGE_EXTENSIONS, *PACKAGES)))})(\.\d+)?(#\d+)?", re.IGNORECASE
-)
 
 
 class Row(NamedTuple):
@@ -97,27 +92,10 @@ def usual_names(names: tuple[str, ...], usual: tuple[str, ...]) -> list[str]:
     return next(filter(None, found), [])
 
 
-def read_table(path: Path, columns: Columns) -> Iterator[Row]:
-    """The rows of a file with any of these tables.
-
-    Raises:
-        UserError: there is no such file, or it is damaged, or something else.
-    """
-    if is_parquet(path):
-        return read_parquet(path, columns)
-    text = read_told(path)
-    if text.lstrip()[:1] not in ("{", "["):
-        return read_delimited(text, path, columns)
-    lines = parse_json_lines(text, path)
-    if lines is not None:
-        return read_objects(lines, path, columns)
-    return read_objects(objects_of(parse_json(text, path), text, path), path, columns, "entry")
-
-
 def is_parquet(path: Path) -> bool:
     """Raises UserError where there is no such file."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file; give the one that holds the captions")
+        raise no_such(path, "no such file; give the one that holds the captions")
     with path.open("rb") as stream:
         return stream.read(4) == b"PAR1"
 
@@ -167,7 +145,7 @@ def read_delimited(text: str, name: str | Path, columns: Columns) -> Iterator[Ro
         if "#" in image_id:
             image_id = re.sub(r"(\.\w+)#\d+$", r"\1", image_id)
         cells = [fields[i].strip() for i in layout.captions if i < width and not problem]
-        captions = [one for cell in cells for one in _captions_of_cell(cell)] if layout.captions else None
+        captions = [one for cell in cells for one in captions_of_cell(cell)] if layout.captions else None
         if not image_id:
             problem = problem or "no image named"
         elif captions == []:
@@ -197,7 +175,7 @@ def _find_separator(text: str, columns: Columns) -> tuple[str, str]:
             header = [cell.strip() for cell in rows[0]]
             known = len(header) > 1 and Columns().pick(header, columns.id, IDS) != []
             if known or width > 1:
-                images = sum(_is_image_name(cell.strip()) for row in rows for cell in row)
+                images = sum(is_image_name(cell.strip()) for row in rows for cell in row)
                 found.append((known, sum(len(row) >= width for row in rows) + images, -order, separator))
     return text, max(found)[-1]
 
@@ -252,7 +230,7 @@ class _Looks:
         cells = [[row[index].strip() for row in rows if index < len(row)] for index in range(width)]
         self.images, self.sentences, self.words = (
             [sum(map(looks, column)) / max(len(rows), 1) for column in cells]
-            for looks in (_is_image_name, _is_sentence, _is_word)
+            for looks in (is_image_name, _is_sentence, _is_word)
         )
 
     def find_ids(self, captions: list[int]) -> list[int]:
@@ -271,10 +249,6 @@ class _Looks:
         return found if len(found) == 1 else []
 
 
-def _is_image_name(cell: str) -> bool:
-    return bool(IMAGE_NAME.fullmatch(cell))
-
-
 def _is_sentence(cell: str) -> bool:
     return " " in cell and len(re.findall(r"[^\W\d_]{2,}", cell)) > 1
 
@@ -285,7 +259,7 @@ def _is_word(cell: str) -> bool:
 
 def _is_image_row(fields: list[str], sample: list[list[str]]) -> bool:
     """Whether the first row is like the others, and so no header: it has an image's name, or a sentence."""
-    if any(map(_is_image_name, fields)):
+    if any(map(is_image_name, fields)):
         return True
     looks = _Looks(sample, len(fields))
     return any(_is_sentence(cell) and share > 0.5 for cell, share in zip(fields, looks.sentences))
@@ -312,15 +286,26 @@ def _fit(fields: list[str], layout: Layout, separator: str) -> tuple[list[str], 
     return fields, ""
 
 
-def _captions_of_cell(cell: str) -> list[str]:
-    """The captions of a cell: one, or a list as JSON or Python write it."""
-    if cell[:1] == "[" and cell[-1:] == "]":
-        for parse in (json.loads, ast.literal_eval):
-            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-                values = parse(cell)
-                if isinstance(values, list) and all(isinstance(value, str) for value in values):
-                    return [value.strip() for value in values if value.strip()]
-    return [cell] if cell else []
+def is_flickr_text(text: str) -> bool:
+    """Whether it begins as Flickr8k.token.txt does: name.jpg#0, a tab, a caption."""
+    return bool(FLICKR_LINE.fullmatch(text.lstrip().partition("\n")[0].rstrip("\r")))
+
+
+def read_flickr_text(text: str, file: Path) -> list[Row]:
+    """Those of Flickr8k.token.txt."""
+    rows, problems = [], []
+    for number, line in enumerate(re.split(r"\r\n|\n|\r", text), start=1):
+        found = FLICKR_LINE.fullmatch(line)
+        if not found:
+            problems += (
+                [f"line {number}: not like photo.jpg#0<TAB>A dog ({line[:60]})"] if line.strip() else []
+            )
+            continue
+        caption = found[2].strip()
+        problems += [] if caption else [f"line {number}: no caption ({found[1]})"]
+        rows.append(Row(f"line {number}", found[1], [caption] if caption else []))
+    report_problems(file, problems)
+    return rows
 
 
 # --- JSON objects and Parquet -------------------------------------------------------------------------------
@@ -337,23 +322,31 @@ def read_objects(
     Raises:
         UserError: another object.
     """
-    problems, count, images = [], 0, {}
+    problems, count, lacking, width, images = [], 0, 0, 0, {}
     for number, entry in entries:
         if not isinstance(entry, Mapping):
             raise UserError(f'{name}, {unit} {number}: not like {{"image_id": "photo", "caption": "A dog"}}')
         row = _row_of(entry, f"{unit} {number}", name, columns)
         if not row.image_id and row.image is None:
             there = ", ".join(map(str, entry))[:100]
-            raise UserError(f"{name}, {unit} {number}: no image named in it; it has {there}")
+            problems.append(f"{unit} {number}: no image named in it; it has {there}")
+            lacking += 1
+            continue
         if row.image is not None:
             of_name = images.setdefault(row.image_id, hash(row.image))
             if not row.image_id or of_name != hash(row.image):  # no name, or that of another image
                 row = row._replace(image_id=f"{Path(name).stem}_{number:06d}", file_name=None)
-        count += 1
+        count, width = count + 1, max(width, len(entry))
         if not row.captions:
             problems.append(f"{unit} {number}: no caption ({row.image_id})")
         yield row
-    report_problems(name, problems if len(problems) < count else ())
+    if lacking and not count:
+        raise UserError(f"{name}, {problems[0]}; --id_column and --caption_column name other keys")
+    if count and len(problems) - lacking == count:
+        problems = [problem for problem in problems if ": no image" in problem]
+        if width > 1:
+            say_once(f"{name}: no captions in it (--caption_column names their key): a list of images")
+    report_problems(name, problems)
 
 
 def _row_of(entry: Mapping[str, Any], place: str, name: str | Path, columns: Columns) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import codecs
 import csv
 import io
@@ -9,7 +10,7 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from metrics.tokenizer import find_unsegmented
 from utils import UserError, is_main_process, parse_json, require_regular_file, say
 
 if TYPE_CHECKING:
@@ -88,8 +90,16 @@ def read_text(path: str | Path) -> tuple[str, str]:
     """
     path = Path(path)
     if not path.is_file():  # nor a pipe, from which reading might never end
-        raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+        raise no_such(path, "not a file" if path.exists() else "no such file")
     return decode_text(path.read_bytes(), path)
+
+
+def no_such(path: str | Path, text: str) -> UserError:
+    """The error for a file or folder that is not there."""
+    parts = [part.strip() for part in str(path).split(",") if part.strip()]
+    if "," in str(path) and all(Path(part).exists() for part in parts):
+        text = f"several are separated by blanks, not by commas: {' '.join(parts)}"
+    return UserError(f"{path}: {text}")
 
 
 def read_told(path: str | Path) -> str:
@@ -176,6 +186,17 @@ def split_rows(text: str, name: str | Path, separator: str) -> Iterator[tuple[in
         raise UserError(f"{name}, line {line}: not a CSV row ({reason}); mend the line") from None
 
 
+def captions_of_cell(cell: str) -> list[str]:
+    """The captions of a cell: one, or a list as JSON or Python write it."""
+    if cell[:1] == "[" and cell[-1:] == "]":
+        for parse in (json.loads, ast.literal_eval):
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                values = parse(cell)
+                if isinstance(values, list) and all(isinstance(value, str) for value in values):
+                    return [value.strip() for value in values if value.strip()]
+    return [cell] if cell else []
+
+
 def parse_json_lines(text: str, name: str | Path) -> list[tuple[int, Any]] | None:
     """(line number, object) of each line of JSON lines; None where the text is something else.
 
@@ -206,6 +227,25 @@ def report_problems(name: str | Path, problems: Sequence[str], shown: int = 5) -
         say_once(f"{name}, {problem}")
     if len(problems) > shown:
         say_once(f"{name}: ... and {len(problems) - shown} more like these")
+
+
+def require_words(captions: Iterable[str], name: str | Path) -> None:
+    """Name sentences without blanks between the words, each of which would count as one word.
+
+    Raises:
+        UserError: they are a tenth of the captions or more.
+    """
+    captions = list(captions)
+    found = find_unsegmented(captions)
+    if found:
+        script, sentences = found
+        text = (
+            f"{name}: {len(sentences)} of {len(captions)} captions are {script} without blanks between words "
+            f'("{sentences[0][:30]}")'
+        )
+        if 10 * len(sentences) >= len(captions):
+            raise UserError(f"{text}: each would count as one word; put blanks between words, or characters")
+        say_once(f"{text}: each counts as one word; put blanks between words, or remove them")
 
 
 def encode_text(text: str, codec: str) -> bytes:

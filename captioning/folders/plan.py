@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from captioning.command_line import check_at_least, check_different_files
-from captioning.data.annotations import read_annotations, require_image, test_records
-from captioning.data.image_names import ImageFinder
+from captioning.data.annotations import read_annotations, test_records
+from captioning.data.image_names import ImageFinder, require_image
 from captioning.data.images import IMAGE_EXTENSIONS, read_image, walk_images
 from captioning.data.sidecars import EXISTING, Backup, Sidecars
 from captioning.data.submissions import FORMATS, METADATA
@@ -329,7 +329,7 @@ def _find_rows(
     """The rows; images in subfolders that are left out; subfolders that cannot be read, one line each."""
     folder = Path(test_folder)
     if test_csv is not None:
-        images = test_records(read_annotations(test_csv, folder))
+        images = test_records(read_annotations(test_csv, folder, need_words=False))
         return [Row(image.image_id, image.path) for image in images], 0, []
     if not recursive:
         rows = _rows_of_found_csv(folder)
@@ -360,7 +360,7 @@ def _rows_of_found_csv(folder: Path) -> list[Row]:
     for file in test_csv_places(folder):
         if file.is_file():
             finder = ImageFinder(folder)
-            ids = [image.image_id for image in read_annotations(file)]
+            ids = [image.image_id for image in read_annotations(file, need_words=False)]
             if any(finder(image_id) for image_id in ids):  # otherwise it is about other images
                 return [Row(image_id, finder(image_id)) for image_id in ids]
     return []

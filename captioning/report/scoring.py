@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from captioning.data.annotations import as_paths, read_annotations, require_words, test_records
+from captioning.data.annotations import as_paths, read_annotations, test_records
 from captioning.data.image_names import NameIndex, parts_of, stem
 from captioning.data.images import parallel_map
 from captioning.data.prepared import Prepared, Record, Rows
 from captioning.data.submissions import ScoredCaption, read_submission
 from captioning.data.tables import Columns
-from captioning.data.text_files import say_once
+from captioning.data.text_files import require_words, say_once
 from captioning.decoding.options import DecodingOptions
 from metrics import Scores, score_captions, tokenize
 from metrics.ngrams import LONGEST_NGRAM, named_bleu
@@ -121,8 +121,7 @@ def reference_records(
     """The captioned images of annotations in any layout, of the `split` if they name splits.
 
     Raises:
-        UserError: a file is damaged, or there are no captions of that split, or some that `require_words`
-            refuses.
+        UserError: a file is damaged, or there are no captions of that split.
     """
     records = read_annotations(references, image_folders, columns)
     records = [record for record in test_records(records, split) if record.captions]
@@ -130,7 +129,6 @@ def reference_records(
         if columns is not None:
             columns.check()
         raise UserError(f"{names_of(references)}: no captions of the {split} split in it to score against")
-    require_words((text for record in records for text in record.captions), names_of(references))
     return records
 
 

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from captioning.data.annotations import require_image
 from captioning.data.features import REMEDY, is_up_to_date, weights_digest, write_features
+from captioning.data.image_names import require_image
 from captioning.data.images import parallel_map, read_image
 from captioning.data.prepared import Record, Rows, open_dataset
 from datasets import LEFT_OR_RIGHT, augment_image

@@ -227,7 +227,7 @@ def test_without_images_to_validate_on_some_are_drawn(images, tmp_path, capsys):
     settings = create_input_files.Settings(str(tmp_path / "x.csv"), str(images), val_fraction=0.25)
     found = create_input_files.read_splits(settings)
     assert {split: len(records) for split, records in found.items()} == {"train": 3, "val": 1, "test": 2}
-    assert "none of its images are to validate on" in capsys.readouterr().out
+    assert "has no val split; a share of its train split is held out" in capsys.readouterr().out
 
 
 def test_captions_that_are_too_long_are_counted(images, tmp_path, capsys):

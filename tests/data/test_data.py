@@ -297,9 +297,10 @@ def test_prepared_files_fit_each_other(demo, prepared):
 
 
 def test_words_are_counted_on_the_training_split_alone(tmp_path):
-    colourful().save(tmp_path / "a.png")
+    for split in ("train", "val", "test"):
+        colourful().save(tmp_path / f"{split}.png")
     images = [
-        {"filename": "a.png", "split": split, "sentences": [{"tokens": tokens}]}
+        {"filename": f"{split}.png", "split": split, "sentences": [{"tokens": tokens}]}
         for split, tokens in (("train", ["a", "dog"]), ("val", ["a", "cat"]), ("test", ["a", "cat"]))
     ]
     (tmp_path / "d.json").write_text(json.dumps({"images": images}))

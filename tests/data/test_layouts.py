@@ -173,9 +173,9 @@ REFUSED = {  # what is in the file, and what the line says
     "broken JSON": (text_of(coco())[:-9], "not a JSON file"),
     "a broken JSON line": (lines_of(OBJECTS[:3]) + '{"image_id": "x"\n', "line 4: not a JSON file"),
     "a JSON line that is a list": (lines_of(OBJECTS[:3]) + "[1]\n", "line 4: not like"),
-    "a JSON line without an image": (
-        lines_of([*OBJECTS[:3], {"caption": "A dog"}]),
-        "line 4: no image named",
+    "JSON lines with keys of other names": (
+        lines_of({"bild": name, "satz": text} for name, text in ROWS),
+        "line 1: no image named in it; it has bild, satz; --id_column and --caption_column name other keys",
     ),
     "a caption that is a number": (
         lines_of([*OBJECTS[:2], {"image_id": "x", "caption": 5}]),
@@ -191,7 +191,10 @@ REFUSED = {  # what is in the file, and what the line says
         table([(*row, SPLITS[row[0]].replace("val", "dog")) for row in ROWS], (*HEADER, "split")),
         "the split of some images is dog; expected train, val or test",
     ),
-    "an image in two splits": ("image,caption,split\n" + TWO_SPLITS, "is in the train and the val split"),
+    "an image in two splits": (
+        "image,caption,split\n" + TWO_SPLITS,
+        "is in the train split and in the val split",
+    ),
     "Chinese": (CHINESE, ". of . captions are Chinese or Japanese without blanks .* put blanks"),
     "Thai": (THAI, ". of . captions are Thai without blanks"),
 }
@@ -241,6 +244,16 @@ NAMED = {  # what is in the file, what is said, and the number of captions that 
     "no caption": (table([*ROWS, ("x.jpg", "")], HEADER), "line 14: no caption (x.jpg)", 12),
     "no caption in a JSON line": (lines_of([*LISTS, NULL]), "line 7: no caption (x.jpg", 12),
     "no caption in Flickr8k.token.txt": (TOKENS + "x.jpg#0\t\n", "line 13: no caption (x.jpg)", 12),
+    "no image in a JSON line": (
+        lines_of([*LISTS, {"text": "A dog"}]),
+        "line 7: no image named in it; it has text",
+        12,
+    ),
+    "no captions in JSON lines": (
+        lines_of({"file_name": name, "satz": "A dog"} for name in PHOTOS),
+        "no captions in it (--caption_column names their key): a list of images",
+        0,
+    ),
     "no image": (table([*ROWS, ("", "A dog")], HEADER), "line 14: no image named", 12),
     "too many columns": (BY + "x.jpg,A,dog,me\n", "line 14: 4 columns in place of 3; quote captions", 12),
     "a line of another kind": (TOKENS + "the end\n", "line 13: not like photo.jpg#0<TAB>A dog (the end)", 12),

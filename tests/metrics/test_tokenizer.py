@@ -67,8 +67,7 @@ FEW_LONG_WORDS = [
 def test_sentences_without_blanks_are_found(script):
     for caption in UNSEGMENTED[script]:
         assert len(tokenize(caption)) == 1
-        assert find_unsegmented([caption, *["A dog"] * 9]) == (script, [caption])
-        assert find_unsegmented([caption, *["A dog"] * 10]) is None, "a foreign sign in a caption or two"
+        assert find_unsegmented([caption, *["A dog"] * 20]) == (script, [caption])
 
 
 def test_separated_words_are_none():
