@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -157,7 +158,7 @@ def announce_steps(count: int) -> Callable[..., None]:
     def announce(text: str, non_defaults: dict[str, object] | None = None) -> None:
         say(f"[{next(numbers)}/{count}] {text}")
         if non_defaults:
-            say(f"      not the defaults: {describe_settings(non_defaults)}")
+            say(f"      settings other than the defaults: {describe_settings(non_defaults)}")
 
     return announce
 
@@ -170,10 +171,9 @@ def non_default_settings(step: AnySettings) -> dict[str, object]:
 
 def choose_data(settings: Settings, announce: Callable[..., None]) -> Settings:
     """The user's data, or the demonstration's where there are none of the user's."""
-    names = "annotations", "image_folder"
-    are_given = any(getattr(settings, name) != getattr(Settings, name) for name in names)
+    are_given = settings.annotations != Settings.annotations or settings.image_folder != Settings.image_folder
     if are_given or Path(settings.annotations[0]).exists():
-        announce(f"data: {', '.join((*settings.annotations, *settings.image_folder))}")
+        announce(f"data: {', '.join((*settings.annotations, *filter(os.path.isdir, settings.image_folder)))}")
         return settings if Path(settings.test_folder).is_dir() else choose_own_test(settings)
     drawing = make_demo_data.Settings()
     if settings.demo_images:
@@ -345,7 +345,8 @@ def caption_test_images(
     if is_up_to_date(wanted, models):
         announce(f"{step}: {wanted.output_csv} is up to date, skipped")
         return
-    announce(f"{step}: {wanted.test_folder}/ -> {wanted.output_csv}", non_default_settings(wanted))
+    shown = non_default_settings(replace(wanted, test_csv=None))  # it names the images, as the folder does
+    announce(f"{step}: {wanted.test_folder}/ -> {wanted.output_csv}", shown)
     inputs = stamp_files(inputs_of_captions(wanted, models))  # before they are read
     run(wanted)
     files = inputs | stamp_files([wanted.output_csv])

@@ -216,11 +216,12 @@ def _read(file: Path, finder: ImageFinder | None, columns: Columns, lowercase: b
     if is_parquet(file):
         return _images_of(read_parquet(file, columns), file, finder, lowercase)
     text = read_told(file)
-    if text.lstrip()[:1] in ("{", "["):
-        return _read_json(text, file, columns, lowercase)
     is_flickr = is_flickr_text(text)
-    rows = read_flickr_text(text, file) if is_flickr else read_delimited(text, file, columns)
-    images = _images_of(rows, file, None, lowercase)
+    if text.lstrip()[:1] in ("{", "["):
+        images = _read_json(text, file, columns, lowercase)
+    else:
+        rows = read_flickr_text(text, file) if is_flickr else read_delimited(text, file, columns)
+        images = _images_of(rows, file, None, lowercase)
     if not any(record.split for record, _ in images):
         _take_splits_of_lists(images, file, is_flickr)
     return images
@@ -266,7 +267,7 @@ def _take_splits_of_lists(images: list[Image], file: Path, is_flickr: bool) -> N
     is_flickr: whether it is Flickr8k.token.txt, so that the lists must be its.
     """
     lists = _lists_beside(file)
-    records = {record.image_id: record for record, _ in images}
+    records = {next(iter(names), record.image_id): record for record, names in images}
     index, used = NameIndex(records if lists else ()), []
     for split, path in lists:
         names = match_list(path, index, file, is_flickr)
@@ -328,7 +329,7 @@ def _read_sidecars(folder: Path, lowercase: bool) -> list[Image]:
     names = {_stem(name) or name: name for name in reversed(images)}
     if not images:  # captions alone; the images are elsewhere
         names = {stem: stem for stem in texts}
-    rows, problems, codecs = [], [], Counter()
+    rows, problems, codecs, tokens = [], [], Counter(), []
     for stem in sorted(names, key=natural_order):
         captions: list[str] = []
         if stem in texts:
@@ -337,12 +338,13 @@ def _read_sidecars(folder: Path, lowercase: bool) -> list[Image]:
             except UserError as error:
                 problems.append(f"{names[stem]}: {error}")
                 continue
-            if not images and is_flickr_text(text):
-                raise _no_folder_of_images(folder, "no images in it", texts[stem][0])
+            tokens += texts[stem][:1] if not images and is_flickr_text(text) else []
             captions = [line.strip() for line in text.splitlines() if line.strip()]
             codecs[codec] += not codec.startswith("utf-8")
         problems += [] if captions else [f"{names[stem]}: no caption beside it"]
         rows.append(Row("", names[stem], captions))
+    if tokens:  # the shortest is Flickr8k.token.txt, and not Flickr8k.lemma.token.txt
+        raise _no_folder_of_images(folder, "no images in it", min(tokens, key=len))
     if not any(row.captions for row in rows):
         raise _no_folder_of_images(
             folder,

@@ -32,7 +32,7 @@ CAPTIONS = (
     "image_caption", "caption_text",
 )  # fmt: skip
 NUMBERED = tuple(rf"{name}_?\d*" for name in CAPTIONS)  # caption, caption_1, caption_2
-FLICKR_LINE = re.compile(r"(.+?)#\d+\t(.*)")
+FLICKR_LINE = re.compile(r"([^\t]+?)#\d+\t(.*)")
 SAMPLE = 200  # rows by which the columns are recognized
 
 
