@@ -59,6 +59,7 @@ from captioning.data.tables import Columns
 from captioning.files import OutputFile, lock_folder
 from utils import Messages, UserError, check_output, progress_bar, say, write_json
 
+LARGEST_UNKNOWN_SHARE = 0.1  # of a split's words above which the setting is named that keeps more
 REMEDY = "free some disk space, or lower --image_size"
 
 
@@ -424,6 +425,8 @@ def has_settings(record: dict, settings: Settings) -> bool:
 def print_summary(record: dict, output: Path) -> None:
     for name, counts in record["splits"].items():
         unknown = f", {counts['unknown_share']:.1%} of words unknown" if "unknown_share" in counts else ""
+        if counts.get("unknown_share", 0) > LARGEST_UNKNOWN_SHARE:
+            unknown += f": a --min_word_freq below {record['settings']['min_word_freq']} keeps more of them"
         say(f"{name:5} {counts['images']} images, {counts['captions']} captions{unknown}")
     say(f"words {record['words']} in the word map")
     if record["skipped"]:

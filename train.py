@@ -228,9 +228,8 @@ def read_data(data_folder: str) -> tuple[dict[str, int], list[Record]]:
     """The word map, and the validation images with their tokenized references."""
     data = Prepared(data_folder)
     if "val" not in data.record["splits"]:
-        raise UserError(
-            f"{data_folder}: no val split to choose the best epoch by; prepare it with --val_fraction 0.1"
-        )
+        problem = "no val split to choose the best epoch by"
+        raise UserError(f"{data_folder}: {problem}; prepare two images or more, with --val_fraction above 0")
     records = data.records("val")
     return data.word_map(), [replace(r, tokens=[tokenize(text) for text in r.captions]) for r in records]
 

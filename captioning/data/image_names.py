@@ -299,10 +299,15 @@ def join_same_files(records: list[Record], source: str) -> list[Record]:
     Raises:
         UserError: an image file is in two splits.
     """
+    return _join(records, [_file_of(record.path) if record.path else None for record in records], source)
+
+
+def _join(records: list[Record], keys: Sequence[str | None], source: str) -> list[Record]:
+    """keys: the same for records of the same image; None: of another image than all others."""
     first: dict[str, Record] = {}
     joined, doubled = [], []
-    for record in records:
-        known = first.setdefault(_file_of(record.path), record) if record.path else record
+    for record, key in zip(records, keys):
+        known = record if key is None else first.setdefault(key, record)
         if known is record or not (known.captions or record.captions):
             require_same_split(known, record, source)
             joined.append(record)
@@ -313,6 +318,23 @@ def join_same_files(records: list[Record], source: str) -> list[Record]:
         shown = f"{counted(len(doubled), 'image')} under two names, such as {doubled[0]}"
         say_once(f"{source}: {shown}; the captions of the same image file are put together")
     return joined
+
+
+def join_same_names(records: list[Record], source: str) -> list[Record]:
+    """The records, as `join_same_files` puts them together, where there are no image files to ask.
+
+    Names that may mean the same image, as 100 and 00000100 or a.jpg and images/a.jpg, are taken to do so
+    where there is no third that contradicts one of them.
+    """
+    groups: dict[int | str, list[Record]] = defaultdict(list)
+    for record in records:
+        last = parts_of(record.file_name or record.image_id)[-1:]
+        groups[coco_id(stem(*last)) if last else record.image_id].append(record)
+    same: dict[int, str] = {}
+    for group in groups.values():
+        if len(group) > 1 and _agree([(record.file_name or record.image_id,) for record in group]):
+            same |= dict.fromkeys(map(id, group), group[0].image_id)
+    return _join(records, [same.get(id(record)) for record in records], source)
 
 
 def require_apart(splits: Mapping[str, Sequence[Record]]) -> None:

@@ -54,7 +54,10 @@ class Sidecars:
             raise UserError(f"--sidecar_extension {self.extension}: give one of a text file, such as .txt")
 
     def path(self, image: str) -> str:
-        return os.path.splitext(image)[0] + self.extension
+        """That of the image's sidecar; where one with the extension in capitals is there, of that."""
+        start = os.path.splitext(image)[0]
+        path, capital = start + self.extension, start + self.extension.upper()
+        return capital if os.path.lexists(capital) and not os.path.lexists(path) else path
 
     def check(self, images: Sequence[str], root: str | Path) -> None:
         """Raise UserError where two images would share a sidecar, or no sidecar can be written.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captioning.data.annotations import as_paths, read_annotations, test_records
-from captioning.data.image_names import NameIndex, parts_of, stem
+from captioning.data.image_names import NameIndex, join_same_names, parts_of, stem
 from captioning.data.images import parallel_map
 from captioning.data.prepared import Prepared, Record, Rows
 from captioning.data.submissions import ScoredCaption, read_submission
@@ -125,6 +125,8 @@ def reference_records(
     """
     records = read_annotations(references, image_folders, columns)
     records = [record for record in test_records(records, split) if record.captions]
+    if image_folders is None:
+        records = join_same_names(records, names_of(references))
     if not records:
         if columns is not None:
             columns.check()

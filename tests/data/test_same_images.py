@@ -11,6 +11,8 @@ import create_input_files
 import run_pipeline
 from captioning.data.annotations import read_annotations, split_records
 from captioning.data.prepared import Record
+from captioning.data.sidecars import Sidecars
+from captioning.report.scoring import reference_records
 from utils import UserError
 
 CHINESE = "一只狗在绿色的草地上奔跑。"
@@ -122,6 +124,14 @@ def test_annotations_that_want_an_image_in_two_splits_are_refused(tmp_path):
     )  # fmt: skip
     with pytest.raises(UserError, match=r"00000100.jpg: in the train and in the test split; remove it from"):
         create_input_files.read_splits(settings)
+
+
+@pytest.mark.parametrize("names", PAIRS)
+def test_references_are_put_together_without_images(names, tmp_path, capsys):
+    one = write(tmp_path / "a.csv", (names[0], "A dog runs"), ("x/7", "A hat"), ("y/7", "A cat"))
+    records = reference_records([one, write(tmp_path / "b.csv", (names[1], "A black dog"))])
+    assert [own.captions for own in records] == [["A dog runs", "A black dog"], ["A hat"], ["A cat"]]
+    assert f"1 image under two names, such as {names[0]} and {names[1]}" in capsys.readouterr().out
 
 
 def test_a_list_of_images_to_caption_keeps_its_rows(tmp_path):
@@ -252,6 +262,22 @@ def test_what_of_a_folder_is_not_read_is_named(tmp_path, capsys):
     assert found(read_annotations(folder, folder)) == {"a.jpg": ["A dog"]}
     said = "metadata.jsonl names 1 of 3 images; the 3 sidecars beside images are not read"
     assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("existing", ["skip", "overwrite", "append"])
+def test_a_sidecar_with_an_extension_in_capitals_gets_no_second_one(existing, tmp_path):
+    folder = draw(tmp_path / "photos", "IMG_01.JPG", "IMG_02.JPG")
+    (folder / "IMG_01.TXT").write_text("A hat")
+    sidecars, images = Sidecars(existing=existing), [str(folder / f"IMG_0{number}.JPG") for number in (1, 2)]
+    assert sidecars.exist(images) == images[:1] and sidecars.read_text(images[0]) == "A hat"
+    for image in images:
+        sidecars.write(image, sidecars.compose(image, "A dog", sidecars.read(image)))
+    assert {path.name for path in folder.iterdir()} == {
+        "IMG_01.JPG",
+        "IMG_02.JPG",
+        "IMG_01.TXT",
+        "IMG_02.txt",
+    }
 
 
 # --- small data, commas -------------------------------------------------------------------------------------
