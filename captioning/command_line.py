@@ -126,16 +126,17 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def _leave_processes(failed: bool) -> bool:
-    """End the connections to other processes; returns whether there were any.
+    """End NCCL's connections to other processes; returns whether there were other processes.
 
-    After a failure NCCL's connections are left alone, as ending them might wait for the other processes.
+    After a failure they are left alone, as ending them might wait for the other processes. Gloo's always are:
+    they end with this process, while its destructor can wait for ever for a thread that waits for Python.
     """
     if "torch" not in sys.modules:
         return False
     from torch import distributed
 
     started = distributed.is_available() and distributed.is_initialized()
-    if started and not (failed and distributed.get_backend() == "nccl"):
+    if started and not failed and distributed.get_backend() == "nccl":
         distributed.destroy_process_group()
     return started
 

@@ -20,6 +20,7 @@ import make_demo_data
 import train
 from captioning import command_line
 from captioning.data.annotations import read_annotations
+from captioning.data.text_files import say_once
 from metrics import Meteor, MeteorDataError
 from metrics.meteor_data import find_data
 
@@ -30,8 +31,10 @@ SHARED = ROOT.parent / "shared"
 
 
 @pytest.fixture(autouse=True)
-def fixed_seed():
+def fresh_process():
+    """Each test as if it were the first of its process."""
     torch.manual_seed(0)
+    say_once.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,12 @@
-"""`pick_device` on machines with and without GPUs; which GPUs there are is pretended."""
+"""`pick_device` on machines with and without GPUs, which are pretended; how a process leaves the others."""
 
 from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import distributed
 
+from captioning import command_line
 from captioning.command_line import parse_settings
 from utils import Device, UserError, pick_device
 
@@ -54,3 +56,15 @@ def test_the_setting():
     assert parse_settings(Example, ["--device", "mps"]).device == "mps"
     with pytest.raises(UserError, match="tpu"):
         parse_settings(Example, ["--device", "tpu"])
+
+
+def test_no_script_waits_for_gloos_destructor(monkeypatch):
+    """It joins a thread that may be waiting for Python's lock, which the destructor holds."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(distributed, "destroy_process_group", lambda: pytest.fail("destroyed"))
+            assert command_line._leave_processes(failed=False)
+    finally:
+        distributed.destroy_process_group()
+    assert not command_line._leave_processes(failed=False)

@@ -13,6 +13,7 @@ import typing
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 import utils
 from captioning import command_line
@@ -249,6 +250,21 @@ def test_what_a_page_names_is_there(page):
 def test_names_are_found():
     names = names_of(ROOT / "models.py")
     assert {"Encoder", "Attention", "ENCODERS", "Attention.forward"} <= names and "nothing" not in names
+
+
+def test_the_oldest_versions_that_are_tried_are_those_that_are_promised():
+    """Each requirement's floor, `numpy>=1.26`, is pinned as `numpy==1.26.0`."""
+    promised, tried = [], []
+    for file, operator, versions in (
+        ("requirements.txt", ">=", promised),
+        ("requirements-test.txt", ">=", promised),
+        ("constraints-oldest.txt", "==", tried),
+    ):
+        for line in (ROOT / file).read_text("utf-8").splitlines():
+            if requirement := line.partition("#")[0].strip():
+                name, version = requirement.split(operator)
+                versions.append((name, Version(version)))
+    assert tried == promised
 
 
 @pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.name)

@@ -59,6 +59,7 @@ def test_a_figure_says_in_one_line_what_its_font_lacks(text, tmp_path, capsys):
     Image.fromarray(picture).save(tmp_path / "a.png")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", DeprecationWarning)  # between matplotlib and its parser; never shown
         draw_attention(tmp_path / "1.png", tmp_path / "a.png", ["a", text], maps, f"{text}\nx")
         draw_captions(tmp_path / "2.png", [(str(tmp_path / "a.png"), text, text, [text])])
         draw_maps(tmp_path / "3.png", {text: maps[0]})

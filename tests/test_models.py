@@ -149,7 +149,7 @@ def test_half_precision_follows_full(fast):
         gradients.append({name: parameter.grad for name, parameter in decoder.named_parameters()})
     for name, gradient in gradients[0].items():
         if name != "attention.full_att.bias":  # the softmax does not depend on it
-            assert F.cosine_similarity(gradients[1][name].flatten(), gradient.flatten(), dim=0) > 0.99, name
+            assert F.cosine_similarity(gradients[1][name].flatten(), gradient.flatten(), dim=0) > 0.98, name
 
 
 @pytest.mark.parametrize("fast", [True, False])

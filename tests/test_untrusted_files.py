@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import signal
+import time
 import warnings
 import zipfile
 
@@ -218,15 +219,13 @@ def test_checksums_that_are_no_dataset_of_numbers(tmp_path):
             open_dataset(tmp_path / "a", "rows", np.uint8)
 
 
-def test_a_cache_is_the_same_file_at_any_time(tmp_path, monkeypatch):
+def test_a_cache_is_the_same_file_at_any_time(tmp_path):
     """HDF5 notes the second at which a dataset was made, unless it is told not to."""
     values = np.arange(24, dtype=np.float16).reshape(4, 6)
     for name in ("a", "b"):
         with ResumableRowWriter(tmp_path / name, "features", 4, {"weights": "w"}, "") as writer:
             writer.append(values)
-        with h5py.File(tmp_path / name) as file:
-            times = [h5py.h5o.get_info(file[key].id).mtime for key in ("features", "checksums")]
-        assert times == [0, 0]
+        time.sleep(1.1)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 

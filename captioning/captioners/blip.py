@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     BlipProcessor,
     DynamicCache,
@@ -37,7 +38,6 @@ from transformers import (
     logging,
 )
 from transformers.generation.utils import GenerateOutput
-from transformers.models.blip import modeling_blip_text
 
 from captioning import HUB_MODEL
 from captioning.captioners.base import BaseCaptioner, Caption, stack_maps
@@ -48,11 +48,6 @@ from captioning.data.submissions import ScoredCaption
 from captioning.decoding.options import DecodingOptions
 from captioning.decoding.sampling import draw_words, image_seed, uniform_numbers
 from utils import UserError
-
-try:
-    from transformers import AutoModelForImageTextToText
-except ImportError:  # before transformers 4.46
-    from transformers import AutoModelForVision2Seq as AutoModelForImageTextToText
 
 # transformers' advice and progress bars would stand among the lines of our scripts
 logging.set_verbosity_error()
@@ -79,8 +74,18 @@ class BlipCaptioner(BaseCaptioner):
 
     def prepare_array(self, array: np.ndarray) -> Tensor:
         """uint8 RGB (3, height, width) -> float32 (3, S, S), as `prepare` does with a file."""
-        image = Image.fromarray(array.transpose(1, 2, 0))
-        return self.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
+        return self.process(Image.fromarray(array.transpose(1, 2, 0)))[0]
+
+    def process(self, images: Image.Image | list[Tensor], **options: bool) -> Tensor:
+        """What the image processor makes of an image, or of tensors (3, height, width): (N, 3, S, S).
+
+        Args:
+            options: the processor's, such as `do_resize=False`.
+        """
+        # transformers 4 would guess, and takes one row of pixels for the one channel of a grey image
+        order = "channels_last" if isinstance(images, Image.Image) else "channels_first"
+        options = {"input_data_format": order, "return_tensors": "pt", **options}
+        return self.image_processor(images=images, **options)["pixel_values"]
 
     def caption_prepared(
         self, pixels: Tensor, num_beams: int = 3, max_new_tokens: int = 30, prompt: str = "",
@@ -293,10 +298,6 @@ class DrawnWords(LogitsProcessor):
 
 # --- beams that share an image -----------------------------------------------------------------------------
 
-# transformers 4.54 and later keep BLIP's keys and values in an EncoderDecoderCache, which `generate` can be
-# given; earlier ones keep bare tuples, and there every beam has a copy of its own.
-CACHE_CAN_BE_SHARED = hasattr(modeling_blip_text, "EncoderDecoderCache")
-
 
 class ImageCache(DynamicCache):
     """Keys and values of images (N, heads, tokens, D): the same, whichever beams a search goes on with."""
@@ -313,7 +314,7 @@ def shared_by_beams(model: PreTrainedModel, num_beams: int) -> Iterator[dict[str
     BLIP's cross-attention takes the beams of an image (N * beams, L, D) as so many more of its queries
     (N, beams * L, D), which gives the same but for rounding. One beam, and other models, need no option.
     """
-    if num_beams == 1 or model.config.model_type != "blip" or not CACHE_CAN_BE_SHARED:
+    if num_beams == 1 or model.config.model_type != "blip":
         yield {}
         return
 

@@ -83,14 +83,11 @@ class BlipDataset:
         if path in self.kept:
             return self.kept[path]
         image = Image.fromarray(read_image(path).transpose(1, 2, 0))
-        pixels = self._process(image, do_rescale=False, do_normalize=False)[0]
+        pixels = self.captioner.process(image, do_rescale=False, do_normalize=False)[0]
         if self.bytes_left >= pixels.nbytes:
             self.bytes_left -= pixels.nbytes
             self.kept[path] = pixels
         return pixels
-
-    def _process(self, images: Image.Image | list[Tensor], **options: bool) -> Tensor:
-        return self.captioner.image_processor(images=images, return_tensors="pt", **options)["pixel_values"]
 
     def batches(self, batches: list[list[int]], augment_seed: str | None = None) -> Iterator[Tensor]:
         """For each batch of indices its images as the vision model takes them, float32 (N, 3, S, S).
@@ -112,7 +109,7 @@ class BlipDataset:
         def load(batch: list[int]) -> Tensor:
             if self.features is not None:
                 return torch.from_numpy(self.features.read(batch))
-            return self._process([image(index) for index in batch], do_resize=False)
+            return self.captioner.process([image(index) for index in batch], do_resize=False)
 
         return parallel_map(load, batches, self.workers)
 

@@ -139,6 +139,7 @@ def sample_inputs(
     draws them after the words that were replaced before.
     """
     tokens = token_logits(decoder, grid, captions, lengths)
+    torch.clear_autocast_cache()  # or, before torch 2.11, the loss gets its 16-bit weights without gradients
     drawn = torch.multinomial(tokens.logits.float().softmax(dim=1), 1).flatten().cpu()
     fed = captions.flatten(0, 1).clone()
     replaced = torch.rand(len(drawn)) < probability

@@ -160,6 +160,7 @@ def draw_samples(
     """
     training = decoder.training
     words = draw_captions([decoder.eval()], [grid], start, end, uniforms).words.cpu()  # (N, S, T)
+    torch.clear_autocast_cache()  # or, before torch 2.11, the loss gets its 16-bit weights without gradients
     decoder.train(training)
     ended = (words == end).cumsum(dim=2)
     lengths = (ended == 0).sum(dim=2) + 1 + (ended[:, :, -1] > 0)

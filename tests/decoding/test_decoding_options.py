@@ -112,7 +112,7 @@ def test_blip_takes_the_options_that_transformers_has(blip, paths):
     assert any(has_repeated(own, 2) for own in tokens())
     bound = tokens(no_repeat_ngram=2, min_length=20)
     assert all(not has_repeated(own, 2) and len(own) >= 20 for own in bound)
-    options = DecodingOptions(beam_size=4, num_captions=3)
+    options = DecodingOptions(beam_size=6, num_captions=3)
     several = blip.decode_prepared(pixels, options, with_scores=True)
     details = blip.describe_prepared(pixels, options)
     for own, caption_details in zip(several, details):

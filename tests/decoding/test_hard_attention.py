@@ -224,7 +224,7 @@ def test_the_loss_is_that_of_its_formula_one_caption_at_a_time(monkeypatch, side
     torch.testing.assert_close(loss, expected)
     plain = {name: p.grad for name, p in decoder.named_parameters()} | {"grid": grid.grad}
     for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, plain[name], msg=name)
+        torch.testing.assert_close(gradient, plain[name], rtol=1e-5, atol=1e-6, msg=name)
     objective.finish_step()
     assert float(hard.baseline) == pytest.approx(0.9 * -9 + 0.1 * sum(sampled) / len(sampled), abs=1e-5)
 

@@ -26,6 +26,7 @@ from captioning.training.losses import (
     sampling_probability,
 )
 from captioning.training.optimization import Run, TrainedWeights
+from captioning.training.reinforce import draw_samples
 from captioning.weights.checkpoints import load_checkpoint
 from datasets import CaptionDataset, Request, augment_image
 from models import DecoderWithAttention, Encoder
@@ -197,6 +198,21 @@ def test_scheduled_sampling_draws_from_the_decoders_distribution():
         frequencies = F.one_hot(fed[:, step + 1], VOCABULARY).double().mean(dim=0)
         expected = found.logits[step].softmax(dim=0).double()
         assert ((frequencies - expected).abs() < 5 * (expected / count) ** 0.5 + 1e-3).all()
+
+
+@pytest.mark.parametrize("drawn", ["next words", "whole captions"])
+def test_words_drawn_in_16_bits_take_no_gradient_from_the_loss(drawn):
+    """The loss that follows in the same autocast block needs the weights in 16 bits with their gradients."""
+    decoder, grid, (captions, lengths) = make_decoder(), torch.rand(3, 4, 4, 16), make_captions(3, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        if drawn == "next words":
+            captions = sample_inputs(decoder, grid, captions, lengths, 0.5)
+        else:
+            captions, lengths = draw_samples(decoder, grid, torch.rand(3, 2, 8), START, START + 1)
+        tokens = token_logits(decoder, grid, captions, lengths)
+        loss = F.cross_entropy(tokens.logits, tokens.targets)
+    loss.backward()
+    assert [name for name, parameter in decoder.named_parameters() if parameter.grad is None] == []
 
 
 def test_the_probability_rises_in_steps():
