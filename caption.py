@@ -37,7 +37,7 @@ class Settings(FolderOptions, DecodingOptions):
 
     # what to caption
     images: tuple[str, ...] = field(default=(), metadata={"positional": True})  # image files; none: a folder
-    img: str | None = None  # one image file to caption, too
+    img: str | None = None  # one image file; the same as giving it without --img
     test_folder: str = "test/test"  # images to caption
     output_csv: str | None = None  # .csv, .json (COCO) or .jsonl; None: submission.csv, none with sidecars
     # the model

@@ -68,7 +68,7 @@ class Settings:
     # what to read
     annotations: tuple[str, ...] = ("train.csv",)  # captions to train on, any layout of docs/file_formats.md
     image_folder: tuple[str, ...] = ("train/train",)  # their images
-    test_annotations: tuple[str, ...] = ()  # none: test_captions.csv or test.csv beside a Kaggle train.csv
+    test_annotations: tuple[str, ...] = ()  # if empty: test_captions.csv or test.csv beside train.csv
     test_image_folder: tuple[str, ...] = ()  # none: test/test beside the test annotations
     id_column: str | None = None  # column of the images in tables of any names; None: recognized
     caption_column: str | None = None  # column of the captions; None: recognized

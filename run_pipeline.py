@@ -67,7 +67,7 @@ class Settings:
     model: Literal["attention", "blip", "both"] = "attention"  # what to train and to caption with
     annotations: tuple[str, ...] = ("train.csv",)  # captions to train on, any layout
     image_folder: tuple[str, ...] = ("train/train",)  # their images
-    test_annotations: tuple[str, ...] = ()  # none: test_captions.csv or test.csv beside a Kaggle train.csv
+    test_annotations: tuple[str, ...] = ()  # if empty: test_captions.csv or test.csv beside train.csv
     test_folder: str = "test/test"  # images to caption; without it those of the annotations' test split
     # what to write
     data_folder: str = "data_output"  # prepared data goes here

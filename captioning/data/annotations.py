@@ -285,12 +285,14 @@ def _take_splits_of_lists(images: list[Image], file: Path, is_flickr: bool) -> N
 
 def _metadata_in(folder: Path) -> dict[Path, str | None]:
     """The file of metadata in a folder; else of its folders train, validation, test, with their splits."""
-    for name in METADATA:
-        if (folder / name).is_file():
-            return {folder / name: None}
     places = {place: SPLITS.get(place.name.lower()) for place in sorted(folder.iterdir())}
-    found = {place: split for place, split in places.items() if split and place.is_dir()}
-    return {own: split for place, split in found.items() for own in [*_metadata_in(place)][:1]}
+    found: dict[Path, str | None] = {}
+    for place, split in [(folder, None), *((place, split) for place, split in places.items() if split)]:
+        files = [place / name for name in METADATA if (place / name).is_file()]
+        found |= dict.fromkeys(files[:1], split)
+        if place == folder and found:
+            break
+    return found
 
 
 def _read_folder(folder: Path, finder: ImageFinder | None, columns: Columns, lowercase: bool) -> list[Image]:

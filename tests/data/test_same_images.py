@@ -9,6 +9,7 @@ from PIL import Image
 
 import create_input_files
 import run_pipeline
+import train
 from captioning.data.annotations import read_annotations, split_records
 from captioning.data.prepared import Record
 from captioning.data.sidecars import Sidecars
@@ -291,6 +292,19 @@ def test_of_few_images_one_is_held_out(images, fraction, held_out):
     records = [Record(str(number), None, ["A dog"], [["a", "dog"]]) for number in range(images)]
     splits = split_records(records, fraction, seed=1)
     assert (len(splits["val"]), len(splits["train"])) == (held_out, images - held_out)
+
+
+def test_lines_on_small_data_name_the_setting(tmp_path, capsys):
+    images = draw(tmp_path / "images", "a.jpg", "b.jpg")
+    file = write(tmp_path / "x.csv", ("a", "A dog runs"), ("b", "A cat runs"), ("b", "A dog sleeps"))
+    settings = create_input_files.Settings(
+        str(file), str(images), output_folder=str(tmp_path / "out"), image_size=32, min_word_freq=3,
+        val_fraction=0,
+    )  # fmt: skip
+    create_input_files.create_input_files(settings)
+    assert "% of words unknown: a --min_word_freq below 3 keeps more of them" in capsys.readouterr().out
+    with pytest.raises(UserError, match="prepare two images or more, with --val_fraction above 0"):
+        train.read_data(str(tmp_path / "out"))
 
 
 def test_files_with_commas_between_them(tmp_path):
