@@ -239,7 +239,8 @@ def _images_of(rows: Iterable[Row], name: Path, finder: ImageFinder | None, lowe
             image = Record(row.image_id, path, split=split, file_name=row.file_name), names
             images[row.image_id] = image
         record = image[0]
-        require_same_split(record, Record(row.image_id, None, split=split), name)
+        if record.split != split:
+            require_same_split(record, Record(row.image_id, None, split=split), name)
         captions = row.captions or []
         record.captions += captions
         if row.tokens is None:
@@ -285,13 +286,11 @@ def _take_splits_of_lists(images: list[Image], file: Path, is_flickr: bool) -> N
 
 def _metadata_in(folder: Path) -> dict[Path, str | None]:
     """The file of metadata in a folder; else of its folders train, validation, test, with their splits."""
-    places = {place: SPLITS.get(place.name.lower()) for place in sorted(folder.iterdir())}
     found: dict[Path, str | None] = {}
-    for place, split in [(folder, None), *((place, split) for place, split in places.items() if split)]:
-        files = [place / name for name in METADATA if (place / name).is_file()]
-        found |= dict.fromkeys(files[:1], split)
-        if place == folder and found:
-            break
+    for name in (".", *sorted(os.listdir(folder))):
+        if name == "." or (name.lower() in SPLITS and folder not in {path.parent for path in found}):
+            files = [folder / name / own for own in METADATA if (folder / name / own).is_file()]
+            found |= dict.fromkeys(files[:1], SPLITS.get(name.lower()))
     return found
 
 
@@ -304,13 +303,14 @@ def _read_folder(folder: Path, finder: ImageFinder | None, columns: Columns, low
         own = _read(file, finder, columns, lowercase)
         start = f"{file.parent.name}/" if split else ""
         for record, names in own:
+            if split and record.split not in (None, split):
+                raise UserError(f"{file}: {record.image_id} is in the {record.split} split; move it there")
             record.image_id, record.split = start + record.image_id, split or record.split
             record.file_name = record.file_name and start + record.file_name
             images.append((record, tuple(start + name for name in names)))
-    files = walk_images(folder, recursive=True, in_order=False).names
-    if len(images) < len(files) and (
-        passed := len({*map(_stem, files)} & {*map(_stem, _sidecars_in(folder))})
-    ):
+    files = {*map(_stem, walk_images(folder, recursive=True, in_order=False).names)}
+    passed = len(files & {*map(_stem, _sidecars_in(folder))}) if len(images) < len(files) else 0
+    if passed:
         read = f"{', '.join(file.name for file in metadata)} names {len(images)} of {len(files)} images"
         say_once(f"{folder}: {read}; the {counted(passed, 'sidecar')} beside images are not read")
     return images
@@ -324,9 +324,7 @@ def _read_sidecars(folder: Path, lowercase: bool) -> list[Image]:
     """A folder, with subfolders, of images with sidecars, or of sidecars alone; each line is a caption."""
     images = walk_images(folder, recursive=True).names
     texts: dict[str, list[str]] = defaultdict(list)  # by the image's name without extension, .txt first
-    for name in sorted(
-        _sidecars_in(folder), key=lambda name: SIDECARS.index(os.path.splitext(name)[1].lower())
-    ):
+    for name in sorted(_sidecars_in(folder), reverse=True):
         texts[_stem(name)].append(name)
     names = {_stem(name) or name: name for name in reversed(images)}
     if not images:  # captions alone; the images are elsewhere

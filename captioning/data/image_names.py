@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 
-from captioning.data.images import IMAGE_EXTENSIONS, PACKAGES, natural_order, walk_images
+from captioning.data.images import (
+    IMAGE_EXTENSIONS,
+    PACKAGES,
+    has_image_extension,
+    natural_order,
+    walk_images,
+)
 from captioning.data.prepared import Record
 from captioning.data.text_files import no_such, read_text, say_once
 from utils import UserError, atomic_write, counted
@@ -121,6 +127,7 @@ class ImageFinder:
             if not folder.is_dir():
                 raise no_such(folder, "no such folder of images; give the one that holds the image files")
         self.listed = {folder: _list(folder) for tier in self.tiers for folder in tier}
+        self.stems: dict[str, Counter[str]] = {}  # of the images in a folder, counted when they are needed
 
     def __call__(self, *names: str) -> str | None:
         """The path of the first of `names`, with or without extension, that a folder has, else None.
@@ -162,23 +169,22 @@ class ImageFinder:
                 names_of[record.path].append(names)
         claims = {record.path: names_of[record.path] for record, _ in loose}
         contested = {path for path, names in claims.items() if not _agree(names)}
-        doubtful = [(record, name) for record, name in loose if record.path in contested]
-        doubtful += [
-            (record, names[0])
+        doubtful = {id(record): (record, name) for record, name in loose if record.path in contested}
+        doubtful |= {
+            id(record): (record, names[0])
             for record, names in images
             if len(names_of.get(record.path, ())) > 1 and self._has_namesakes(record.path, names)
-        ]
-        dropped = {id(record) for record, _ in doubtful}
-        matched = [(record, name) for record, name in loose if id(record) not in dropped]
+        }
+        matched = [(record, name) for record, name in loose if id(record) not in doubtful]
         if matched:
             record, name = matched[0]
             shown = f"{counted(len(matched), 'image')} found by the end of the path or by the number"
             say_once(f"{source}: {shown}, such as {record.path} for {name}")
         if doubtful:
-            shown = ", ".join(name for _, name in doubtful[:3])
+            shown = ", ".join(name for _, name in [*doubtful.values()][:3])
             shown = f"{counted(len(doubtful), 'name')} without an image, as others fit it too: {shown}"
             say_once(f"{source}: {shown}")
-            for record, _ in doubtful:
+            for record, _ in doubtful.values():
                 record.path = None
 
     def _match_loosely(self, missing: Sequence[tuple[Record, Sequence[str]]]) -> list[tuple[Record, str]]:
@@ -204,10 +210,10 @@ class ImageFinder:
     def _has_namesakes(self, path: str, names: Sequence[str]) -> bool:
         """Whether no name has the extension of the file that was found, and another file differs in it."""
         folder, last = os.path.split(path)
-        if any(parts_of(name)[-1:] == [last] for name in names):
-            return False
-        files = self.listed.get(Path(folder), {}).values()
-        return sum(stem(file) == stem(last) for file in {*files}) > 1
+        if folder not in self.stems:
+            self.stems[folder] = Counter(map(stem, filter(has_image_extension, os.listdir(folder or "."))))
+        is_named = any(parts_of(name)[-1:] == [last] for name in names)
+        return self.stems[folder][stem(last)] > 1 and not is_named
 
     def save(self, name: str, content: bytes) -> str:
         """Write an image that annotations hold themselves to the first folder, unless it is there already.

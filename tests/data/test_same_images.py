@@ -91,6 +91,9 @@ def test_a_name_that_may_be_of_two_files_is_none_of_them(tmp_path, capsys):
         "a.jpg": ["A dog"], "a.png": ["A cat"], "b.jpg": ["A hat"],
     }  # fmt: skip
     assert "1 name without an image, as others fit it too: a" in capsys.readouterr().out
+    images = draw(tmp_path / "deep", "x/a.jpg", "x/a.png")
+    file = write(tmp_path / "z.csv", ("x/a", "Which"), ("x/a.jpg", "A dog"), ("x/a.png", "A cat"))
+    assert found(read_annotations(file, images)) == {"a.jpg": ["A dog"], "a.png": ["A cat"]}
     images = draw(tmp_path / "zeros", "0100.jpg", "00100.jpg")
     with pytest.raises(UserError, match=r"100: may be .*00100.jpg or .*0100.jpg; write all of its name"):
         read_annotations(write(tmp_path / "y.csv", ("100", "Which")), images)
@@ -243,6 +246,10 @@ def test_splits_in_folders_as_hugging_face_has_them(tmp_path):
     assert {Path(own.path).name: own.split for own in records} == SPLITS
     assert all(own.path == str(tmp_path / "hf" / own.image_id) for own in records)
     assert len(create_input_files.sources(tmp_path / "hf")) == 3
+    with (tmp_path / "hf" / "train" / "metadata.jsonl").open("a") as stream:
+        stream.write('{"file_name": "x.jpg", "text": "A dog", "split": "test"}\n')
+    with pytest.raises(UserError, match=r"the split of some images is|is in the test split; move it there"):
+        read_annotations(tmp_path / "hf", tmp_path / "hf")
 
 
 def test_what_of_a_folder_is_not_read_is_named(tmp_path, capsys):
