@@ -146,7 +146,7 @@ def atomic_write(path: str | Path, like: str | Path | None = None) -> Iterator[P
 
 
 def replace_file(new: Path, path: Path, like: str | Path | None = None) -> None:
-    """Let the file `new` take the place of `path`, with the permissions and owner that `atomic_write` says."""
+    """Let the file `new` take the place of `path`, with permissions and owner as in `atomic_write`."""
     with suppress(FileNotFoundError):
         old = os.stat(like or path)
         if hasattr(os, "chown"):
