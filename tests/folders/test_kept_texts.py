@@ -1,4 +1,4 @@
-"""What sidecars say before a run changes them: added to in its encoding, kept with its permissions, restored."""
+"""What sidecars say before a run changes them: added to in its encoding, kept with permissions, restored."""
 
 import os
 import shutil
