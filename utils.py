@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import select
 import signal
 import stat
 import sys
@@ -87,6 +88,19 @@ def say(text: str = "") -> None:
 def tell(text: str = "") -> None:
     """As `say`, on stderr: what went wrong, and what is no result."""
     tqdm.write(printable(text), file=sys.stderr)
+
+
+def drop_unread_output() -> bool:
+    """Whether stdout or stderr is a pipe that nobody reads any more; what is printed there then is lost."""
+    ended = False
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(ValueError, AttributeError):  # no file of the system, or a system without poll
+            watch = select.poll()
+            watch.register(stream.fileno(), 0)  # 0: for errors alone
+            if watch.poll(0):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                ended = True
+    return ended
 
 
 class Messages:
