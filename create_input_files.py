@@ -57,7 +57,7 @@ from captioning.data.prepared import (
 )
 from captioning.data.tables import Columns
 from captioning.files import OutputFile, lock_folder
-from utils import Messages, UserError, check_output, progress_bar, say, write_json
+from utils import Messages, UserError, check_output, progress_bar, replace_file, say, write_json
 
 LARGEST_UNKNOWN_SHARE = 0.1  # of a split's words above which the setting is named that keeps more
 REMEDY = "free some disk space, or lower --image_size"
@@ -126,7 +126,7 @@ def write_folder(splits: dict[str, list[Record]], settings: Settings, output: Pa
             if stale.name.removeprefix(".").startswith(("train_", "val_", "test_")):
                 stale.unlink()  # of an earlier preparation: images, captions and features belong together
         for file in sorted(tmp_path.iterdir()):
-            os.replace(file, output / file.name)
+            replace_file(file, output / file.name)
         write_json(output / "prepared.json", record)
     finally:
         shutil.rmtree(tmp_path, ignore_errors=True)

@@ -45,7 +45,7 @@ from captioning.training.resume import (
 )
 from captioning.weights.checkpoints import STATES, WEIGHTS, check_content, read_checkpoint
 from datasets import BatchSampler
-from utils import UserError, check_output, progress_bar
+from utils import UserError, check_output, progress_bar, replace_file
 
 if TYPE_CHECKING:  # they import transformers, which takes seconds
     from captioning.captioners.blip import BlipCaptioner
@@ -385,7 +385,7 @@ def save_model(output: Path, captioner: BlipCaptioner) -> None:
         with named_in_errors(output):
             captioner.save(tmp_path)
         for file in sorted(tmp_path.iterdir(), key=lambda file: (file.suffix == ".safetensors", file.name)):
-            os.replace(file, output / file.name)
+            replace_file(file, output / file.name)
     finally:
         shutil.rmtree(tmp_path, ignore_errors=True)
 

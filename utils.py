@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import select
 import signal
 import stat
 import sys
@@ -89,6 +90,19 @@ def tell(text: str = "") -> None:
     tqdm.write(printable(text), file=sys.stderr)
 
 
+def drop_unread_output() -> bool:
+    """Whether stdout or stderr is a pipe that nobody reads any more; what is printed there then is lost."""
+    ended = False
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(ValueError, AttributeError):  # no file of the system, or a system without poll
+            watch = select.poll()
+            watch.register(stream.fileno(), 0)  # 0: for errors alone
+            if watch.poll(0):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                ended = True
+    return ended
+
+
 class Messages:
     """Messages of one kind, of which there may be thousands: the first five are printed as they come."""
 
@@ -113,11 +127,14 @@ class Messages:
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path, like: str | Path | None = None) -> Iterator[Path]:
     """Yield a path beside `path` to write to; it takes `path`'s place only when the block ends well.
 
     A crash or Ctrl-C leaves the old file as it was. Where `path` is a link, the file takes the link's place,
     and what the link leads to stays as it is: in a folder from elsewhere it may lead anywhere.
+
+    like: the file whose permissions and owner the new one gets, by default the one that it replaces; where
+        there is none, the new file has those of any new file.
 
     Raises:
         UserError: `path` is a device or the like. OSError: with `path` as its filename.
@@ -130,14 +147,30 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
             os.unlink(tmp_path)  # a link of this name is not written through either
+        if os.path.isfile(like or path):  # what is private in it is so from the beginning
+            tmp_path.touch(0o600)
         yield tmp_path
-        os.replace(tmp_path, path)
+        replace_file(tmp_path, path, like)
     except BaseException as error:
         if isinstance(error, OSError) and error.filename in (None, str(tmp_path)):
             error.filename = str(path)
         with suppress(OSError):  # its folder may be gone
             os.unlink(tmp_path)
         raise
+
+
+def replace_file(new: Path, path: Path, like: str | Path | None = None) -> None:
+    """Let the file `new` take the place of `path`, with permissions and owner as in `atomic_write`."""
+    with suppress(FileNotFoundError):
+        old = os.stat(like or path)
+        if hasattr(os, "chown"):
+            for owner in (old.st_uid, -1):  # who is not root can at most keep the group
+                with suppress(OSError):
+                    os.chown(new, owner, old.st_gid)
+                    break
+        with suppress(PermissionError):  # of a file system that has none, or gives them to the whole disk
+            os.chmod(new, stat.S_IMODE(old.st_mode) & 0o777)
+    os.replace(new, path)
 
 
 def _check_kind(path: Path) -> bool:

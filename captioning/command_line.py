@@ -20,7 +20,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from utils import Terminated, UserError, is_main_process, leave_signals_to_main_process, tell, use_device
+from utils import (
+    Terminated,
+    UserError,
+    drop_unread_output,
+    is_main_process,
+    leave_signals_to_main_process,
+    tell,
+    use_device,
+)
 
 # errors of files that the user can mend: permissions, a full disk or quota, names, what was removed meanwhile
 OF_THE_USER = {
@@ -28,6 +36,11 @@ OF_THE_USER = {
     "ENODEV", "ENOENT", "ENOLCK", "ENOSPC", "ENOTCONN", "ENOTDIR", "ENXIO", "EPERM", "EROFS", "ESTALE",
     "ETIMEDOUT",
 }  # fmt: skip
+# how torch, the loader of shared libraries, threads and the system say so
+MEMORY_IS_FULL = (
+    "can't allocate memory", "not enough memory", "Cannot allocate memory", "failed to map segment",
+    "can't start new thread", "bad_alloc", "Unable to allocate",
+)  # fmt: skip
 
 
 def run_script(main: Callable, settings_class: type[AnySettings]) -> typing.NoReturn:
@@ -35,37 +48,42 @@ def run_script(main: Callable, settings_class: type[AnySettings]) -> typing.NoRe
 
     Exit status: what `main` returns (None is 0); 2 with one line on stderr for wrong input, and where the
     machine fails, as with full memory or a killed worker process; 130 after Ctrl-C, 143 after SIGTERM, which
-    are treated alike.
+    are treated alike; 141, without a line, where the output is read no more, as by `head`.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal or file that lacks a caption's letters
             stream.reconfigure(errors="backslashreplace")
     try:
+        status = _run(main, settings_class)
+    except BrokenPipeError:
+        if not drop_unread_output():
+            raise
+        status = 141
+    if _leave_processes(failed=status in (2, 130, 141, 143)):
+        os._exit(status)  # as threads of the process group can abort an ordinary exit
+    sys.exit(status)
+
+
+def _run(main: Callable, settings_class: type[AnySettings]) -> int:
+    """The exit status."""
+    try:
         with _ended_by_signals():
             settings = parse_settings(settings_class, description=sys.modules[main.__module__].__doc__)
             use_device(getattr(settings, "device", "auto"))
-            status = main(settings)
-    except UserError as error:
-        _report(f"error: {error}")
-        status = 2
-    except (MemoryError, RuntimeError, OSError, ImportError) as error:
-        message = _explain(error)
+            return main(settings) or 0
+    except (UserError, MemoryError, RuntimeError, OSError, ImportError) as error:
+        message = str(error) if isinstance(error, UserError) else _explain(error)
         if message is None:
             raise  # not the user's doing: show where it comes from
         _report(f"error: {message}")
-        status = 2
+        return 2
     except KeyboardInterrupt as error:
         leave_signals_to_main_process()  # this one is ending already
         if is_main_process():
             kept = str(error) or "finished files are kept, unfinished ones are removed"
             tell()  # below the progress bar
             tell(f"interrupted: {kept}")
-        status = 143 if isinstance(error, Terminated) else 130
-    if _leave_processes(failed=status in (2, 130, 143)):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status or 0)  # as threads of the process group can abort an ordinary exit
-    sys.exit(status or 0)
+        return 143 if isinstance(error, Terminated) else 130
 
 
 def _explain(error: Exception) -> str | None:
@@ -81,13 +99,6 @@ def _explain(error: Exception) -> str | None:
     if isinstance(error, OSError) and errno.errorcode.get(error.errno) in OF_THE_USER:
         return f"{error.strerror}: {error.filename or 'while writing'}"
     return None
-
-
-# how torch, the loader of shared libraries, threads and the system say so
-MEMORY_IS_FULL = (
-    "can't allocate memory", "not enough memory", "Cannot allocate memory", "failed to map segment",
-    "can't start new thread", "bad_alloc", "Unable to allocate",
-)  # fmt: skip
 
 
 @contextmanager
@@ -237,11 +248,12 @@ def _add_options(
     for name in sorted(settings_class.__dataclass_fields__, key=[*comments].index):
         field = settings_class.__dataclass_fields__[name]
         option, (kind, optional, choices) = f"--{prefix}{name}", _resolve_type(hints[name])
+        several = typing.get_origin(hints[name]) is tuple
         if name in left_out or option in parser._option_string_actions:
             continue
         options = {
             "default": argparse.SUPPRESS,  # so that only what is given comes back
-            "type": _converter(kind, optional),
+            "type": _converter(kind, optional, several),
             "metavar": kind.__name__.upper(),
             "help": comments[name].text.replace("%", "%%"),
         }
@@ -250,8 +262,8 @@ def _add_options(
         if kind is bool:
             options |= {"nargs": "?", "const": True}
             flags.append(option)
-        if typing.get_origin(hints[name]) is tuple:
-            options |= {"nargs": "+", "type": _list_converter(kind)}
+        if several:
+            options |= {"nargs": "+"}
         if "alone" in field.metadata:
             options |= {"nargs": "?", "const": field.metadata["alone"]}
         if field.metadata.get("positional"):
@@ -295,14 +307,15 @@ def _separate_flags(argv: list[str], flags: list[str]) -> list[str]:
 
 
 class _Parser(argparse.ArgumentParser):
+    def exit(self, *arguments) -> typing.NoReturn:
+        sys.stdout.flush()  # what --help has printed, while a closed pipe is still noticed
+        super().exit(*arguments)
+
     def error(self, message: str) -> typing.NoReturn:
         unknown = re.findall(r"--\w+", message) if message.startswith("unrecognized") else []
-        meant = [
-            name
-            for word in unknown
-            for name in difflib.get_close_matches(word, self._option_string_actions, 1)
-        ]
-        question = f"; did you mean {' '.join(meant)}?" if meant else ""
+        found = [difflib.get_close_matches(word, self._option_string_actions, 1) for word in unknown]
+        meant = " ".join(name for names in found for name in names)
+        question = f"; did you mean {meant}?" if meant else ""
         message = re.sub(r"\S{80,}", lambda word: f"{word[0][:60]}...", message)
         raise UserError(f"{message}{question}; {self.prog} --help lists the settings")
 
@@ -321,26 +334,17 @@ def _resolve_type(hint) -> tuple[type, bool, tuple]:
     return hint, optional, ()
 
 
-def _converter(kind: type, optional: bool) -> Callable[[str], object]:
+def _converter(kind: type, optional: bool, several: bool) -> Callable[[str], object]:
     def convert(text: str):
+        if several:
+            return [text] if kind is str else [kind(part) for part in text.split(",")]
         if optional and text.lower() == "none":
             return None
-        if kind is bool:
-            try:
-                return BOOLS[text.lower()]
-            except KeyError:
-                raise ValueError from None
-        return kind(text)
+        if kind is bool and text.lower() not in BOOLS:
+            raise ValueError
+        return BOOLS[text.lower()] if kind is bool else kind(text)
 
     convert.__name__ = kind.__name__  # argparse names it in its message
-    return convert
-
-
-def _list_converter(kind: type) -> Callable[[str], list]:
-    def convert(text: str) -> list:
-        return [text] if kind is str else [kind(part) for part in text.split(",")]
-
-    convert.__name__ = kind.__name__
     return convert
 
 
@@ -403,22 +407,18 @@ def check_at_least(settings: AnySettings, smallest: float, *names: str) -> None:
     """Raise UserError unless each named setting is a number of at least `smallest`, and at most that of
     `LARGEST`."""
     for name in names:
-        if not getattr(settings, name) >= smallest:  # written so that nan is refused
-            raise UserError(f"--{name} is {getattr(settings, name)}: give {smallest} or more")
-        _check_at_most(settings, name)
+        value, largest = getattr(settings, name), LARGEST.get(name, float("inf"))
+        if not value >= smallest:  # written so that nan is refused
+            raise UserError(f"--{name} is {value}: give {smallest} or more")
+        if value > largest:
+            raise UserError(f"--{name} is {value}: give {largest} or less")
 
 
 def check_above_zero(settings: AnySettings, *names: str) -> None:
     for name in names:
         if not getattr(settings, name) > 0:
             raise UserError(f"--{name} is {getattr(settings, name)}: give more than 0")
-        _check_at_most(settings, name)
-
-
-def _check_at_most(settings: AnySettings, name: str) -> None:
-    value, largest = getattr(settings, name), LARGEST.get(name, float("inf"))
-    if value > largest:
-        raise UserError(f"--{name} is {value}: give {largest} or less")
+    check_at_least(settings, 0, *names)
 
 
 def allow_single(settings: AnySettings, *names: str) -> None:

@@ -195,9 +195,9 @@ def is_alive(process: int) -> bool:
     return True
 
 
-def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
-    """`os.open` of a file, created where `flags` say so; not of a pipe, for which one would wait for ever, or
-    of a device.
+def open_regular(path: str | Path, flags: int = os.O_RDONLY, mode: int = 0o666) -> int:
+    """`os.open` of a file, created with `mode` where `flags` say so; not of a pipe, for which one would wait
+    for ever, or of a device.
 
     Raises:
         UserError: there is something else of this name. OSError: it cannot be opened.
@@ -206,17 +206,17 @@ def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):
             raise UserError(f"{path}: a {kind_of_file(mode)}, not a file; remove it")
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), mode)
 
 
-def open_to_append(path: str | Path) -> io.TextIOWrapper:
+def open_to_append(path: str | Path, mode: int = 0o666) -> io.TextIOWrapper:
     """A text file to write more lines to. Where the path is a link, a new file takes the link's place, as in
     `utils.atomic_write`. Raises UserError where it is something else, as `open_regular` does."""
     with suppress(FileNotFoundError):
         if os.path.islink(path):
             os.unlink(path)
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | NOT_THROUGH_LINKS
-    return open(open_regular(path, flags), "a", encoding="utf-8")
+    return open(open_regular(path, flags, mode), "a", encoding="utf-8")
 
 
 @contextmanager

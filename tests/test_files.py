@@ -185,6 +185,32 @@ def test_links_are_replaced_and_devices_refused(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["device", "folder", "link", "new", "pipe", "plain", "real"]
 
 
+@pytest.mark.parametrize("mode", [0o444, 0o600, 0o640, 0o664, 0o777])
+def test_a_rewritten_file_keeps_its_permissions_and_owner(mode, tmp_path):
+    old, new, link, like = (tmp_path / name for name in ("old", "new", "link", "like"))
+    old.write_text("old")
+    link.symlink_to(old)
+    old.chmod(mode)
+    owners = (12345, 23456) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
+    os.chown(old, *owners)
+    for path, model in ((new, None), (link, None), (old, None), (like, old)):
+        with atomic_write(path, like=model) as tmp:
+            assert not tmp.exists() or not tmp.stat().st_mode & 0o077, "it is private from the beginning"
+            tmp.write_text("new")
+        status = path.lstat()
+        if path == new:
+            assert status.st_mode & 0o777 == 0o666 & ~umask() and status.st_uid == os.geteuid()
+        else:
+            assert (status.st_mode & 0o777, status.st_uid, status.st_gid) == (mode, *owners), path.name
+        assert path.read_text() == "new"
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def test_what_libraries_write_goes_through_no_link(tmp_path):
     (tmp_path / "mine").write_text("mine")
     (tmp_path / ".rows.partial").symlink_to(tmp_path / "mine")

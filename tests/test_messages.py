@@ -2,6 +2,9 @@
 
 import ast
 import io
+import os
+import subprocess
+import sys
 import warnings
 from dataclasses import dataclass
 
@@ -66,6 +69,53 @@ def test_a_figure_says_in_one_line_what_its_font_lacks(text, tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == (3 if text == "犬" else 0) and all(line.isprintable() for line in lines)
     assert all("lacks 1 character of its text" in line for line in lines)
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_pipe_that_is_closed_ends_a_script_quietly(name, monkeypatch, keep_signals):
+    """As `eval.py ... | head -1` does; the exit status is a shell's for SIGPIPE."""
+    reading, writing = os.pipe()
+    stream = os.fdopen(writing, "w", encoding="utf-8")
+    monkeypatch.setattr(sys, name, stream)
+    monkeypatch.setattr("sys.argv", ["script.py"])
+    printed = []
+
+    def write(settings) -> None:
+        for line in range(1000):
+            (say if name == "stdout" else tell)(f"line {line}")
+            stream.flush()
+            printed.append(line)
+            if line == 2:
+                os.close(reading)
+
+    with pytest.raises(SystemExit) as ended:
+        command_line.run_script(write, Settings)
+    assert ended.value.code == 141 and printed == [0, 1, 2]
+    stream.close()  # what was left to be written disturbs nobody
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", ["make_demo_data.py --help", "eval.py --compare scores.csv scores.csv"])
+def test_a_script_before_head(arguments, unbuffered, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    script, *arguments = arguments.split()
+    lines = "".join(f"{number},0.{number}\n" for number in range(9))
+    (tmp_path / "scores.csv").write_text(f"image_id,CIDEr\n{lines}")
+    command = [sys.executable, str(ROOT / script), *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path, **pipes) as process:
+        process.stdout.close()
+        printed = process.stderr.read()
+    assert (printed, process.returncode) == ("", 141 if arguments[0] != "--help" or not unbuffered else 0)
+
+
+def test_a_broken_pipe_of_another_kind_is_shown(keep_signals, monkeypatch):
+    def fail(_) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("sys.argv", ["script.py"])
+    with pytest.raises(BrokenPipeError):
+        command_line.run_script(fail, Settings)
 
 
 FULL = "this machine's memory is full"

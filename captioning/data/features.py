@@ -24,7 +24,7 @@ from captioning.data.prepared import (
 )
 from captioning.files import OutputFile, is_in_place, lock_file
 from models import Encoder, normalize_images
-from utils import UserError, progress_bar, readable_size, say
+from utils import UserError, progress_bar, readable_size, replace_file, say
 
 REMEDY = "delete it, and it will be made anew"
 CPU_BATCH = 8  # images; ran 1.2 (resnet101) to 2.5 times (efficientnet_lite0) as fast as 32
@@ -266,7 +266,7 @@ class ResumableRowWriter:
             if os.name == "nt":  # where open files cannot be renamed, and none is locked
                 self.stream.close()
             if error is None and self.written == self.rows:
-                os.replace(self.tmp_path, self.path)
+                replace_file(self.tmp_path, self.path)
             elif not self.written or error is None or isinstance(error, UserError):
                 self.tmp_path.unlink()
 

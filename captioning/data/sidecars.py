@@ -12,7 +12,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -131,30 +131,25 @@ class Sidecars:
         """Whether the text of a sidecar that is there becomes part of the new one."""
         return self.existing in ("append", "prepend")
 
-    def find_trigger(self, images: Iterable[str]) -> str:
-        """The words before the first comma with which most of the sidecars begin, "" where they differ.
-
-        That is how the trigger word of a concept is taught to an image generator. One sidecar alone is taken
-        to begin with such a word where there is a single one before its comma.
-        """
+    def count_beginnings(self, images: Iterable[str]) -> tuple[Counter[str], int]:
+        """The words before the first comma, at most `TRIGGER_WORDS`, of all sidecars, with their frequencies;
+        how many sidecars have a text."""
         starts, texts = Counter[str](), 0
         for image in self.exist(images):
             with suppress(UserError):
                 start, comma, _ = self.read_text(image).partition(",")
                 texts += bool(start)
-                starts[start.strip()] += bool(comma)
-        if not texts:
-            return ""
-        (start, count), *_ = starts.most_common(1)
-        longest = TRIGGER_WORDS if texts > 1 else 1
-        return start if count > texts / 2 and len(start.split()) <= longest else ""
+                starts[start.strip()] += bool(comma) and 0 < len(start.split()) <= TRIGGER_WORDS
+        return +starts, texts
 
-    def compose(self, image: str, caption: str, before: bytes | None, trigger: str = "") -> bytes:
+    def compose(
+        self, image: str, caption: str, before: bytes | None, triggers: Collection[str] = ()
+    ) -> bytes:
         """What the image's sidecar is to contain.
 
         Args:
             before: what it contains; kept, in its encoding, where the caption is appended or prepended.
-            trigger: words that stay first, where there is no prefix.
+            triggers: what stays first in a sidecar that begins with it and a comma, where there is no prefix.
 
         Raises:
             UserError: the encoding of `before` cannot be told, or lacks a character of the caption.
@@ -166,7 +161,10 @@ class Sidecars:
         body = text.strip(BLANKS)
         start = text[: len(text) - len(text.lstrip(BLANKS))] if body else ""
         end = text[len(start) + len(body) :]
-        joined = self.text(image, caption, body, trigger)
+        first = body.partition(",")[0].rstrip()
+        trigger = first if first in triggers else ""
+        caption = " ".join(caption.split())
+        joined = join(body, caption, *self._around(image), trigger, self.existing == "prepend")
         if body and joined == body:
             return before
         try:
@@ -174,16 +172,19 @@ class Sidecars:
         except UnicodeEncodeError as error:
             character = error.object[error.start]
             raise UserError(
-                f"{path}: left as it is, as its encoding, {codec}, has no {character!a}; save it as UTF-8"
+                f"{path}: left as it is, as its encoding, {codec}, has no {character!r}; save it as UTF-8"
             ) from None
 
-    def text(self, image: str, caption: str, before: str = "", trigger: str = "") -> str:
-        """The caption between prefix and suffix, behind or in front of the text `before`."""
-        caption = " ".join(caption.split())
-        return join(before, caption, *self._around(image), trigger, self.existing == "prepend")
+    def require_writable(self, image: str) -> None:
+        """Raise UserError where the image's sidecar is read-only, also to whom the system lets write it."""
+        path = self.path(image)
+        with _named_alone(path), suppress(FileNotFoundError):
+            effective = os.access in os.supports_effective_ids
+            if not os.stat(path).st_mode & 0o222 or not os.access(path, os.W_OK, effective_ids=effective):
+                raise PermissionError(errno.EACCES, "it is read-only")
 
     def write(self, image: str, content: bytes) -> None:
-        """Write the image's sidecar; a link of its name is replaced.
+        """Write the image's sidecar, with the permissions that it has; a link of its name is replaced.
 
         Raises:
             UserError: it cannot be written. OSError: nothing can be written, as on a full disk.
@@ -191,9 +192,6 @@ class Sidecars:
         path = self.path(image)
         with _named_alone(path):
             os.stat(os.path.dirname(path) or ".")  # a folder that is gone is not made anew
-            effective = os.access in os.supports_effective_ids
-            if os.path.exists(path) and not os.access(path, os.W_OK, effective_ids=effective):
-                raise PermissionError(errno.EACCES, "it is read-only")
             with atomic_write(path) as tmp_path:
                 tmp_path.write_bytes(content)
 
@@ -223,6 +221,17 @@ def _named_alone(path: str) -> Iterator[None]:
         if error.errno in OF_THE_DISK:
             raise
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def shared_beginnings(starts: Counter[str], texts: int) -> list[str]:
+    """Of what `Sidecars.count_beginnings` gave, the words that several sidecars begin with, as they do with
+    the trigger word of a concept that an image generator is taught.
+
+    Several are three and a tenth of all that have a text, or more than half of up to four. One sidecar alone
+    is taken to begin with such a word where there is a single one before its comma.
+    """
+    least = min(max(3, texts / 10), texts // 2 + 1)
+    return [start for start, count in starts.items() if count >= least and (texts > 1 or " " not in start)]
 
 
 def _is_blank(content: bytes) -> bool:
@@ -291,22 +300,25 @@ def _has_part(text: str, caption: str) -> bool:
 
 
 class Backup:
-    """Keeps what sidecars say before they are changed: in one folder, under their names, once.
+    """Keeps what sidecars say before they are changed: in one folder, under their names, once, in `FIRST`.
 
-    What was changed by hand after that is kept too, with a number behind the name. What a run of ours wrote
-    is not: of this the folder has a record, a file `.written-N` for each process.
+    What was changed by hand after that is kept too, in `LATER` with a number behind the name. What a run of
+    ours wrote is not: of this the folder has a record, a file `.written-N` for each process. The names of
+    those that were not there before are in the file `NEW`, a line each.
 
     Args:
         root: the folder of all images. process: the number of this process.
     """
 
-    FOLDER = ".sidecar_backup"
+    FOLDER, FIRST, LATER, NEW = ".sidecar_backup", "first", "later", "new_files.txt"
 
     def __init__(self, root: str | Path, process: int = 0):
         self.root, self.folder = str(root), Path(root) / self.FOLDER
         self.record_file = self.folder / f".written-{process}"
         self.written: set[str] | None = None
         self.unrecorded: list[str] = []
+        self.new: list[str] = []  # not in the list yet
+        self.listed: set[str] = set()
         self.inside: set[str] = set()  # its folders that were found to be no links
 
     def check(self) -> None:
@@ -317,15 +329,17 @@ class Backup:
         for place, _, _ in os.walk(self.folder):
             remove_unfinished(Path(place))
 
-    def keep(self, path: str, content: bytes, new: bytes) -> None:
+    def keep(self, path: str, content: bytes | None, new: bytes) -> None:
         """Keep the content of a sidecar that is about to become `new`; `record` is to be called before it
         does.
+
+        content: None where it is blank, or there is none.
 
         Raises:
             UserError: it cannot be kept. OSError: nothing can be written, as on a full disk.
         """
         name = os.path.relpath(path, self.root)
-        self._keep_unless_ours(name, content)
+        self._keep_unless_ours(name, _content(path) if content is None else content)
         self._note(name, new)
 
     @contextmanager
@@ -335,9 +349,7 @@ class Backup:
         Raises:
             UserError: it cannot be kept. OSError: nothing can be written, as on a full disk.
         """
-        content, name = b"", os.path.relpath(path, self.root)
-        with suppress(FileNotFoundError), open(open_regular(path), "rb") as stream:
-            content = stream.read()
+        content, name = _content(path), os.path.relpath(path, self.root)
         if content:
             self.check()
             self._keep_unless_ours(name, content)
@@ -346,11 +358,17 @@ class Backup:
             self._note(name, Path(path).read_bytes())
             self.record()
 
-    def _keep_unless_ours(self, name: str, content: bytes) -> None:
+    def _keep_unless_ours(self, name: str, content: bytes | None) -> None:
+        """content: None where there is no file yet."""
         if self.written is None:
-            self.written = self._read_record()
+            self._read_record()
         with _named_alone(os.path.join(self.root, name)):
-            if self._digest(name, content) not in self.written:
+            if content is None:
+                # a line end in a name would make a line of the list the name of another file
+                known = name in self.listed or os.path.lexists(self.folder / self.FIRST / name)
+                if not known and len(name.splitlines()) == 1:
+                    self.new.append(name)
+            elif self._digest(name, content) not in self.written:
                 self._copy(name, content)
 
     def _note(self, name: str, new: bytes) -> None:
@@ -361,33 +379,40 @@ class Backup:
     def record(self) -> None:
         """Note what is about to be written. Raises OSError, and UserError where the record is no file."""
         if self.unrecorded:
-            self.folder.mkdir(exist_ok=True)
-            with open_to_append(self.record_file) as stream:
-                stream.writelines(f"{digest}\n" for digest in self.unrecorded)
-            self.unrecorded = []
+            (self.folder / self.FIRST).mkdir(parents=True, exist_ok=True)
+            for file, lines in ((self.record_file, self.unrecorded), (self.folder / self.NEW, self.new)):
+                with open_to_append(file) as stream:
+                    stream.buffer.writelines(os.fsencode(f"{line}\n") for line in lines)
+            self.listed.update(self.new)
+            self.unrecorded, self.new = [], []
 
-    def _read_record(self) -> set[str]:
-        written: set[str] = set()
-        for file in self.folder.glob(".written-*"):
-            with suppress(OSError, UserError), open(open_regular(file), "rb") as stream:
-                written.update(stream.read().decode("ascii", "replace").split())
-        return written
+    def _read_record(self) -> None:
+        self.written = set()
+        for file in (*self.folder.glob(".written-*"), self.folder / self.NEW):
+            with suppress(OSError, UserError):
+                known = self.listed if file.name == self.NEW else self.written
+                known.update(map(os.fsdecode, (_content(file) or b"").split(b"\n")))
 
     def _copy(self, name: str, content: bytes) -> None:
-        first, folder, number = os.path.join(self.folder, name), os.path.dirname(name), 1
-        if folder not in self.inside:
-            inside = os.path.join(os.path.realpath(self.folder), folder).rstrip("/")
-            if os.path.realpath(os.path.dirname(first)) != inside:
-                raise UserError(f"{os.path.dirname(first)}: leads out of {self.folder}; remove it")
-            os.makedirs(inside, exist_ok=True)
-            self.inside.add(folder)
-        place = first
+        place, number = self._place(self.FIRST, name), 1
         while os.path.lexists(place) and not _contains(place, content):
             number += 1
-            place = f"{first}.{number}"
-        if not os.path.lexists(place) and not _link(os.path.join(self.root, name), place):
-            with atomic_write(place) as tmp_path:
+            place = self._place(self.LATER, f"{name}.{number}")
+        path = os.path.join(self.root, name)
+        if not os.path.lexists(place) and not _link(path, place):
+            with atomic_write(place, like=path) as tmp_path:
                 tmp_path.write_bytes(content)
+
+    def _place(self, part: str, name: str) -> str:
+        """Where a file is kept, in a folder that is made for it."""
+        folder = os.path.join(part, os.path.dirname(name)).rstrip("/")
+        if folder not in self.inside:
+            inside = os.path.join(os.path.realpath(self.folder), folder)
+            if os.path.realpath(self.folder / folder) != inside:
+                raise UserError(f"{self.folder / folder}: leads out of {self.folder}; remove it")
+            os.makedirs(inside, exist_ok=True)
+            self.inside.add(folder)
+        return os.path.join(self.folder, part, name)
 
     @staticmethod
     def _digest(name: str, content: bytes) -> str:
@@ -410,6 +435,13 @@ def _link(path: str, place: str) -> bool:
         return True
     os.unlink(place)
     return False
+
+
+def _content(file: str | Path) -> bytes | None:
+    """None where there is no such file. Raises UserError where it is something else."""
+    with suppress(FileNotFoundError), open(open_regular(file), "rb") as stream:
+        return stream.read()
+    return None
 
 
 def _contains(file: str, content: bytes) -> bool:

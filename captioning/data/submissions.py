@@ -27,7 +27,7 @@ from captioning.data.tables import (
     read_parquet,
 )
 from captioning.data.text_files import parse_json_lines, read_told, say_once
-from utils import UserError, atomic_write, parse_json, write_csv, write_json
+from utils import UserError, atomic_write, parse_json, say, write_csv, write_json
 
 FORMATS = (".csv", ".json", ".jsonl")
 MORE_COLUMNS = ("rank", "log_prob", "log_prob_per_word", "words")
@@ -113,6 +113,17 @@ def metadata_name(image: str | Path, output: str | Path, folder: str | Path = ".
     return absolute.name
 
 
+def say_metadata_place(output: str | Path, images: Iterable[str | Path], folder: str | Path = ".") -> None:
+    """Say where a metadata.jsonl belongs that is not above all its images: Hugging Face's loader looks for
+    its file names from the folder that it is in, and only in this folder and those in it."""
+    place = Path(output).absolute().parent
+    if not all(Path(image).absolute().is_relative_to(place) for image in images):
+        say(
+            f"{output}: its file names start from {Path(folder).absolute()}; put it there, as loaders look "
+            f"for the images from the folder that it is in"
+        )
+
+
 FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n")  # how a cell begins that spreadsheets take for a formula
 
 
@@ -155,7 +166,7 @@ def read_submission(path: str | Path, columns: Columns | None = None) -> list[tu
         except UnicodeEncodeError:
             raise UserError(
                 f"{path}, {row.place}: half a character (an unpaired surrogate) in the id or caption of "
-                f"{row.image_id!a}; mend or replace the file"
+                f"{row.image_id!r}; mend or replace the file"
             ) from None
     return [(_unescape_formula(row.image_id), _unescape_formula("".join(row.captions))) for row in best]
 

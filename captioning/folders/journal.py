@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +75,11 @@ class Entry:
         return cls(values["image_id"], captions, values["file"], *contents)
 
 
+PRIVATE = 0o600  # a journal has what sidecars say, also those that only their owner may read
+OF_ONE_RUN = (
+    "run",
+    "triggers",
+)  # in a header: its name; what stays first in sidecars, as it was at its beginning
 CONTENT, NUMBER = AnyOf(str, None), AnyOf(float, None)
 CAPTION = {"text": str, "log_prob": NUMBER, "log_prob_per_word": NUMBER, "words": AnyOf([list], None)}
 WORD = {"word": str, "log_prob": float}
@@ -112,22 +117,30 @@ class Journal:
         different: list[str] = []
         for file in self.files():
             header, *lines = file.read_bytes().split(b"\n")
-            known = _parse(header)
-            known = known if isinstance(known, dict) else {}
-            names = [name for name in {**depends_on, **known} if name != "run"]
-            other = [name for name in names if known.get(name) != depends_on.get(name)]
+            other = _differences(_parse(header), depends_on)
             different += other
             for entry in map(Entry.from_line, lines if not other else ()):
                 if entry is not None:
                     entries[entry.image_id] = entry
         return entries, different
 
+    def triggers(self, depends_on: dict) -> list[str] | None:
+        """The "triggers" of a journal that began with the same `depends_on`; None where there is none."""
+        for file in self.files():
+            with file.open("rb") as stream:
+                header = _parse(stream.readline())
+            if not _differences(header, depends_on) and find_mismatch(header, {"triggers": [str]}) is None:
+                return header["triggers"]
+        return None
+
     def begin(self, depends_on: dict, entries: Iterable[Entry]) -> None:
         """One journal with these entries in place of all that there are."""
         earlier = self._names()
-        with atomic_write(self.path(0)) as tmp_path, tmp_path.open("w", encoding="ascii") as stream:
-            stream.write(_header(depends_on))
-            stream.writelines(entry.to_line() for entry in entries)
+        with atomic_write(self.path(0)) as tmp_path:
+            tmp_path.touch(PRIVATE)
+            with tmp_path.open("w", encoding="ascii") as stream:
+                stream.write(_header(depends_on))
+                stream.writelines(entry.to_line() for entry in entries)
         for file in earlier:
             if file != self.path(0):
                 file.unlink()
@@ -150,7 +163,7 @@ class Journal:
                 f"that all machines share; the same command starts anew"
             )
         file = self.path(process)
-        with named_in_errors(file), open_to_append(file) as stream:
+        with named_in_errors(file), open_to_append(file, PRIVATE) as stream:
             stream.write(text if os.fstat(stream.fileno()).st_size else header + text)
 
     def count(self) -> int:
@@ -177,6 +190,13 @@ class Journal:
     def remove(self) -> None:
         for file in self._names():
             file.unlink()
+
+
+def _differences(header: object, depends_on: dict) -> list[str]:
+    """The names of what a run that began its journal so depended on, and this one does not, or otherwise."""
+    known = header if isinstance(header, dict) else {}
+    names = [name for name in {**depends_on, **known} if name not in OF_ONE_RUN]
+    return [name for name in names if known.get(name) != depends_on.get(name)]
 
 
 def _header(depends_on: dict) -> str:
@@ -219,11 +239,11 @@ class SidecarChanges:
 
     Args:
         backup: keeps what they say before; None: nothing does.
-        trigger: words that stay first in them, see `Sidecars.find_trigger`.
+        triggers: words that stay first in those that begin with them, see `shared_beginnings`.
     """
 
-    def __init__(self, sidecars: Sidecars, backup: Backup | None, trigger: str = ""):
-        self.sidecars, self.backup, self.trigger = sidecars, backup, trigger
+    def __init__(self, sidecars: Sidecars, backup: Backup | None, triggers: Collection[str] = ()):
+        self.sidecars, self.backup, self.triggers = sidecars, backup, triggers
 
     def prepare(self, image: str, entry: Entry) -> None:
         """Put into a new entry what the sidecar contains and what is to be written; keep the former.
@@ -233,12 +253,15 @@ class SidecarChanges:
         """
         entry.before = self.sidecars.read(image)
         if entry.before is None or self.sidecars.existing != "skip":
-            after = self.sidecars.compose(image, entry.caption, entry.before, self.trigger)
+            after = self.sidecars.compose(image, entry.caption, entry.before, self.triggers)
             self._keep(image, entry.before, after)
             entry.after = after
 
     def _keep(self, image: str, before: bytes | None, after: bytes) -> None:
-        if self.backup is not None and before not in (None, after):
+        if before == after:
+            return
+        self.sidecars.require_writable(image)
+        if self.backup is not None:
             self.backup.keep(self.sidecars.path(image), before, after)
 
     def record(self) -> None:
@@ -283,6 +306,7 @@ class SidecarChanges:
         """
         if entry.after is None or self.sidecars.read(image) != entry.after:
             return
+        self.sidecars.require_writable(image)
         if entry.before is None:
             self.sidecars.remove(image)
         else:

@@ -15,7 +15,7 @@ from captioning.command_line import check_at_least, check_different_files
 from captioning.data.annotations import read_annotations, test_records
 from captioning.data.image_names import ImageFinder, require_image
 from captioning.data.images import IMAGE_EXTENSIONS, read_image, walk_images
-from captioning.data.sidecars import EXISTING, Backup, Sidecars
+from captioning.data.sidecars import EXISTING, Backup, Sidecars, shared_beginnings
 from captioning.data.submissions import FORMATS, METADATA
 from captioning.decoding.options import DecodingOptions
 from captioning.files import OUT_OF_FILES, is_locked, lock_file_of, lock_output, remove_unfinished
@@ -125,12 +125,12 @@ class FolderOptions:
             f"--sidecar_extension"
         )
 
-    def sidecar_changes(self, process: int, trigger: str) -> SidecarChanges | None:
+    def sidecar_changes(self, process: int, triggers: Sequence[str]) -> SidecarChanges | None:
         """What writes the sidecars; None where none are asked for."""
         if not self.as_sidecars:
             return None
         backup = Backup(self.test_folder, process) if self.keeps_backup() else None
-        return SidecarChanges(self.as_sidecars, backup, trigger)
+        return SidecarChanges(self.as_sidecars, backup, triggers)
 
     @contextmanager
     def replacing_output(self) -> Iterator[None]:
@@ -160,9 +160,13 @@ class Row(NamedTuple):
     path: str | None  # None: there is no such file
 
 
+NO_CAPTION, NO_SIDECAR = "no caption", "sidecar not written"  # kinds of problems
+
+
 class Problem(NamedTuple):
     image_id: str | None  # None: a subfolder
     text: str
+    kind: str = NO_CAPTION
 
 
 # --- which images ------------------------------------------------------------------------------------------
@@ -179,7 +183,7 @@ class Plan:
         pending: rows still to be captioned.
         problems: what is known already to have no caption.
         depends_on: what the captions depend on; empty where there is nothing to do.
-        trigger: words that stay first in the sidecars.
+        triggers: words that stay first in the sidecars that begin with them.
     """
 
     rows: list[Row]
@@ -188,15 +192,15 @@ class Plan:
     pending: list[Row] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     depends_on: dict = field(default_factory=dict)
-    trigger: str = ""
+    triggers: list[str] = field(default_factory=list)
 
 
 def plan_folder(
-    options: FolderOptions, model: str | Sequence[str | Path], search: dict, messages: Messages
+    options: FolderOptions, model: str | Sequence[str | Path], search: dict, messages: dict[str, Messages]
 ) -> Plan:
     """Find the images and what an earlier run has done of them; say what is left out.
 
-    messages: get the problems.
+    messages: get the problems, by their kinds.
     """
     _check_output_is_no_list(options)
     rows, left_out, unreadable = _find_rows(options.test_folder, options.test_csv, options.recursive)
@@ -213,6 +217,8 @@ def plan_folder(
 
     if options.journal().files():
         describe()
+    _find_triggers(options, plan)
+    if plan.depends_on:
         _read_done(options, plan)
     if options.as_sidecars and options.existing == "skip":
         _find_skipped(options, plan)
@@ -226,7 +232,7 @@ def plan_folder(
     while plan.pending and (problem := read_row(plan.pending[0], options, read_image).problem):
         plan.problems.append(Problem(plan.pending.pop(0).image_id, problem))
     for problem in plan.problems:
-        messages.add(problem.text)
+        messages[problem.kind].add(problem.text)
     if not (plan.pending or plan.done or plan.skipped or failed - {None}):
         raise UserError(f"{options.test_folder}: not one readable image among {len(rows)}")
     if plan.pending and not plan.depends_on:
@@ -243,7 +249,7 @@ def _check_output_is_no_list(options: FolderOptions) -> None:
 
 
 def _check_sidecars(options: FolderOptions, plan: Plan) -> None:
-    """See to it that sidecars can be written, and that no other run writes them; find the trigger."""
+    """See to it that sidecars can be written, and that no other run writes them."""
     sidecars, images = options.as_sidecars, [row.path for row in plan.rows if row.path is not None]
     sidecars.check(images, options.test_folder)
     for folder in {os.path.dirname(image) or "." for image in images}:
@@ -252,16 +258,33 @@ def _check_sidecars(options: FolderOptions, plan: Plan) -> None:
         remove_unfinished(Path(folder), extension=sidecars.extension)
     if options.keeps_backup():
         Backup(options.test_folder).check()
-    if options.existing == "prepend" and not options.prefix:
-        plan.trigger = sidecars.find_trigger(images)
-        if plan.trigger:
-            say(f'captions go behind "{plan.trigger}", with which most sidecars begin')
+
+
+def _find_triggers(options: FolderOptions, plan: Plan) -> None:
+    """Say what stays first in sidecars, where several begin with it; an interrupted run goes on with what it
+    found at its beginning."""
+    if not options.sidecars or options.existing != "prepend" or options.prefix:
+        return
+    kept = options.journal().triggers(plan.depends_on) if plan.depends_on else None
+    starts, texts = options.as_sidecars.count_beginnings(
+        row.path for row in plan.rows if row.path is not None
+    )
+    plan.triggers = shared_beginnings(starts, texts) if kept is None else kept
+    shown = [f'"{start}" ({starts[start]} of {texts})' for start in plan.triggers]
+    if shown:
+        say(f"captions go behind what several sidecars begin with: {', '.join(shown)}")
+    for start, count in starts.most_common(1):
+        if count > 1 and not shown:
+            say(
+                f'{count} of {texts} sidecars begin with "{start}", too few to keep it first: captions go in '
+                f'front of it; --prefix "{start}," puts it first in all'
+            )
 
 
 def _read_done(options: FolderOptions, plan: Plan) -> None:
     """Take the journal's entries whose image files are as they were, and let their sidecars be as these
     entries say, unless they were changed since."""
-    journal, changes = options.journal(), options.sidecar_changes(0, plan.trigger)
+    journal, changes = options.journal(), options.sidecar_changes(0, plan.triggers)
     entries, different = journal.read(plan.depends_on)
     paths, changed = dict(plan.rows), 0
     for image_id, entry in entries.items():
@@ -279,7 +302,7 @@ def _read_done(options: FolderOptions, plan: Plan) -> None:
                 changed += 1
                 is_same = options.existing != "skip"  # which then finds the text of the user
         except UserError as error:
-            plan.problems.append(Problem(image_id, str(error)))
+            plan.problems.append(Problem(image_id, str(error), NO_SIDECAR))
         if is_same:
             plan.done[image_id] = entry
     if plan.done:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
@@ -20,11 +21,19 @@ from tqdm import tqdm
 
 from captioning.data.images import parallel_map
 from captioning.data.sidecars import Backup
-from captioning.data.submissions import ScoredCaption, caption_rows, metadata_name, write_submission
+from captioning.data.submissions import (
+    ScoredCaption,
+    caption_rows,
+    metadata_name,
+    say_metadata_place,
+    write_submission,
+)
 from captioning.decoding.options import DecodingOptions
 from captioning.files import is_alive
 from captioning.folders.journal import Entry, Journal
 from captioning.folders.plan import (
+    NO_CAPTION,
+    NO_SIDECAR,
     FolderOptions,
     Plan,
     Problem,
@@ -71,19 +80,19 @@ def caption_folder(
         UserError: wrong input, or not one readable image.
     """
     options.check(decoding)
-    plan, search, messages = None, search or {}, Messages("no caption")
+    plan, search, messages = None, search or {}, {kind: Messages(kind) for kind in (NO_CAPTION, NO_SIDECAR)}
     journal = options.journal()
     with ExitStack() as held:
 
-        def prepare() -> tuple[list[Row], list[Problem], dict, str, int]:
+        def prepare() -> tuple[list[Row], list[Problem], dict, int]:
             nonlocal plan
             held.enter_context(options.lock())
             journal.remove_unfinished()
             plan = plan_folder(options, model, asdict(decoding) | search | (depends_on or {}), messages)
-            key = {"run": secrets.token_hex(8)} | plan.depends_on
-            return plan.pending, plan.problems, key, plan.trigger, os.getpid()
+            key = {"run": secrets.token_hex(8), "triggers": plan.triggers} | plan.depends_on
+            return plan.pending, plan.problems, key, os.getpid()
 
-        pending, problems, key, trigger, main_process = on_main_process(prepare)
+        pending, problems, key, main_process = on_main_process(prepare)
         if pending:
             captioner = load()
             on_main_process(lambda: journal.begin(key, plan.done.values()))
@@ -91,10 +100,12 @@ def caption_folder(
             how = {"options": decoding, "with_scores": options.with_scores} | search
             decode = partial(captioner.decode_prepared, **how)
             with _interruptions(journal, main_process), _progress(total, total - len(pending)) as bar:
-                share = Share(options, key, trigger, bar, messages)
+                share = Share(options, key, bar, messages)
                 share.caption(decode, captioner.prepare, pending)
             problems = problems + _gather(share.problems, journal)
-        messages.finish(f"; their rows in {options.output_csv} are empty" if options.output_csv else "")
+        empty = f"; their rows in {options.output_csv} are empty" if options.output_csv else ""
+        messages[NO_CAPTION].finish(empty)
+        messages[NO_SIDECAR].finish()
         on_main_process(lambda: write_output(options, plan, problems, decoding.num_captions > 1))
     return [problem.text for problem in problems]
 
@@ -132,20 +143,19 @@ class Share:
 
     Args:
         key: the journal's first line, what the captions depend on.
-        trigger: words that stay first in the sidecars.
         bar: the progress of all processes, which is reckoned by that of this one.
-        messages: get the problems.
+        messages: get the problems, by their kinds.
 
     Attributes:
         problems: the rows without a caption, or without a sidecar.
     """
 
-    def __init__(self, options: FolderOptions, key: dict, trigger: str, bar: tqdm | None, messages: Messages):
+    def __init__(self, options: FolderOptions, key: dict, bar: tqdm | None, messages: dict[str, Messages]):
         self.options, self.key, self.bar, self.messages = options, key, bar, messages
         state = processes()
         self.process, self.num_processes = state.process_index, state.num_processes
         self.journal = options.journal()
-        self.changes = options.sidecar_changes(self.process, trigger)
+        self.changes = options.sidecar_changes(self.process, key["triggers"])
         self.problems: list[Problem] = []
 
     def caption(self, decode: Decode, prepare: Callable[[str], Tensor], pending: list[Row]) -> None:
@@ -173,7 +183,7 @@ class Share:
                 if self.bar is not None:
                     self.bar.update(min(self.num_processes, self.bar.total - self.bar.n))
                 if item.problem:
-                    self._report(item.row, item.problem)
+                    self._report(Problem(item.row.image_id, item.problem))
                 else:
                     yield item
 
@@ -200,11 +210,11 @@ class Share:
         try:
             yield
         except UserError as error:
-            self._report(row, str(error))
+            self._report(Problem(row.image_id, str(error), NO_SIDECAR))
 
-    def _report(self, row: Row, text: str) -> None:
-        self.messages.add(text)
-        self.problems.append(Problem(row.image_id, text))
+    def _report(self, problem: Problem) -> None:
+        self.messages[problem.kind].add(problem.text)
+        self.problems.append(problem)
 
 
 class HalvingCaptioner:
@@ -308,20 +318,36 @@ def write_output(options: FolderOptions, plan: Plan, problems: Sequence[Problem]
     if sidecars:
         places.append(str(Path(options.test_folder, *["**"] * options.recursive, f"*{sidecars.extension}")))
     journal.remove()
-    made = [entries[row.image_id].caption for row in plan.rows if row.image_id in entries]
-    _warn_of_bad_captions(made)
+    made = [entries[row.image_id] for row in plan.rows if row.image_id in entries]
+    _warn_of_bad_captions([entry.caption for entry in made])
+    say_what_was_done(options, plan, problems, made, places)
+
+
+def say_what_was_done(
+    options: FolderOptions, plan: Plan, problems: Sequence[Problem], made: list[Entry], places: list[str]
+) -> None:
+    """made: the entries of the images that were captioned. places: the outputs."""
+    unchanged = sum(entry.after is not None and entry.after == entry.before for entry in made)
+    failed = Counter(problem.kind for problem in problems)
     counts = [f"{counted(len(made), 'image')} captioned"]
-    if plan.skipped:
-        counts.append(f"{len(plan.skipped)} had a sidecar before")
-    if problems:
-        counts.append(f"{len(problems)} without a caption")
+    counts += [f"{counted(unchanged, 'sidecar')} unchanged"] if unchanged else []
+    counts += [f"{len(plan.skipped)} had a sidecar before"] if plan.skipped else []
+    counts += [f"{counted(failed[NO_SIDECAR], 'sidecar')} not written"] if failed[NO_SIDECAR] else []
+    counts += [f"{failed[NO_CAPTION]} without a caption"] if failed[NO_CAPTION] else []
     say(f"{', '.join(counts)}: captions in {' and '.join(places)}")
-    backup = Path(options.test_folder, Backup.FOLDER)
-    kept = ["the sidecars said before they were changed"] if options.keeps_backup() else []
-    if options.output_csv and (backup / os.path.relpath(options.output_csv, options.test_folder)).is_file():
-        kept.insert(0, f"{options.output_csv} said before")
-    if kept and backup.is_dir():
-        say(f"what {' and what '.join(kept)} is in {backup}")
+    if options.metadata:
+        images = [row.path for row in plan.rows if row.path is not None]
+        say_metadata_place(options.output_csv, images, options.test_folder)
+    first = Path(options.test_folder, Backup.FOLDER, Backup.FIRST)
+    kept = []
+    if options.output_csv and (first / os.path.relpath(options.output_csv, options.test_folder)).is_file():
+        kept.append(f"{options.output_csv} said before")
+    if options.keeps_backup() and any(
+        entry.before not in (None, entry.after or entry.before) for entry in made
+    ):
+        kept.append("the sidecars said before they were changed")
+    if kept and first.is_dir():
+        say(f"what {' and what '.join(kept)} is in {first}")
 
 
 def metadata_rows(

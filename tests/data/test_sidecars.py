@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from captioning.data.sidecars import Backup, Sidecars
+from captioning.data.sidecars import Backup, Sidecars, shared_beginnings
 from captioning.data.text_files import encode_text
 from utils import UserError
 
@@ -71,28 +71,36 @@ def test_what_a_caption_is_added_to(options, before, append, prepend, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "texts, trigger",
+    "texts, triggers",
     [
-        (["ohwx, a man", "ohwx, a woman", "ohwx, a dog"], "ohwx"),
-        (["ohwx style, a man", "ohwx style, a woman", "a dog"], "ohwx style"),
-        (["ohwx, a man", "a woman, in red", "a dog, on grass"], ""),
-        (["a man in a red hat, smiling", "a man in a red hat, sad"], ""),  # too long for a trigger
-        (["ohwx, a man"], "ohwx"),
-        (["a man, smiling"], ""),
-        (["a man", "a man"], ""),
-        (["", " "], ""),
-        ([], ""),
+        (["ohwx, a man", "ohwx, a woman", "ohwx, a dog"], ["ohwx"]),
+        (["ohwx style, a man", "ohwx style, a woman", "a dog"], ["ohwx style"]),
+        (["ohwx, a man", "a woman, in red", "a dog, on grass"], []),
+        (["ohwx, a man", "ohwx, a woman", "a dog, on grass", "a cat"], []),  # two of four
+        (["a man in a red hat, smiling", "a man in a red hat, sad"], []),  # too long for a trigger
+        (["ohwx, a man"], ["ohwx"]),
+        (["a man, smiling"], []),
+        (["a man", "a man"], []),
+        (["", " "], []),
+        ([], []),
+        # in less than half of them, and two triggers in one folder
+        ([*(f"ohwx man, {n}" for n in range(8)), *(f"text {n}" for n in range(11))], ["ohwx man"]),
+        (["ohwx man, a", "sks, b", "sks, c", "ohwx man, d", "sks, e", "ohwx man, f"], ["ohwx man", "sks"]),
+        ([*(f"ohwx man, {n}" for n in range(3)), *(f"text {n}" for n in range(27))], ["ohwx man"]),
+        ([*(f"ohwx man, {n}" for n in range(3)), *(f"text {n}" for n in range(28))], []),
     ],
 )
-def test_the_trigger_is_what_most_sidecars_begin_with(texts, trigger, tmp_path):
+def test_the_trigger_is_what_several_sidecars_begin_with(texts, triggers, tmp_path):
     sidecars = Sidecars(existing="prepend")
     images = [str(tmp_path / f"{number}.jpg") for number in range(len(texts) + 3)]
     for image, text in zip(images, texts):
         sidecars.write(image, text.encode("utf-16"))
-    assert sidecars.find_trigger(images) == trigger
-    if texts and trigger:
-        first = sidecars.compose(images[0], CAPTION, sidecars.read(images[0]), trigger).decode("utf-16")
-        assert first == f"{trigger}, {CAPTION}, {texts[0].partition(', ')[2]}"
+    assert shared_beginnings(*sidecars.count_beginnings(images)) == triggers
+    for image, text in zip(images, texts):
+        if text.strip():
+            found = sidecars.compose(image, CAPTION, sidecars.read(image), triggers).decode("utf-16")
+            start, _, rest = text.partition(", ")
+            assert found == (f"{start}, {CAPTION}, {rest}" if start in triggers else f"{CAPTION}, {text}")
 
 
 # --- encodings ----------------------------------------------------------------------------------------------
@@ -158,6 +166,7 @@ def test_400_sidecars_in_eight_encodings_appended_and_prepended_twice(tmp_path):
         (b"a\0b\0\x01", CAPTION, "not a text file"),
         (random.Random(0).randbytes(300), CAPTION, "a.txt: "),
         (b"x" * (2**20 + 1), CAPTION, "larger than"),
+        ("красная шляпа на траве".encode("cp1251"), "zwölf", "cp1251, has no 'ö'"),
         (b"mine", "a \ud800", "utf-8, has no '\\ud800'"),
     ],
 )
@@ -189,9 +198,11 @@ def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path):
 
 
 def kept(folder) -> dict[str, str]:
+    """The texts in a backup folder by their names, a later one's with "later/"."""
     place = folder / Backup.FOLDER
     files = [path for path in place.rglob("*") if path.is_file() and not path.name.startswith(".")]
-    return {str(path.relative_to(place)): path.read_text() for path in files}
+    names = [str(path.relative_to(place)).removeprefix(f"{Backup.FIRST}/") for path in files]
+    return {name: path.read_text() for name, path in zip(names, files) if name != Backup.NEW}
 
 
 def test_the_first_state_is_kept_and_later_ones_of_the_user(tmp_path):
@@ -208,7 +219,7 @@ def test_the_first_state_is_kept_and_later_ones_of_the_user(tmp_path):
         backup.keep(path, before.encode(), after.encode())
         backup.record()
     Backup(tmp_path, 1).keep(str(tmp_path / "y.txt"), b"run 1", b"run 2")  # of another sidecar no run has
-    assert kept(tmp_path) == {"a/x.txt": "mine", "a/x.txt.2": "by hand", "y.txt": "run 1"}
+    assert kept(tmp_path) == {"a/x.txt": "mine", "later/a/x.txt.2": "by hand", "y.txt": "run 1"}
 
 
 def test_a_backup_goes_through_no_link(tmp_path):
@@ -218,10 +229,12 @@ def test_a_backup_goes_through_no_link(tmp_path):
     with pytest.raises(UserError, match="a link; remove it"):
         Backup(folder).check()
     (folder / Backup.FOLDER).unlink()
-    (folder / Backup.FOLDER).mkdir()
-    (folder / Backup.FOLDER / "a").symlink_to(outside)
-    (folder / Backup.FOLDER / ".written-0").symlink_to(outside / "record")
-    (folder / Backup.FOLDER / "x.txt").symlink_to(outside / "x")
+    place = folder / Backup.FOLDER
+    (place / Backup.FIRST).mkdir(parents=True)
+    (place / Backup.FIRST / "a").symlink_to(outside)
+    (place / ".written-0").symlink_to(outside / "record")
+    (place / Backup.NEW).symlink_to(outside / "list")
+    (place / Backup.FIRST / "x.txt").symlink_to(outside / "x")
     Backup(folder).check()
     for name in ("a/x.txt", "a/b/x.txt"):
         with pytest.raises(UserError):
@@ -229,8 +242,13 @@ def test_a_backup_goes_through_no_link(tmp_path):
     backup = Backup(folder)
     backup.keep(str(folder / "x.txt"), b"mine", b"new")
     backup.record()
-    assert (folder / Backup.FOLDER / ".written-0").is_file()
-    assert (folder / Backup.FOLDER / "x.txt.2").read_text() == "mine" and not os.listdir(outside)
+    assert (place / ".written-0").is_file() and (place / Backup.NEW).is_file()
+    assert (place / Backup.LATER / "x.txt.2").read_text() == "mine" and not os.listdir(outside)
+    (place / Backup.LATER / "b").symlink_to(outside)
+    with pytest.raises(UserError, match="later/b: leads out of"):
+        for content in (b"mine", b"by hand"):
+            Backup(folder).keep(str(folder / "b" / "x.txt"), content, b"new")
+    assert not os.listdir(outside)
 
 
 def test_a_place_where_nothing_can_be_kept_is_refused(tmp_path):
@@ -261,6 +279,6 @@ def test_what_is_kept_is_no_other_files_text(can_link, tmp_path, monkeypatch):
         assert (folder / f"{name}.txt").read_text() == "new"
     for place in (tmp_path / "further.txt", outside, *folder.glob("*.txt")):
         place.write_text("changed in place")
-    for kept in (folder / Backup.FOLDER).glob("*.txt"):
+    for kept in (folder / Backup.FOLDER / Backup.FIRST).glob("*.txt"):
         assert kept.read_text() == "mine" and kept.stat().st_nlink == 1 and not kept.is_symlink()
-    assert len([*(folder / Backup.FOLDER).glob("*.txt")]) == 3
+    assert len([*(folder / Backup.FOLDER / Backup.FIRST).glob("*.txt")]) == 3

@@ -80,7 +80,9 @@ def test_files_without_permission_are_named_and_the_rest_goes_on(existing, open_
 def read_kept(folder, name: str) -> str:
     """A sidecar's text and what it was before."""
     return "".join(
-        path.read_text() for path in (folder / name, folder / Backup.FOLDER / name) if path.exists()
+        path.read_text()
+        for path in (folder / name, folder / Backup.FOLDER / Backup.FIRST / name)
+        if path.exists()
     )
 
 
@@ -108,7 +110,8 @@ def test_sidecars_that_are_no_files(existing, output, tmp_path, capsys):
         assert len(problems) == len(PLACES) and all(problem.isprintable() for problem in problems)
         for number in range(len(PLACES)):
             assert f"{folder}/img{number}.txt: " in "\n".join(problems)
-        assert "no caption: " in capsys.readouterr().err
+        kind = "no caption" if existing == "skip" else "sidecar not written"
+        assert f"{kind}: " in capsys.readouterr().err
     for number in range(len(PLACES), 12):
         assert f"colour {number} 0 200" in (folder / f"img{number}.txt").read_text()
     assert os.path.islink(folder / "img2.txt") and (folder / "img1.txt").is_fifo()
@@ -132,71 +135,6 @@ def test_a_bad_place_that_is_mended_between_kill_and_rerun(tmp_path):
     assert not run(ColourCaptioner(), folder, sidecars=True, existing="append")
     assert (folder / "img0.txt").read_text() == "colour 0 0 200\n"
     assert (folder / "img1.txt").read_text() == "mine, colour 1 0 200"
-
-
-# --- text that is there before ------------------------------------------------------------------------------
-
-CONTENTS = ["it’s".encode("cp1252"), "赤い帽子".encode("cp932"), "é\r\n".encode("utf-16"), b"plain",
-            b"b\0nary\0\x01", b"", b" \r\n", b"\xff\xfe"]  # fmt: skip
-
-
-def make_sidecars(folder) -> list[bytes]:
-    """Five that have something in them and three blank ones, of nine images."""
-    for number, content in enumerate(CONTENTS):
-        (make_images(folder, 9) / f"img{number}.txt").write_bytes(content)
-    return CONTENTS
-
-
-def test_sidecars_in_other_encodings_and_blank_ones_are_skipped_or_not(tmp_path, capsys):
-    contents = make_sidecars(tmp_path / "in")
-    captioner = ColourCaptioner()
-    assert not run(captioner, tmp_path / "in", sidecars=True)
-    assert captioner.seen == 4 and "4 images captioned, 5 had a sidecar before" in capsys.readouterr().out
-    for number, content in enumerate(contents[:5]):
-        assert (tmp_path / "in" / f"img{number}.txt").read_bytes() == content
-    (problem,) = run(no_captioner, tmp_path / "in", tmp_path / "out.csv", sidecars=True)
-    assert "img4.txt: not a text file" in problem
-    rows = read_submission(tmp_path / "out.csv")
-    assert [text for _, text in rows] == [
-        "it’s", "赤い帽子", "é", "plain", "", *(f"colour {number} 0 200" for number in (5, 6, 7, 8))
-    ]  # fmt: skip
-    assert not (tmp_path / "in" / Backup.FOLDER).exists()  # nothing of the user's was changed
-
-
-@pytest.mark.parametrize("existing", ["overwrite", "append", "prepend"])
-@pytest.mark.parametrize("backup", [True, False])
-def test_what_was_there_before_is_kept(existing, backup, tmp_path, capsys):
-    folder = tmp_path / "in"
-    contents = make_sidecars(folder)
-    for _ in range(2):
-        problems = run(ColourCaptioner(), folder, sidecars=True, existing=existing, backup=backup)
-        assert len(problems) == (existing != "overwrite") and all("img4.txt" in text for text in problems)
-    found = [(folder / f"img{number}.txt").read_bytes() for number in range(9)]
-    if existing == "overwrite":
-        assert found == [f"colour {number} 0 200\n".encode() for number in range(9)]
-    else:
-        assert found[4] == contents[4] and b"it\x92s" in found[0] and found[0].count(b"colour 0 0 200") == 1
-        assert "é" in found[2].decode("utf-16") and found[2].decode("utf-16").endswith("\r\n")
-    kept = {path.name: path.read_bytes() for path in folder.glob(f"{Backup.FOLDER}/img*")}
-    changed = range(5 if existing == "overwrite" else 4)
-    assert kept == ({f"img{number}.txt": contents[number] for number in changed} if backup else {})
-    said = f"what the sidecars said before they were changed is in {folder}/{Backup.FOLDER}\n"
-    assert capsys.readouterr().out.count(said) == (2 if backup else 0)
-
-
-def test_the_trigger_word_stays_first(tmp_path, capsys):
-    folder = make_images(tmp_path / "in", 6)
-    for number in range(4):
-        (folder / f"img{number}.txt").write_text(f"ohwx man, number {number}")
-    with pytest.raises(Killed):
-        run(ColourCaptioner(kill_at=2), folder, sidecars=True, existing="prepend")
-    run(ColourCaptioner(), folder, sidecars=True, existing="prepend")
-    assert (folder / "img0.txt").read_text() == "ohwx man, colour 0 0 200, number 0"
-    assert (folder / "img4.txt").read_text() == "colour 4 0 200\n"
-    assert 'captions go behind "ohwx man", with which most sidecars begin' in capsys.readouterr().out
-    run(ColourCaptioner(word="paint"), folder, sidecars=True, existing="append", prefix="ohwx man,")
-    assert (folder / "img0.txt").read_text() == "ohwx man, colour 0 0 200, number 0, paint 0 0 200"
-    assert (folder / "img4.txt").read_text() == "ohwx man, colour 4 0 200, paint 4 0 200\n"
 
 
 # --- links --------------------------------------------------------------------------------------------------

@@ -114,7 +114,9 @@ def test_a_place_where_no_sidecar_can_be_is_one_problem(tmp_path, capsys):
     (folder / "img3.txt").mkdir()
     problems = run(ColourCaptioner(), folder, sidecars=True, existing="overwrite")
     assert len(problems) == 1 and "img3.txt" in problems[0] and len(list(folder.glob("*.txt"))) == 5
-    assert "no caption: " in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "sidecar not written: " in printed.err and "no caption" not in printed.err
+    assert "5 images captioned, 1 sidecar not written: captions in" in printed.out
 
 
 # --- subfolders and formats ---------------------------------------------------------------------------------
@@ -145,7 +147,7 @@ def test_subfolders(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1].endswith(f"{tmp_path}/out.jsonl and {folder}/**/*.txt")
 
 
-def test_metadata_of_a_folder(tmp_path):
+def test_metadata_of_a_folder(tmp_path, capsys):
     """file_name is what Hugging Face looks for beside the file; text is what a sidecar would say."""
     folder = make_images(tmp_path / "in", 2)
     make_images(folder / "b", 1)
@@ -163,9 +165,11 @@ def test_metadata_of_a_folder(tmp_path):
         (str(folder / entry["file_name"]), [entry["text"]]) for entry in entries
     ]
     for output, start in ((tmp_path / "metadata.jsonl", "in/"), (tmp_path / "x" / "metadata.jsonl", "")):
+        assert "put it there" not in capsys.readouterr().out
         run(ColourCaptioner(), folder, output, recursive=True)
         names = [json.loads(line)["file_name"] for line in output.read_text().splitlines()]
         assert names == [f"{start}{entry['file_name']}" for entry in entries]
+    assert f"{output}: its file names start from {folder}; put it there" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"metadata hold one caption per image"):
         run(ColourCaptioner(), folder, folder / "metadata.jsonl", decoding=DecodingOptions(num_captions=2))
     with pytest.raises(UserError, match=r"are for --sidecars: add it .the last two are for metadata.jsonl"):
@@ -176,21 +180,23 @@ def test_metadata_of_a_folder(tmp_path):
 def test_an_output_among_the_images_keeps_what_the_user_had(name, tmp_path, capsys, monkeypatch):
     folder, mine = make_images(tmp_path / "in", 2), '{"file_name": "img0.png", "text": "by hand"}\n'
     (folder / name).write_text(mine)
-    kept = folder / Backup.FOLDER / name
+    kept = folder / Backup.FOLDER / Backup.FIRST / name
     for _ in range(3):  # what a run of ours wrote is not kept
         run(ColourCaptioner(), folder, folder / name)
         assert kept.read_text() == mine and "colour 0" in (folder / name).read_text()
-        assert f"what {folder / name} said before is in {folder / Backup.FOLDER}" in capsys.readouterr().out
-    assert [path.name for path in kept.parent.glob("[!.]*")] == [name]
+        assert f"what {folder / name} said before is in {kept.parent}" in capsys.readouterr().out
+    assert os.listdir(kept.parent) == [name]
     (tmp_path / "link").symlink_to(folder)
     monkeypatch.chdir(folder)
     for number, place in enumerate((name, f"../link/{name}"), start=2):  # however it is named
         (folder / name).write_text(f"by hand, {number}")
         run(ColourCaptioner(), ".", place)
-        assert (kept.parent / f"{name}.{number}").read_text() == f"by hand, {number}"
+        assert (
+            folder / Backup.FOLDER / Backup.LATER / f"{name}.{number}"
+        ).read_text() == f"by hand, {number}"
     (folder / name).write_text("not kept")
     run(ColourCaptioner(), folder, folder / name, backup=False)
-    assert len([*kept.parent.glob("[!.]*")]) == 3
+    assert os.listdir(kept.parent) == [name] and len(os.listdir(folder / Backup.FOLDER / Backup.LATER)) == 2
 
 
 def test_an_output_elsewhere_is_no_users_text(tmp_path):

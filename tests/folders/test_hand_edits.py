@@ -74,7 +74,7 @@ def test_100_random_edits_between_kill_and_rerun(existing, tmp_path):
         assert image.with_suffix(".txt").read_text().strip(), image
     assert not list(folder.glob(".captions*")) and not list(folder.rglob("*.partial"))
     if existing == "overwrite":  # what was overwritten is in the backup, once
-        backup = folder / Backup.FOLDER
+        backup = folder / Backup.FOLDER / Backup.FIRST
         texts = [path.read_text() for path in backup.iterdir() if path.name[0] != "."]
         assert len(texts) == len(set(texts)) and all("colour" not in text for text in texts)
 
@@ -113,7 +113,7 @@ def edit_by_hand(folder: Path, rng: random.Random, edit: int, kept: dict[str, st
 
 def assert_kept(folder: Path, kept: dict[str, str], when: object) -> None:
     """Every text of the user is where it was, or, where all are overwritten, in the backup."""
-    backup = [path.read_text() for path in folder.glob(f"{Backup.FOLDER}/*.txt*")]
+    backup = [path.read_text() for path in folder.glob(f"{Backup.FOLDER}/*/*.txt*")]
     for name, text in kept.items():
         found = (folder / name).read_text()
         assert found.count(text) == 1 or text in [content.strip() for content in backup], (when, name, found)

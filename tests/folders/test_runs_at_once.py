@@ -200,9 +200,11 @@ def test_no_file_is_torn_wherever_a_run_ends(existing, tmp_path, monkeypatch):
         assert is_whole(content, number, existing) or (existing == "skip" and content == before[number])
     if existing != "skip":
         kept = folder / Backup.FOLDER
-        assert {path.name: path.read_bytes() for path in kept.glob("img*")} == {
+        assert {path.name: path.read_bytes() for path in (kept / Backup.FIRST).iterdir()} == {
             f"img{number}.txt": content for number, content in before.items()
         }
+        new = {f"img{number}.txt" for number in range(60) if number not in before}
+        assert {*(kept / Backup.NEW).read_text().splitlines()} == new
 
 
 def is_whole(content: bytes | None, number: int, existing: str) -> bool:

@@ -152,5 +152,7 @@ def test_30_kills_tear_no_sidecar_in_any_encoding(existing, servers, models, bli
     for path, (text, codec) in written.items():
         found = path.read_bytes()[len(encode_text("", codec)) :].decode(codec.removesuffix("-sig")).strip()
         assert found.count(text) == found.count(captions[path.stem]) == 1
-        assert (photos / Backup.FOLDER / path.name).read_bytes() == encode_text(f"{text}\r\n", codec)
+        assert (photos / Backup.FOLDER / Backup.FIRST / path.name).read_bytes() == encode_text(
+            f"{text}\r\n", codec
+        )
     assert not list(photos.rglob("*.partial")) and not list(photos.glob(".captions*journal*"))
