@@ -30,6 +30,7 @@ from captioning.data.submissions import (
     caption_rows,
     escape_formula,
     metadata_name,
+    say_metadata_place,
     write_submission,
 )
 from captioning.data.tables import Columns
@@ -48,7 +49,7 @@ from captioning.report.scoring import (
     prepared_references,
     reference_records,
     report_scores,
-    score_records,
+    score_files,
     score_submission,
     training_texts,
 )
@@ -163,10 +164,8 @@ def score_submissions(settings: Settings) -> tuple[list[dict], list[Record]]:
     columns = Columns(settings.id_column, settings.caption_column)
     records = reference_records(settings.references, settings.split, folders, columns)
     whose = names_of(settings.references)
-    rows = [
-        {"model": file} | score_records(file, records, whose, settings.partial, columns)
-        for file in settings.submission
-    ]
+    scored = score_files(settings.submission, records, whose, settings.partial, columns)
+    rows = [{"model": file} | row for file, row in zip(settings.submission, scored)]
     columns.check()
     if settings.diversity:
         add_diversity(rows, settings)
@@ -379,7 +378,10 @@ def write_caption_files(rows: list[dict], records: Sequence[Record], settings: S
         captions = [(image_id, [caption]) for image_id, caption in best.items()]
         if file.name == METADATA:
             files_of = {record.image_id: record.file_name or record.path for record in records}
-            captions = [(metadata_name(files_of[key] or key, file), of_image) for key, of_image in captions]
+            images = [files_of[image_id] or image_id for image_id, _ in captions]
+            say_metadata_place(file, images)
+            names = (metadata_name(image, file) for image in images)
+            captions = [(name, of_image) for name, (_, of_image) in zip(names, captions)]
         lines, columns = caption_rows(captions, False, "decoded" in row)
         write_submission(file, lines, columns, settings.escape_formulas)
         files.append(str(file))

@@ -201,11 +201,12 @@ def read_submissions(settings: Settings, records: Sequence[Record], whose: str) 
     models = []
     for file in settings.submission:
         captions, missing, unknown = match_submission(file, records, whose, True, settings.columns)
-        if missing or (unknown and not settings.limit):
-            say(
-                f"{file}: {counted(len(missing), 'image')} without a caption, "
-                f"{counted(len(unknown), 'unknown row')} left out"
-            )
+        left_out = [f"{counted(len(missing), 'image')} without a caption"] if missing else []
+        left_out += (
+            [f"{counted(len(unknown), 'unknown row')} left out"] if unknown and not settings.limit else []
+        )
+        if left_out:
+            say(f"{file}: {', '.join(left_out)}")
         shown_captions = {key: ShownCaption(text, text.split()) for key, text in captions.items()}
         models.append(ShownModel(file, shown_captions))
     settings.columns.check()

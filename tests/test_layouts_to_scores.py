@@ -107,5 +107,5 @@ def test_a_friends_table_is_scored(tmp_path, run_script):
     assert result.returncode == 0, result.stderr
     assert "freund.csv: not UTF-8; read as cp1252" in result.stdout
     assert "Dateiname is taken for the images, Beschreibung for the captions" in result.stdout
-    assert "PARTIAL: 27 of 30 images scored, 3 missing, 0 unknown rows left out" in result.stdout
+    assert "PARTIAL: freund.csv has captions of 27 of 30 images, 3 missing\n" in result.stdout
     assert "1.0000" in result.stdout

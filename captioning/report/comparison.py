@@ -8,12 +8,14 @@ document frequencies stay those of the whole set.
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
 
+from captioning.data.text_files import read_text
 from captioning.report.scoring import COLUMNS, matched_bleu, report_scores
 from metrics import Scores, rouge_l, tokenize
 from utils import UserError, counted, require_regular_file, say
@@ -227,10 +229,10 @@ def compare_files(first: str, second: str) -> None:
         for table in tables
     ]
     intervals = compare_columns(*columns)
-    if "CIDEr" not in intervals:
-        raise UserError(f"{second}: no CIDEr in both files; write them with eval.py --per_image_csv")
     say(f"{second} less {first}, means over {len(ids)} images, 95 % interval of a paired bootstrap:")
     print_intervals(intervals)
+    if any(name in intervals for name in OF_CORPUS):
+        say("BLEU here is the mean of each image's own; --submission compares that of all images together")
     if apart:
         say(f"left out: {counted(apart, 'image')} that only one of the files has")
     say(verdict(intervals["CIDEr"], "CIDEr", first, second))
@@ -239,15 +241,32 @@ def compare_files(first: str, second: str) -> None:
 def read_per_image(file: str) -> dict[str, dict[str, float]]:
     """Read a file of --per_image_csv that has one row per image: {image id: scores}."""
     require_regular_file(file, f"no such file; eval.py --per_image_csv {file} writes one")
+    text, _ = read_text(file)
     table: dict[str, dict[str, float]] = {}
     try:
-        with open(file, encoding="utf-8-sig", newline="") as stream:
-            for row in csv.DictReader(stream):
-                if row["image_id"] in table:
-                    raise UserError(
-                        f"{file}: has {row['image_id']} more than once; write it with one of --beam_sizes"
-                    )
-                table[row["image_id"]] = {name: float(row[name]) for name in COLUMNS if row.get(name)}
-    except (KeyError, ValueError, TypeError, csv.Error) as error:
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        names = [name for name in COLUMNS if name in (reader.fieldnames or ())]
+        if "CIDEr" not in names or "image_id" not in reader.fieldnames:
+            raise UserError(
+                f"{file}: no scores of images, as eval.py --per_image_csv writes them; files of captions are "
+                f"compared by eval.py --submission FIRST SECOND --references FILE"
+            )
+        rows = list(reader)
+        for row in rows:
+            if row["image_id"] in table:
+                raise UserError(_refuse_several(file, row["image_id"], {own.get("model") for own in rows}))
+            table[row["image_id"]] = {name: float(row[name]) for name in names}
+    except (ValueError, TypeError, csv.Error) as error:
         raise UserError(f"{file}: not a file of --per_image_csv ({error}); write it anew") from None
     return table
+
+
+def _refuse_several(file: str, image_id: str, models: set[str | None]) -> str:
+    """The message for a file that has an image more than once."""
+    if len(models) == 1:
+        return f"{file}: has {image_id} more than once; write it with one of --beam_sizes"
+    names = " ".join(sorted(map(str, models)))
+    return (
+        f"{file}: has the scores of {len(models)} files, which eval.py --submission {names} --references "
+        f"FILE compares; for --compare write a file of each"
+    )

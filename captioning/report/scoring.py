@@ -179,32 +179,41 @@ def score_submission(
         UserError: as in `match_submission` and `reference_records`.
     """
     records = reference_records(references, split, columns=columns)
-    return score_records(submission, records, names_of(references), partial, columns)
+    (row,) = score_files([submission], records, names_of(references), partial, columns)
+    return row
 
 
-def score_records(
-    submission: str | Path,
+def score_files(
+    submissions: Sequence[str | Path],
     records: Sequence[Record],
-    references: str,
+    whose: str,
     partial: bool = False,
     columns: Columns | None = None,
-) -> dict:
-    """`score_submission` for references that have been read already; `references` is their name."""
+) -> list[dict]:
+    """What `score_submission` returns, of each file, for references that have been read already, those of
+    `whose`. Several files are scored on the images that all of them have; lines say what is left out."""
     texts = {record.image_id: record.captions for record in records}
-    captions, missing, unknown = match_submission(submission, records, references, partial, columns)
-    if missing or unknown:
-        say(
-            f"PARTIAL: {len(captions)} of {counted(len(texts), 'image')} scored, {len(missing)} missing, "
-            f"{counted(len(unknown), 'unknown row')} left out"
-        )
-    return {
-        "beam_size": None,
-        "images": len(captions),
-        "missing": len(missing),
-        "unknown": len(unknown),
-        "captions": captions,
-        "scores": report_scores({image_id: texts[image_id] for image_id in captions}, captions),
-    }
+    matched = [match_submission(file, records, whose, partial, columns) for file in submissions]
+    common = set.intersection(*(set(captions) for captions, _, _ in matched))
+    left_out, rows = [], []
+    for file, (captions, missing, unknown) in zip(submissions, matched):
+        apart = [f"{len(missing)} missing"] if missing else []
+        apart += [f"{counted(len(unknown), 'unknown row')} left out"] if unknown else []
+        if apart:
+            images = counted(len(texts), "image")
+            say(f"PARTIAL: {file} has captions of {len(captions)} of {images}, {', '.join(apart)}")
+        left_out += [f"{len(captions) - len(common)} of {file}"] if len(captions) > len(common) else []
+        captions = {image_id: caption for image_id, caption in captions.items() if image_id in common}
+        row = {"beam_size": None, "images": len(common), "missing": len(missing), "unknown": len(unknown)}
+        rows.append(row | {"captions": captions})
+    if not common:
+        raise UserError(f"{', '.join(map(str, submissions))}: no image that all have; score each by itself")
+    if left_out:
+        what = counted(len(common), "image")
+        say(f"PARTIAL: scored on the {what} that all files have; left out: {', '.join(left_out)}")
+    for row in rows:
+        row["scores"] = report_scores({key: texts[key] for key in row["captions"]}, row["captions"])
+    return rows
 
 
 def match_submission(

@@ -259,6 +259,54 @@ def test_incomplete_submissions_are_refused_by_name(demo, captions, tmp_path, ru
     assert "1 of 12 captions are empty" in capsys.readouterr().out
 
 
+def test_several_files_are_scored_on_the_images_that_all_have(demo, captions, tmp_path, capsys, run_main):
+    references, rows = demo / "test_captions.csv", list(captions.items())
+    parts = {"a.csv": rows[3:], "b.csv": [*rows[:-1], ("nobody", "a dog")], "c.csv": rows[3:-1]}
+    for name, own in parts.items():
+        write_submission(tmp_path / name, own)
+    files = [tmp_path / name for name in parts]
+    out = tmp_path / "s.json"
+    options = (
+        "--references",
+        references,
+        "--partial",
+        "--output_json",
+        out,
+        "--per_image_csv",
+        tmp_path / "p",
+    )
+    result = run_main(evaluation, "--submission", *files, *options)
+    assert result.returncode == 0, result.stderr
+    scores = json.loads(out.read_text())["scores"]
+    assert [line["images"] for line in scores] == [8, 8, 8]
+    assert len({json.dumps([line[name] for name in ("CIDEr", "Bleu_4")]) for line in scores}) == 1
+    alone = evaluation.score_submission(files[2], references, partial=True)["scores"].overall
+    assert scores[0]["CIDEr"] == alone["CIDEr"]
+    for line in (
+        f"PARTIAL: {files[0]} has captions of 9 of 12 images, 3 missing\n",
+        f"PARTIAL: {files[1]} has captions of 11 of 12 images, 1 missing, 1 unknown row left out\n",
+        f"PARTIAL: scored on the 8 images that all files have; left out: 1 of {files[0]}, 3 of {files[1]}\n",
+        "\n8 images\n",
+    ):
+        assert line in result.stdout
+    write_submission(files[0], rows[:2])
+    result = run_main(evaluation, "--submission", files[0], files[2], *options)
+    assert_one_line(result, "no image that all have")
+
+
+def test_metadata_elsewhere_says_where_it_belongs(demo, captions, tmp_path, run_main):
+    write_submission(tmp_path / "s.csv", list(captions.items()))
+    options = ("--submission", tmp_path / "s.csv", "--references", demo / "test_captions.csv")
+    options += (
+        "--image_folder",
+        shutil.copytree(demo / "test" / "test", tmp_path / "in"),
+        "--output_captions",
+    )
+    for place, said in ((tmp_path / "out", True), (tmp_path, False), (tmp_path / "in", False)):
+        result = run_main(evaluation, *options, place / "metadata.jsonl")
+        assert result.returncode == 0 and ("put it there" in result.stdout) == said
+
+
 @pytest.mark.parametrize(
     "name, content, part",
     [

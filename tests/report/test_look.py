@@ -292,7 +292,7 @@ def test_two_submissions_are_compared(demo, submissions, tmp_path, run_script):
         assert figure.width > 1000
 
 
-def test_files_of_single_images_are_compared(demo, submissions, tmp_path, run_script, capsys):
+def test_files_of_single_images_are_compared(demo, submissions, tmp_path, run_main, capsys):
     files = [tmp_path / "p.csv", tmp_path / "q.csv"]
     for submission, file in zip(submissions, files):
         settings = evaluation.Settings(
@@ -301,12 +301,27 @@ def test_files_of_single_images_are_compared(demo, submissions, tmp_path, run_sc
         evaluation.main(settings)
     capsys.readouterr()
     evaluation.main(evaluation.Settings(compare=tuple(map(str, files))))
-    assert f"{files[0]} is better than {files[1]} by CIDEr" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{files[0]} is better than {files[1]} by CIDEr" in printed
+    assert "BLEU here is the mean of each image's own" in printed
     compare_files(*[str(files[0])] * 2)
     assert "may be chance (+0.0000" in capsys.readouterr().out
-    assert_one_line(run_script("eval.py", "--compare", files[0]), "--compare", "two files")
-    assert_one_line(run_script("eval.py", "--compare", files[0], submissions[0]), submissions[0], "CIDEr")
-    assert_one_line(run_script("eval.py", "--compare", files[0], "nowhere.csv"), "nowhere.csv", "no such")
+    assert_one_line(run_main(evaluation, "--compare", files[0]), "--compare", "two files")
+    plain = submissions[0].with_name("plain.csv")
+    plain.write_bytes("Dateiname;Beschreibung\r\na.jpg;Hund läuft\r\n".encode("cp1252"))
+    for file in (submissions[0], plain):  # files of captions
+        result = run_main(evaluation, "--compare", files[0], file)
+        assert_one_line(result, file, "eval.py --submission FIRST SECOND --references FILE")
+    both = tmp_path / "both.csv"
+    lines = files[1].read_text().splitlines(keepends=True)[1:]
+    both.write_text(files[0].read_text() + "".join(lines))
+    result = run_main(evaluation, "--compare", both, files[1])
+    assert_one_line(
+        result, f"{both}: has the scores of 2 files", f"--submission {submissions[0]} {submissions[1]}"
+    )
+    both.write_bytes(files[0].read_text().replace("dog", "Hündin").encode("cp1252"))
+    compare_files(str(both), str(files[0]))
+    assert_one_line(run_main(evaluation, "--compare", files[0], "nowhere.csv"), "nowhere.csv", "no such")
 
 
 def test_the_pointing_score_of_a_model(prepared, models, demo, tmp_path, capsys):
