@@ -229,15 +229,17 @@ def data_digest(*splits: list[Record]) -> str:
 
 def build_captioner(settings: Settings, records: list[Record], resumed: Resumed | None) -> BlipCaptioner:
     """The model to start from, or the checkpoint's, with the settings that its own forward pass looks at."""
-    from captioning.captioners.blip import load_captioner, require_blip
-    from captioning.captioners.tiny_blip import tiny_captioner
+    from captioning.captioners.blip import tiny_captioner
+    from captioning.captioners.loading import load_captioner
 
     if settings.base_model == "tiny":
         texts = [" ".join(tokens) for record in records for tokens in record.tokens]
         captioner = tiny_captioner(texts, [record.path for record in records if record.path][:300])
     else:
-        captioner = load_captioner(settings.base_model)
-        require_blip(captioner, settings.base_model, "fine-tuning")
+        captioner = load_captioner(settings.base_model, "fp32")
+        if captioner.model.config.model_type != "blip":
+            kind = captioner.model.config.model_type
+            raise UserError(f"{settings.base_model}: a {kind} model; fine-tuning is for BLIP alone")
     model = captioner.model
     model.config.text_config.label_smoothing = settings.label_smoothing
     model.text_decoder.label_smoothing = settings.label_smoothing
