@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
 from tokenizers import BertWordPieceTokenizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor, nn
@@ -41,7 +40,6 @@ from captioning.captioners.base import Caption, stack_maps
 from captioning.captioners.model_inputs import PLACEHOLDERS
 from captioning.captioners.vision_language import VisionLanguageCaptioner, distinct
 from captioning.data.images import read_image
-from captioning.data.prepared import require_disk_space
 from captioning.decoding.options import DecodingOptions
 from utils import UserError
 
@@ -179,16 +177,11 @@ class BlipCaptioner(VisionLanguageCaptioner):
         return Caption(text, [word for word, _ in found], sum(log_probs), word_log_probs, attention)
 
     def save(self, folder: str | Path) -> None:
-        """Write the files by which `load_captioner`, or transformers' own classes, read a BLIP again."""
-        size = sum(tensor.nbytes for tensor in self.model.state_dict().values())
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        require_disk_space(Path(folder), size, "free some disk space")
-        try:
-            self.model.save_pretrained(folder, safe_serialization=True)
-        except SafetensorError as error:
-            raise UserError(f"{folder}: the model cannot be written ({error})") from None
-        BlipProcessor(self.image_processor, self.tokenizer).save_pretrained(folder)
-        self.image_processor.save_pretrained(folder)
+        """As every captioner, and the processor as transformers' own BLIP has it."""
+        super().save(folder)
+        if self.adapter is None:
+            BlipProcessor(self.image_processor, self.tokenizer).save_pretrained(folder)
+            self.image_processor.save_pretrained(folder)
 
 
 # --- beams that share an image -----------------------------------------------------------------------------

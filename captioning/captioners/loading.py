@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
+from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -30,14 +31,15 @@ from transformers import (
     BitsAndBytesConfig,
     PretrainedConfig,
 )
+from transformers.pytorch_utils import Conv1D
 
 from captioning import HUB_MODEL
 from captioning.captioners.blip import BlipCaptioner
 from captioning.captioners.model_inputs import FAMILIES, first_line
-from captioning.captioners.vision_language import VisionLanguageCaptioner
+from captioning.captioners.vision_language import VISION, VisionLanguageCaptioner
 from captioning.files import Number, find_mismatch
 from captioning.weights.pretrained import check_archive
-from utils import UserError, pick_device, require_regular_file
+from utils import UserError, pick_device, read_json, require_regular_file
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,6 +67,8 @@ def load_captioner(
     in_folder = Path(name).is_dir()
     if Path(name).is_file():
         raise UserError(f"{name}: is a file; give the folder that train_model.py wrote or a hub model")
+    if (Path(name) / ADAPTER).is_file():
+        return _load_with_adapter(name, dtype, load_in, device_map)
     if in_folder and not (Path(name) / "config.json").is_file():
         raise UserError(f"{name}: no model in it (no config.json); give the folder that train_model.py wrote")
     if not in_folder and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
@@ -165,6 +169,80 @@ def _read_captioner(name: str, how: dict[str, Any], local_files_only: bool) -> V
 
 def _is_finite(tensor: torch.Tensor) -> bool:
     return tensor.is_meta or not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
+# --- adapters -----------------------------------------------------------------------------------------------
+
+ADAPTER = "adapter_config.json"
+
+
+def linear_layers(model: nn.Module) -> list[str]:
+    """The names of the language model's linear layers, but for its output."""
+    words = model.get_input_embeddings().weight
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+        and not VISION.search(name)
+        and module.weight.shape != words.shape  # often the same as the input's embeddings
+    ]
+
+
+def add_adapter(
+    captioner: VisionLanguageCaptioner, rank: int, alpha: float, dropout: float, targets: Sequence[str] = ()
+) -> None:
+    """Freeze the model, and put trainable matrices of a low rank beside its layers (LoRA, Hu et al., 2021).
+
+    targets: ends of the layers' names, such as q_proj; none: `linear_layers`.
+
+    Raises:
+        UserError: peft is missing, or no layer has such a name.
+    """
+    peft = _peft()
+    chosen = [*targets] or linear_layers(captioner.model)
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=chosen)
+    config.base_model_name_or_path = captioner.name
+    if getattr(captioner.model, "is_quantized", False):
+        captioner.model = peft.prepare_model_for_kbit_training(captioner.model)
+    try:
+        captioner.adapter = peft.get_peft_model(captioner.model, config)
+    except ValueError as error:
+        raise UserError(f"--lora_targets {' '.join(targets)}: {first_line(error)}") from None
+
+
+def _peft() -> ModuleType:
+    try:
+        import peft
+    except ImportError:
+        raise UserError("LoRA needs peft: pip install -r requirements-captioners.txt") from None
+    return peft
+
+
+def _load_with_adapter(folder: str, *how: Any) -> VisionLanguageCaptioner:
+    """The base model that an adapter names, with the adapter beside its layers."""
+    check_files(folder)
+    base = read_json(Path(folder) / ADAPTER)
+    base = base.get("base_model_name_or_path") if isinstance(base, dict) else None
+    if not isinstance(base, str) or (Path(base) / ADAPTER).is_file():
+        raise UserError(f"{folder}: its {ADAPTER} names no base model; train it anew")
+    captioner = load_captioner(base, *how)
+    try:
+        captioner.adapter = _peft().PeftModel.from_pretrained(captioner.model, folder, use_safetensors=True)
+    except UserError:
+        raise
+    except Exception as error:  # of files from anywhere
+        raise UserError(f"{folder}: not an adapter of {base} ({first_line(error)}); train it anew") from None
+    captioner.model.eval()
+    return captioner
+
+
+def merge_adapter(captioner: VisionLanguageCaptioner) -> None:
+    """Add the adapter to the weights of the model, which then is a whole one."""
+    captioner.model = captioner.adapter.merge_and_unload()
+    captioner.adapter = None
+
+
+# --- checks of what was read --------------------------------------------------------------------------------
 
 
 def find_missing(model: nn.Module, missing_keys: Iterable[str]) -> list[str]:

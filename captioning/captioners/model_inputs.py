@@ -69,7 +69,8 @@ FAMILIES = {  # by `model_type`; each is in tests/captioners/test_families.py
     "smolvlm": CHAT,
 }
 PLACEHOLDERS = ("{name}", "{folder}", "{caption}")
-TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # (1, tokens)
+TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")  # (1, tokens)
+NO_LABEL = -100  # of a token that is not part of the loss
 MOST_ELONGATED = 100  # times as long as wide; image processors refuse or enlarge what is beyond this
 SMALLEST_SIDE = 16  # pixels; some image processors take less for colour channels
 
@@ -179,8 +180,8 @@ class ModelInputs:
         """What stands for an image in a conversation."""
         return getattr(self.processor, "boi_token", None) or self.processor.image_token
 
-    def _render(self, prompt: str, style: str) -> str:
-        """The conversation as the chat template writes it, up to where the model answers."""
+    def _render(self, prompt: str, style: str, answer: str | None = None) -> str:
+        """The conversation as the chat template writes it, up to where the model answers or with `answer`."""
         contents = {
             "parts": [{"type": "image"}, {"type": "text", "text": prompt}],
             "string": prompt,
@@ -191,9 +192,12 @@ class ModelInputs:
             parts = [{"type": "text", "text": self.system_prompt}]
             content = parts if style == "parts" else self.system_prompt
             messages.insert(0, {"role": "system", "content": content})
+        if answer is not None:
+            parts = [{"type": "text", "text": answer}]
+            messages.append({"role": "assistant", "content": parts if style == "parts" else answer})
         template = self.processor.chat_template or self.tokenizer.chat_template
         return self.processor.apply_chat_template(
-            messages, chat_template=template, add_generation_prompt=True, tokenize=False
+            messages, chat_template=template, add_generation_prompt=answer is None, tokenize=False
         )
 
     def _prompt_of(self, path: str | Path | None) -> str:
@@ -255,6 +259,49 @@ class ModelInputs:
             inputs = self.processor(images=[[image]], text=[text], **options)
         return {name: value for name, value in inputs.items() if name != "labels" and value is not None}
 
+    # --- training -------------------------------------------------------------------------------------------
+
+    def encode_caption(self, caption: str, max_length: int) -> list[int]:
+        """The tokens with which the model is to answer, at most `max_length` of them and what ends them.
+
+        In a chat it is what the template writes behind the prompt, with the spaces and the end that this
+        family has. They are tokens of their own: a model that captions goes on behind the tokens of the
+        prompt, so none can be merged across that border.
+        """
+        text, starts_text = caption, self.is_encoder_decoder or self.family.form == "pixels"
+        if self.family.form == "chat":
+            before, whole = (self._render(self.prompt, self.style, answer) for answer in (None, caption))
+            text = whole[len(before) :] if whole.startswith(before) else caption
+        tokens = self.tokenizer(text, add_special_tokens=starts_text)["input_ids"]
+        ends = set(self.end_tokens())
+        place = next((i for i, token in enumerate(tokens) if token in ends and i), len(tokens))
+        end = tokens[place] if place < len(tokens) else self.tokenizer.eos_token_id
+        return [*tokens[:place][:max_length], end]
+
+    def training_inputs(self, inputs: Mapping[str, Tensor], tokens: list[int]) -> dict[str, Tensor]:
+        """What `prepare` gave and the caption's tokens as inputs of a batch of one, with labels: the loss is
+        on these tokens alone.
+
+        Raises:
+            UserError: there is none.
+        """
+        caption = torch.tensor([tokens])
+        if self.is_encoder_decoder:
+            return dict(inputs) | {"labels": caption}
+        prompt = inputs.get("input_ids", caption[:, :0])
+        joined = dict(inputs) | {"input_ids": torch.cat([prompt, caption], dim=1)}
+        joined["attention_mask"] = torch.ones_like(joined["input_ids"])
+        for name in ("token_type_ids", "mm_token_type_ids"):
+            if name in inputs:  # PaliGemma's prompt sees all of itself, its answer what stands before
+                kind = int(self.model.config.model_type == "paligemma")
+                joined[name] = F.pad(inputs[name], (0, len(tokens)), value=kind)
+        joined["labels"] = F.pad(caption, (prompt.shape[1], 0), value=NO_LABEL)
+        return joined
+
+    def join(self, images: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Inputs with labels as one batch, on the CPU."""
+        return join_inputs(images, self.pad_token_id, "right")
+
     @property
     def is_encoder_decoder(self) -> bool:
         config = self.model.config
@@ -309,7 +356,7 @@ def join_inputs(
     for name in images[0]:
         tensors, is_text = [image[name] for image in images], name in TEXT_INPUTS
         largest = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors))]
-        value = pad_token_id if name == "input_ids" else 0
+        value = {"input_ids": pad_token_id, "labels": NO_LABEL}.get(name, 0)
         padded = []
         for tensor in tensors:
             missing = [full - size for full, size in zip(largest, tensor.shape[1:])]

@@ -9,19 +9,23 @@ Model, processor and search are transformers' own.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.generation.utils import GenerateOutput
 
 from captioning.captioners.base import BaseCaptioner, Caption
 from captioning.captioners.model_inputs import ModelInputs, first_line
+from captioning.data.prepared import require_disk_space
 from captioning.data.submissions import ScoredCaption
 from captioning.decoding.options import DecodingOptions, find_fault
 from captioning.decoding.sampling import draw_words, image_seed, uniform_numbers
@@ -38,10 +42,12 @@ class VisionLanguageCaptioner(ModelInputs, BaseCaptioner):
     Attributes:
         checks: rules of decoding/options.py that a caption must keep to. One that does not is drawn again,
             up to `retries` times.
+        adapter: PEFT's model, where trained matrices stand beside the layers of `model`; else None.
     """
 
     checks: Sequence[str] = ()
     retries: int = 2
+    adapter: Any = field(default=None, repr=False)
 
     def decode_prepared(
         self,
@@ -218,6 +224,35 @@ class VisionLanguageCaptioner(ModelInputs, BaseCaptioner):
             f"{self.name}: a {self.model.config.model_type} model; where it looked is for BLIP and attention "
             f"models"
         )
+
+    def save(self, folder: str | Path) -> None:
+        """Write the files by which `load_captioner`, or transformers' own classes, read the model again; of a
+        model with an adapter, the adapter alone."""
+        parts = [self.adapter or self.model]
+        if self.adapter is None:
+            parts += [self.processor] if self.processor else [self.image_processor, self.tokenizer]
+        weights = trainable(self.model) if self.adapter else self.model.state_dict().values()
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        require_disk_space(Path(folder), sum(tensor.nbytes for tensor in weights), "free some disk space")
+        try:
+            for part in parts:
+                part.save_pretrained(folder)
+        except SafetensorError as error:
+            raise UserError(f"{folder}: the model cannot be written ({error})") from None
+
+
+VISION = re.compile(r"(^|\.)(vision_\w+|visual|image_encoder|qformer)\.|^encoder\.")  # of layers' names
+
+
+def freeze_vision(model: nn.Module) -> None:
+    """Let the language model alone be trained, with what leads from images to it."""
+    for name, parameter in model.named_parameters():
+        if VISION.search(name) and "projector" not in name:
+            parameter.requires_grad_(False)
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def _rejected(text: str, fault: str, attempt: int) -> UserError:
