@@ -1,9 +1,10 @@
-"""Fine-tune BLIP on captioned images: annotations + images -> blip_finetuned_model/.
+"""Fine-tune BLIP or another pretrained captioner: annotations + images -> blip_finetuned_model/.
 
     python train_model.py                                               # train.csv, train/train/
     python train_model.py --annotations captions.txt --image_folder Images --freeze_vision
     python train_model.py --base_model tiny --annotations demo/train.csv --image_folder demo/train/train
     python train_model.py --resume                                      # go on where it was interrupted
+    python train_model.py --base_model Qwen/Qwen2.5-VL-3B-Instruct --lora    # an adapter; docs/captioners.md
     torchrun --nproc_per_node 4 train_model.py --mixed_precision bf16   # several GPUs or machines
 
 After every epoch the model captions the validation images by itself and is scored with BLEU-4 and CIDEr
@@ -24,16 +25,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from captioning import HUB_MODEL
-from captioning.command_line import allow_single, check_at_least, check_share, run_script
+from captioning.command_line import (
+    allow_single,
+    check_above_zero,
+    check_at_least,
+    check_share,
+    run_script,
+)
 from captioning.data.annotations import read_training_splits
 from captioning.data.fingerprints import Stamps, stamp_files
 from captioning.data.prepared import Record
 from captioning.data.tables import Columns
+from captioning.decoding.options import DecodingOptions
 from captioning.files import lock_folder, named_in_errors
-from captioning.training.blip_data import BlipDataset, draw_captions, encode_captions, pad_captions
+from captioning.training.blip_data import (
+    BlipDataset,
+    CaptionLoss,
+    ModelLoss,
+    PromptedDataset,
+    draw_captions,
+)
 from captioning.training.loop import Epoch, Training
 from captioning.training.monitor import caption_scores, repair_outputs
 from captioning.training.optimization import Run
@@ -48,7 +62,7 @@ from datasets import BatchSampler
 from utils import UserError, check_output, progress_bar, replace_file
 
 if TYPE_CHECKING:  # they import transformers, which takes seconds
-    from captioning.captioners.blip import BlipCaptioner
+    from captioning.captioners.vision_language import VisionLanguageCaptioner
 
 
 @dataclass
@@ -64,6 +78,16 @@ class Settings(TrainingSettings):  # more, such as --resume: captioning/training
     base_model: str = HUB_MODEL  # hub id or folder to start from; tiny: a small one with random weights
     freeze_vision: bool = False  # train the text half alone
     max_length: int = 40  # tokens; longer captions are cut
+    prompt: str = ""  # what models other than BLIP are asked; empty: as direct_caption.py asks them
+    system_prompt: str = ""  # how a chat model is to answer
+    # low-rank adapters
+    lora: bool = False  # train small matrices beside the layers, and save these alone; needs peft
+    lora_rank: int = 16  # of the matrices
+    lora_alpha: float = 32.0  # what they give is multiplied by this / rank
+    lora_dropout: float = 0.05  # share of their inputs that is dropped
+    lora_targets: tuple[str, ...] = ()  # ends of layers' names; none: all linear ones of the language model
+    load_in_4bit: bool = False  # with lora: the base model's weights in 4 bits, on CUDA
+    merge: bool = False  # with lora: at the end write the whole model too, to output_folder/merged
     # optimization
     epochs: int | None = None  # in all, those before a resume counted; None: 3; 50 for tiny
     batch_size: int | None = None  # images that go through the model at once; None: 8; 16 for tiny
@@ -86,11 +110,12 @@ class Settings(TrainingSettings):  # more, such as --resume: captioning/training
     workers: int = 4  # threads that read images
     seed: int = 123  # of the validation split, order and draws, and tiny's weights
 
-    fixed = ("base_model",)
+    fixed = ("base_model", "lora", "lora_rank", "lora_targets")
     rate_names = ("learning_rate", "learning_rate")  # with and without weight decay
     output_files = (
         "*.safetensors", "*config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json",
-        "vocab.txt", "checkpoint_epoch_*.pth", "last.pth", "history.csv", "curves.png", "train.log",
+        "vocab.txt", "merges.txt", "*.jinja", "checkpoint_epoch_*.pth", "last.pth", "history.csv",
+        "curves.png", "train.log",
     )  # fmt: skip
 
     def __post_init__(self):
@@ -102,7 +127,11 @@ class Settings(TrainingSettings):  # more, such as --resume: captioning/training
         check_at_least(self, 1, "captions_per_image", "val_batch_size", "workers")
         check_at_least(self, 3, "max_length")
         check_at_least(self, 0, "learning_rate")
-        check_share(self, "val_fraction")
+        check_share(self, "val_fraction", "lora_dropout")
+        check_at_least(self, 1, "lora_rank")
+        check_above_zero(self, "lora_alpha")
+        if (self.merge or self.load_in_4bit) and not self.lora:
+            raise UserError("--merge and --load_in_4bit are for --lora: add it")
 
     def model_defaults(self) -> dict[str, object]:
         """What None stands for, with this base model."""
@@ -153,18 +182,19 @@ def run_training(settings: Settings) -> dict:
     run = Run.start(settings.mixed_precision)
     settings = replace(settings, mixed_precision=run.mixed_precision)  # what is used
     torch.manual_seed(settings.seed)
-    captioner = build_captioner(settings, train_records, resumed)
+    captioner, model = build_captioner(settings, train_records, resumed)
     train_set, val_set = build_datasets(captioner, train_records, val_records, settings, run)
-    captions = encode_captions(captioner, train_set.records, settings.max_length, run.log)
-    loss_module = CaptionLoss(captioner.model).to(run.device)
-    optimizer = build_optimizer(captioner.model, settings)
-    trained = sum(p.numel() for p in captioner.model.parameters() if p.requires_grad)
+    captions = train_set.encode_captions(settings.max_length, run.log)
+    captioner.to_device()
+    loss_module = (CaptionLoss if isinstance(train_set, BlipDataset) else ModelLoss)(captioner.model)
+    optimizer = build_optimizer(model, settings)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     images = f"{len(captions)} images to train on, {len(val_set.records)} to validate on"
     run.log(f"{settings.base_model}, {trained:,} trained parameters, {images}, {run.describe()}")
     training = Training(
         settings,
         run,
-        {"model": captioner.model},
+        {"model": model},
         optimizer,
         build_sampler(len(captions), settings, run),
         about={"data": digest, "images": stamp_images(train_records + val_records, settings, run)},
@@ -179,6 +209,8 @@ def run_training(settings: Settings) -> dict:
             if run.is_main and is_best:  # before its checkpoint: the best model of any is always there
                 save_model(Path(settings.output_folder), captioner)
             epoch.finish(scores, texts)
+    if settings.merge and run.is_main:
+        save_merged(Path(settings.output_folder))
     return training.report_best()
 
 
@@ -227,43 +259,64 @@ def data_digest(*splits: list[Record]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def build_captioner(settings: Settings, records: list[Record], resumed: Resumed | None) -> BlipCaptioner:
-    """The model to start from, or the checkpoint's, with the settings that its own forward pass looks at."""
-    from captioning.captioners.blip import load_captioner, require_blip
-    from captioning.captioners.tiny_blip import tiny_captioner
+def build_captioner(
+    settings: Settings, records: list[Record], resumed: Resumed | None
+) -> tuple[VisionLanguageCaptioner, nn.Module]:
+    """The model to start from, or the checkpoint's, and what of it a checkpoint has: all, or the adapter."""
+    from captioning.captioners.blip import tiny_captioner
+    from captioning.captioners.loading import add_adapter, load_captioner
+    from captioning.captioners.vision_language import freeze_vision
 
     if settings.base_model == "tiny":
         texts = [" ".join(tokens) for record in records for tokens in record.tokens]
         captioner = tiny_captioner(texts, [record.path for record in records if record.path][:300])
     else:
-        captioner = load_captioner(settings.base_model)
-        require_blip(captioner, settings.base_model, "fine-tuning")
-    model = captioner.model
-    model.config.text_config.label_smoothing = settings.label_smoothing
-    model.text_decoder.label_smoothing = settings.label_smoothing
-    model.vision_model.requires_grad_(not settings.freeze_vision)
+        captioner = load_captioner(settings.base_model, "fp32", 4 if settings.load_in_4bit else 0)
+    model, captioner.max_new_tokens = captioner.model, settings.max_length
+    is_blip = model.config.model_type == "blip"
+    if is_blip:
+        model.config.text_config.label_smoothing = settings.label_smoothing
+        model.text_decoder.label_smoothing = settings.label_smoothing
+    elif settings.augment:
+        raise UserError(f"{settings.base_model}: --augment is for BLIP; leave it out")
+    captioner.set_prompt("" if is_blip else settings.prompt, settings.system_prompt)
+    if settings.freeze_vision:
+        freeze_vision(model)
+    trained = model
+    if settings.lora:
+        add_adapter(
+            captioner,
+            settings.lora_rank,
+            settings.lora_alpha,
+            settings.lora_dropout,
+            settings.lora_targets,
+        )
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        trained = nn.ParameterDict({name.replace(".", "/"): p for name, p in named})
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if resumed:
-        model.load_state_dict(resumed.checkpoint["model"])
-    return captioner
+        trained.load_state_dict(resumed.checkpoint["model"])
+    return captioner, trained
 
 
 def build_datasets(
-    captioner: BlipCaptioner,
+    captioner: VisionLanguageCaptioner,
     train_records: list[Record],
     val_records: list[Record],
     settings: Settings,
     run: Run,
-) -> tuple[BlipDataset, BlipDataset]:
+) -> tuple[PromptedDataset, PromptedDataset]:
     """The images that can be read; what is wrong with the others goes to the log."""
+    is_blip = captioner.model.config.model_type == "blip"
+    build = BlipDataset if is_blip else PromptedDataset
     train_set, val_set = (
-        BlipDataset(captioner, records, settings.workers) for records in (train_records, val_records)
+        build(captioner, records, settings.workers) for records in (train_records, val_records)
     )
     run.log_many("skipped", train_set.problems + val_set.problems)
     if not train_set.records:
         raise UserError(f"{', '.join(settings.image_folder)}: none of the training images can be used")
-    if settings.freeze_vision and settings.cache_features:
+    if is_blip and settings.freeze_vision and settings.cache_features:
         train_set.cache_features(f"{Path(settings.output_folder)}_features.hdf5")
     return train_set, val_set
 
@@ -294,34 +347,10 @@ def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
 # --- an epoch -----------------------------------------------------------------------------------------------
 
 
-class CaptionLoss(nn.Module):
-    """BLIP's own training loss, with one encoding of an image for all its captions."""
-
-    def __init__(self, blip: nn.Module):
-        """blip: a transformers.BlipForConditionalGeneration."""
-        super().__init__()
-        self.blip = blip
-
-    def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy () over the tokens of the captions.
-
-        Args:
-            images: pixels (N, 3, S, S) or the vision model's output (N, tokens, D).
-            input_ids, attention_mask, labels: (N * G, L), G captions of each image in turn; padding has 0
-                in the mask and -100 in the labels.
-        """
-        if images.dim() == 4:
-            images = self.blip.vision_model(pixel_values=images).last_hidden_state
-        states = images.repeat_interleave(len(input_ids) // len(images), dim=0)
-        return self.blip.text_decoder(
-            input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=states, labels=labels
-        ).loss
-
-
 def train_one_epoch(
     epoch: Epoch,
-    loss_module: CaptionLoss,
-    train_set: BlipDataset,
+    loss_module: CaptionLoss | ModelLoss,
+    train_set: PromptedDataset,
     captions: list[list[list[int]]],
     optimizer: torch.optim.AdamW,
     settings: Settings,
@@ -329,20 +358,20 @@ def train_one_epoch(
 ) -> None:
     """One pass over the training images, or the rest of one."""
     loss_module.train()
-    seed, pad = f"{settings.seed} {epoch.number}", train_set.captioner.tokenizer.pad_token_id
+    seed = f"{settings.seed} {epoch.number}"
     drawn = draw_captions(captions, settings.captions_per_image, seed)
     batches = [request.indices.tolist() for request in epoch.sampler]  # of this process
     augment_seed = seed if settings.augment and train_set.features is None else None
     for step in epoch.steps(train_set.batches(batches, augment_seed)):
         # counted over all processes and micro-batches, so that every token has the same weight
-        tokens = sum(len(caption) - 1 for index in step.indices for caption in drawn[index])
+        tokens = sum(train_set.predicted(caption) for index in step.indices for caption in drawn[index])
         for indices, images in step.batches:  # grad_accumulation of them
-            images = images.to(run.device, torch.float32, non_blocking=True)
-            texts = [caption for index in indices for caption in drawn[index]]
-            inputs = {name: values.to(run.device) for name, values in pad_captions(texts, pad).items()}
+            texts = [drawn[index] for index in indices]
+            inputs = train_set.inputs(images, texts)
+            inputs = {name: values.to(run.device, non_blocking=True) for name, values in inputs.items()}
             with run.autocast():
-                share = sum(len(caption) - 1 for caption in texts) / tokens
-                loss = loss_module(images, **inputs) * share
+                share = sum(train_set.predicted(caption) for own in texts for caption in own) / tokens
+                loss = loss_module(**inputs) * share
             run.backward(loss)
             epoch.record(loss.detach())
         run.reduce_gradients(optimizer)  # over all processes
@@ -352,7 +381,7 @@ def train_one_epoch(
 
 @torch.no_grad()
 def evaluate(
-    captioner: BlipCaptioner, val_set: BlipDataset, settings: Settings, run: Run
+    captioner: VisionLanguageCaptioner, val_set: PromptedDataset, settings: Settings, run: Run
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Scores of the model's own greedy captions, each image's counted once: {"val_bleu4", "val_cider"}, 0
     where there is nothing to validate on; the captions by image id."""
@@ -366,8 +395,8 @@ def evaluate(
     progress = progress_bar(batches, desc="validation", unit="batch", leave=False, disable=not run.is_main)
     for batch, pixels in zip(progress, val_set.batches(batches)):
         with run.autocast():
-            texts = captioner.caption_prepared(pixels, num_beams=1, max_new_tokens=settings.max_length)
-        captions.update(zip(batch, texts))
+            found = captioner.decode_prepared(pixels, DecodingOptions(1))
+        captions.update(zip(batch, (own[0].text for own in found)))
     captions = run.gather(captions)
     scores = caption_scores([record.tokens for record in val_set.records], captions)
     return scores, {record.image_id: captions[index] for index, record in enumerate(val_set.records)}
@@ -376,7 +405,7 @@ def evaluate(
 # --- what is kept -------------------------------------------------------------------------------------------
 
 
-def save_model(output: Path, captioner: BlipCaptioner) -> None:
+def save_model(output: Path, captioner: VisionLanguageCaptioner) -> None:
     """Put model and processor into the folder, the weights last: all other files are the same in every epoch
     of a run, so that at any moment what lies there is one complete model or, in the first epoch, none."""
     tmp_path = output / f".model.{os.getpid()}.partial"
@@ -388,6 +417,15 @@ def save_model(output: Path, captioner: BlipCaptioner) -> None:
             replace_file(file, output / file.name)
     finally:
         shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+def save_merged(output: Path) -> None:
+    """The best epoch's adapter and its base as one whole model."""
+    from captioning.captioners.loading import load_captioner, merge_adapter
+
+    captioner = load_captioner(output, "fp32")
+    merge_adapter(captioner)
+    save_model(output / "merged", captioner)
 
 
 if __name__ == "__main__":

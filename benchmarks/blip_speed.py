@@ -24,7 +24,8 @@ import transformers
 from PIL import Image
 from tokenizers import BertWordPieceTokenizer
 
-from captioning.captioners.blip import BlipCaptioner, load_captioner
+from captioning.captioners.blip import BlipCaptioner
+from captioning.captioners.loading import load_captioner
 from captioning.command_line import check_at_least, run_script
 from captioning.data.submissions import read_submission
 from captioning.decoding.options import DecodingOptions
@@ -117,8 +118,8 @@ def our_path(folder: Path, captioner: BlipCaptioner, settings: Settings) -> None
         batch_size=settings.batch_size,
         workers=settings.workers,
     )
-    decoding, search = DecodingOptions(settings.num_beams), {"max_new_tokens": settings.max_new_tokens}
-    caption_folder(options, lambda: captioner, "random weights", decoding, search)
+    captioner.max_new_tokens = settings.max_new_tokens
+    caption_folder(options, lambda: captioner, "random weights", DecodingOptions(settings.num_beams))
 
 
 if __name__ == "__main__":

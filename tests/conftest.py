@@ -130,7 +130,7 @@ def read_history(output: Path) -> list[dict[str, float]]:
 @pytest.fixture(scope="session")
 def blip_folder(demo, tmp_path_factory) -> Path:
     """A tiny BLIP with random weights: its captions are nonsense, its numbers are numbers."""
-    from captioning.captioners.tiny_blip import tiny_captioner
+    from captioning.captioners.blip import tiny_captioner
     from captioning.data.annotations import read_annotations
 
     torch.manual_seed(3)

@@ -98,8 +98,6 @@ def import_everything() -> None:
     import skimage.data  # noqa: F401
     import torchvision.models  # noqa: F401
 
-    import captioning.captioners.blip
-    import captioning.captioners.tiny_blip  # noqa: F401
     import run_pipeline  # noqa: F401
 
 

@@ -37,7 +37,7 @@ class Samples:
         import create_input_files
         import make_demo_data
         import train
-        from captioning.captioners.tiny_blip import tiny_captioner
+        from captioning.captioners.blip import tiny_captioner
         from captioning.data.annotations import read_annotations
 
         torch.manual_seed(0)

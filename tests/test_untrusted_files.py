@@ -22,7 +22,7 @@ import eval as evaluation
 import train
 import train_model
 import view_captions
-from captioning.captioners.blip import load_captioner
+from captioning.captioners.loading import load_captioner
 from captioning.data.features import ResumableRowWriter
 from captioning.data.fingerprints import is_whole
 from captioning.data.images import natural_order

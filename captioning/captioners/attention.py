@@ -2,7 +2,7 @@
 
     captioner = Captioner.load("output_models/best_checkpoint.pth")         # an attention model
     captioner = Captioner.load(["seed_1.pth", "seed_2.pth"])                # an ensemble of them
-    captioner = Captioner.load("blip_finetuned_model/")                     # BLIP: a folder or a hub id
+    captioner = Captioner.load("blip_finetuned_model/")                     # pretrained: a folder or a hub id
     captioner.caption(["photo.jpg", "other.png"], beam_size=3)              # two strings
 
 The members of an ensemble each look at the image with their own encoder and attention; at every step of
@@ -75,7 +75,7 @@ class Captioner(BaseCaptioner):
         Args:
             source: a checkpoint of train.py, or a folder with a best_checkpoint.pth: an attention model.
                 Several checkpoints: their ensemble. A folder of train_model.py or the id of a model on the
-                hub: BLIP, or a captioner with its interface.
+                hub: BLIP, or another captioner of docs/captioners.md.
             word_map_path: word_map.json, for checkpoints that have none in them.
 
         Raises:
@@ -92,11 +92,9 @@ class Captioner(BaseCaptioner):
         if pretrained and len(sources) > 1:
             raise UserError(f"{pretrained[0]}: no checkpoint of train.py; only these make an ensemble")
         if pretrained:
-            from captioning.captioners.blip import load_captioner  # imported here, as it takes seconds
+            from captioning.captioners.loading import load_captioner  # imported here, as it takes seconds
 
-            captioner = load_captioner(sources[0])
-            captioner.model.to(pick_device())
-            return captioner
+            return load_captioner(sources[0]).to_device()
         return cls._ensemble(sources, word_map_path)
 
     @classmethod
@@ -176,10 +174,14 @@ class Captioner(BaseCaptioner):
         return torch.from_numpy(read_image(path, self.image_size))
 
     def decode_prepared(
-        self, images: Tensor, options: DecodingOptions, ids: Sequence[str] = (), with_scores: bool = False
+        self,
+        images: Sequence[Tensor],
+        options: DecodingOptions,
+        ids: Sequence[str] = (),
+        with_scores: bool = False,
     ) -> list[list[ScoredCaption]]:
-        """uint8 images (N, 3, S, S) -> the captions of each, always with their log-probabilities."""
-        return self.scored(self.decode(self.encode(images), options, ids), with_scores)
+        """N uint8 images (3, S, S) -> the captions of each, always with their log-probabilities."""
+        return self.scored(self.decode(self.encode(torch.stack([*images])), options, ids), with_scores)
 
     def scored(
         self, found: Sequence[Sequence[Hypothesis]], with_words: bool = True
@@ -200,14 +202,14 @@ class Captioner(BaseCaptioner):
         return torch.from_numpy(array)
 
     def describe_prepared(
-        self, images: Tensor, options: DecodingOptions, ids: Sequence[str] = ()
+        self, images: Sequence[Tensor], options: DecodingOptions, ids: Sequence[str] = ()
     ) -> list[Caption]:
-        """uint8 images (N, 3, S, S) -> their captions, with attention (words, 14, 14) and all of the beam, or
+        """N uint8 images (3, S, S) -> their captions, with attention (words, 14, 14) and all of the beam, or
         all samples."""
         if not options.samples:
             options = replace(options, num_captions=options.beam_size)
         captions = []
-        for found in self.decode(self.encode(images), options, ids, keep_alphas=True):
+        for found in self.decode(self.encode(torch.stack([*images])), options, ids, keep_alphas=True):
             n_best = [self._details(hypothesis) for hypothesis in found]
             captions.append(replace(n_best[0], n_best=n_best))
         return captions

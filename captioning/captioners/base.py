@@ -47,22 +47,27 @@ class Caption:
 
 
 class BaseCaptioner(ABC):
-    """A model that captions images, attention model or BLIP."""
+    """A model that captions images: an attention model, BLIP, or another one of transformers."""
 
     @abstractmethod
-    def prepare(self, path: str | Path) -> Tensor:
-        """An image file as the model takes it. Raises UserError where it holds no readable image."""
+    def prepare(self, path: str | Path) -> Any:
+        """An image file as the model takes it, by any thread: a tensor, of one size for all images, or the
+        inputs of a batch of one. Raises UserError where it holds no readable image."""
 
     @abstractmethod
-    def prepare_array(self, array: np.ndarray) -> Tensor:
+    def prepare_array(self, array: np.ndarray) -> Any:
         """RGB values, uint8 (3, height, width), as the model takes them."""
 
     @abstractmethod
     def decode_prepared(
-        self, images: Tensor, options: DecodingOptions, ids: Sequence[str] = (), with_scores: bool = False
-    ) -> list[list[ScoredCaption]]:
-        """Prepared images, stacked -> the captions of each: `options.num_captions`, or fewer where the beam
-        has no more that differ.
+        self,
+        images: Sequence[Any],
+        options: DecodingOptions,
+        ids: Sequence[str] = (),
+        with_scores: bool = False,
+    ) -> list[list[ScoredCaption] | UserError]:
+        """What `prepare` gave of each image -> the captions of each: `options.num_captions`, or fewer where
+        the beam has no more that differ; where no caption is fit to be shown, the reason.
 
         Args:
             ids: the images' ids, for samples.
@@ -71,12 +76,12 @@ class BaseCaptioner(ABC):
 
     @abstractmethod
     def describe_prepared(
-        self, images: Tensor, options: DecodingOptions, ids: Sequence[str] = ()
+        self, images: Sequence[Any], options: DecodingOptions, ids: Sequence[str] = ()
     ) -> list[Caption]:
-        """Prepared images, stacked -> their captions with details; arguments as in `decode_prepared`."""
+        """Prepared images -> their captions with details; arguments as in `decode_prepared`."""
 
-    def caption_prepared(self, images: Tensor, beam_size: int = 3) -> list[str]:
-        """Prepared images, stacked -> their captions."""
+    def caption_prepared(self, images: Sequence[Any], beam_size: int = 3) -> list[str]:
+        """Prepared images -> their captions."""
         return [found[0].text for found in self.decode_prepared(images, DecodingOptions(beam_size))]
 
     def caption(
@@ -107,7 +112,7 @@ class BaseCaptioner(ABC):
         images, found = (images if several else [images]), []
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
-            prepared = torch.stack([self._prepare_any(image) for image in batch])
+            prepared = [self._prepare_any(image) for image in batch]
             ids = [str(start + number) for number in range(len(batch))]
             if details:
                 found += self.describe_prepared(prepared, options, ids)
@@ -116,7 +121,7 @@ class BaseCaptioner(ABC):
             found += texts if options.num_captions > 1 else [own[0] for own in texts]
         return found if several else found[0]
 
-    def _prepare_any(self, image: Any) -> Tensor:
+    def _prepare_any(self, image: Any) -> Any:
         return self.prepare(image) if isinstance(image, (str, Path)) else self.prepare_array(as_array(image))
 
 
@@ -133,7 +138,7 @@ def describe_files(
     """
     problems: list[str] = []
 
-    def read(item: tuple[str, str | Path]) -> tuple[str, Tensor | None]:
+    def read(item: tuple[str, str | Path]) -> tuple[str, Any]:
         image_id, path = item
         try:
             return image_id, captioner.prepare(path)
@@ -142,12 +147,12 @@ def describe_files(
             return image_id, None
 
     captions: dict[str, Caption] = {}
-    batch: list[tuple[str, Tensor]] = []
+    batch: list[tuple[str, Any]] = []
 
     def describe() -> None:
         if batch:
             ids, images = zip(*batch)
-            captions.update(zip(ids, captioner.describe_prepared(torch.stack(images), options, ids)))
+            captions.update(zip(ids, captioner.describe_prepared(images, options, ids)))
             batch.clear()
 
     images = parallel_map(read, paths.items(), workers=2, ahead=batch_size)

@@ -1,9 +1,10 @@
-"""How captions are decoded: the settings that the captioning scripts and eval.py inherit, and the rules on
-words that search and sampling keep to."""
+"""How captions are decoded: the settings that the captioning scripts and eval.py inherit, the rules on words
+that search and sampling keep to, and the rules on what comes out."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -180,3 +181,79 @@ def _mask_repeated(log_probs: Tensor, words: Tensor, n: int) -> None:
         same &= words[:, :, i : i + ngrams] == words[:, :, ngrams + i : ngrams + i + 1]
     penalties = torch.zeros_like(same, dtype=log_probs.dtype).masked_fill_(same, -math.inf)
     log_probs.scatter_add_(2, words[:, :, n - 1 :], penalties)
+
+
+# --- what no caption may be ---------------------------------------------------------------------------------
+# of models that may answer with something other than a caption
+
+REFUSAL = re.compile(
+    r"""\W*(
+        (i'?m|i\ am)\ (very\ |so\ |really\ )?(sorry|unable|not\ able|afraid)
+      | (sorry|unfortunately),?\ (but\ )?(i|we|there\ is\ no\ image)\b
+      | i\ (can'?t|can\ ?not|could\ ?n[o']t|do\ not|don'?t|won'?t|am\ not)\b
+      | i\ (apologi[sz]e|must\ decline)
+      | as\ an?\ (ai|artificial|large\ language|language\ model)
+      | (please\ )?(upload|provide|share)\ (an?|the|your)\ image
+    )""",
+    re.IGNORECASE | re.VERBOSE,
+)
+PREAMBLE = re.compile(
+    r"""\W*(
+        (sure|certainly|of\ course|absolutely|okay|ok|got\ it)\s*[!,.:]
+      | (here(\ is|\ are|'?s)|this\ is|below\ is)\b[^.:\n]{0,80}\b(captions?|descriptions?)\b[^.:\n]{0,40}:
+      | (the\ |a\ |possible\ |image\ |short\ )*(caption|description)s?\b[^.\n]{0,40}:
+      | (the|a)\ (possible\ |good\ |suitable\ )?(caption|description)\ (for|of|could|would|might|is)\b
+      | <think>
+      | (assistant|user|system)\s*[:\n]
+    )""",
+    re.IGNORECASE | re.VERBOSE,
+)
+WORD_TIMES, PHRASE_TIMES = 4, 3  # so many times in a row are too many; "very very very" is English
+LONGEST_PHRASE = 12  # words
+
+
+def repeats_itself(text: str) -> bool:
+    """Whether the same words stand there over and over, or a sentence of five words or more twice."""
+    words = re.findall(r"\w+(?:'\w+)?|[^\w\s]", text.lower())
+    for n in range(1, LONGEST_PHRASE + 1):
+        times = WORD_TIMES if n == 1 else PHRASE_TIMES
+        run = 0  # words in a row that are those n places before them
+        for word, earlier in zip(words[n:], words):
+            run = run + 1 if word == earlier else 0
+            if run >= n * (times - 1):
+                return True
+    sentences = [sentence.split() for sentence in re.split(r"[.!?\n]+", text.lower())]
+    long = [tuple(sentence) for sentence in sentences if len(sentence) >= 5]
+    return len(set(long)) < len(long)
+
+
+CHECKS = {  # name: what is reported, and whether a text is that; "cut" is known to the captioner alone
+    "empty": ("empty", lambda text: not re.search(r"\w", text)),
+    "cut": ("cut by --max_new_tokens", lambda text: False),
+    "repetition": ("repeats itself", repeats_itself),
+    "refusal": ("a refusal", REFUSAL.match),
+    "preamble": ("begins with a preamble", PREAMBLE.match),
+}
+
+
+def find_fault(text: str, is_complete: bool, checks: Collection[str] = tuple(CHECKS)) -> str:
+    """What is wrong with a caption, "" if nothing is.
+
+    Args:
+        is_complete: the model ended it; it was not cut by the limit of tokens.
+        checks: names of CHECKS that count.
+    """
+    text = text.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
+    for name in (name for name in CHECKS if name in checks):
+        what, is_fault = CHECKS[name]
+        if is_fault(text) or (name == "cut" and not is_complete):
+            return what
+    return ""
+
+
+def check_names(checks: Collection[str]) -> tuple[str, ...]:
+    """The setting --checks; "none" stands for no rules. Raises UserError for a name that is no rule's."""
+    for name in checks:
+        if name not in CHECKS and [*checks] != ["none"]:
+            raise UserError(f"--checks {name}: give some of {', '.join(CHECKS)}, or none")
+    return tuple(name for name in checks if name in CHECKS)

@@ -45,9 +45,8 @@ from captioning.folders.plan import (
 from utils import Messages, UserError, counted, is_main_process, processes, progress_bar, say, tell
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    Decode = Callable[..., list[list[ScoredCaption]]]  # of prepared images (N, ...) and their `ids`
+    Found = list[list[ScoredCaption] | UserError]
+    Decode = Callable[..., Found]  # of prepared images and their `ids`
 
 
 def caption_folder(
@@ -55,7 +54,6 @@ def caption_folder(
     load: Callable[[], Any],
     model: str | Sequence[str | Path],
     decoding: DecodingOptions,
-    search: dict[str, Any] | None = None,
     depends_on: dict[str, Any] | None = None,
 ) -> list[str]:
     """Caption the images that `find_images` finds; write the output file, or sidecars, or both.
@@ -68,7 +66,7 @@ def caption_folder(
         load: gives the captioner, with `prepare` and `decode_prepared`; not called where every image has
             its caption already.
         model: the captioner's files, or its name on the hub. By these and by
-        decoding, with search, further arguments of `decode_prepared`, and
+        decoding, and
         depends_on, anything else that captions depend on, a journal is known as one of the same run. The
             batch size is not among them, as captions do not depend on it.
 
@@ -80,7 +78,7 @@ def caption_folder(
         UserError: wrong input, or not one readable image.
     """
     options.check(decoding)
-    plan, search, messages = None, search or {}, {kind: Messages(kind) for kind in (NO_CAPTION, NO_SIDECAR)}
+    plan, messages = None, {kind: Messages(kind) for kind in (NO_CAPTION, NO_SIDECAR)}
     journal = options.journal()
     with ExitStack() as held:
 
@@ -88,7 +86,7 @@ def caption_folder(
             nonlocal plan
             held.enter_context(options.lock())
             journal.remove_unfinished()
-            plan = plan_folder(options, model, asdict(decoding) | search | (depends_on or {}), messages)
+            plan = plan_folder(options, model, asdict(decoding) | (depends_on or {}), messages)
             key = {"run": secrets.token_hex(8), "triggers": plan.triggers} | plan.depends_on
             return plan.pending, plan.problems, key, os.getpid()
 
@@ -97,8 +95,7 @@ def caption_folder(
             captioner = load()
             on_main_process(lambda: journal.begin(key, plan.done.values()))
             total = len(plan.done) + len(pending) if is_main_process() else 0
-            how = {"options": decoding, "with_scores": options.with_scores} | search
-            decode = partial(captioner.decode_prepared, **how)
+            decode = partial(captioner.decode_prepared, options=decoding, with_scores=options.with_scores)
             with _interruptions(journal, main_process), _progress(total, total - len(pending)) as bar:
                 share = Share(options, key, bar, messages)
                 share.caption(decode, captioner.prepare, pending)
@@ -158,7 +155,7 @@ class Share:
         self.changes = options.sidecar_changes(self.process, key["triggers"])
         self.problems: list[Problem] = []
 
-    def caption(self, decode: Decode, prepare: Callable[[str], Tensor], pending: list[Row]) -> None:
+    def caption(self, decode: Decode, prepare: Callable[[str], Any], pending: list[Row]) -> None:
         caption = HalvingCaptioner(decode, self.options.batch_size)
         batch: list[ReadRow] = []
         with closing(self._read(prepare, pending[self.process :: self.num_processes])) as items:
@@ -170,7 +167,7 @@ class Share:
             if batch:
                 self._finish(batch, caption)
 
-    def _read(self, prepare: Callable[[str], Tensor], share: list[Row]) -> Iterator[ReadRow]:
+    def _read(self, prepare: Callable[[str], Any], share: list[Row]) -> Iterator[ReadRow]:
         """The rows whose images can be read, with these."""
         read = parallel_map(
             lambda row: read_row(row, self.options, prepare),
@@ -190,19 +187,23 @@ class Share:
     def _finish(self, batch: list[ReadRow], caption: HalvingCaptioner) -> None:
         """Caption a batch; first into the journal, so that a kill loses nothing, then into sidecars."""
         captions = caption([item.image for item in batch], [item.row.image_id for item in batch])
-        entries = [
-            Entry(item.row.image_id, own, item.file) for item, own in zip(batch, captions, strict=True)
-        ]
+        rows, entries = [], []
+        for item, own in zip(batch, captions, strict=True):
+            if isinstance(own, UserError):
+                self._report(Problem(item.row.image_id, f"{item.row.path}: {own}"))
+                continue
+            rows.append(item.row)
+            entries.append(Entry(item.row.image_id, own, item.file))
         if self.changes:
-            for item, entry in zip(batch, entries):
-                with self._reported(item.row):
-                    self.changes.prepare(item.row.path, entry)
+            for row, entry in zip(rows, entries):
+                with self._reported(row):
+                    self.changes.prepare(row.path, entry)
         self.journal.append(self.process, self.key, entries)
         if self.changes:
             self.changes.record()
-            for item, entry in zip(batch, entries):
-                with self._reported(item.row):
-                    self.changes.make(item.row.path, entry)
+            for row, entry in zip(rows, entries):
+                with self._reported(row):
+                    self.changes.make(row.path, entry)
 
     @contextmanager
     def _reported(self, row: Row) -> Iterator[None]:
@@ -224,17 +225,17 @@ class HalvingCaptioner:
         self.decode = decode
         self.size = batch_size
 
-    def __call__(self, images: list[Tensor], ids: list[str]) -> list[list[ScoredCaption]]:
+    def __call__(self, images: list[Any], ids: list[str]) -> Found:
         """Prepared images -> the captions of each. Raises torch.OutOfMemoryError where one image is too
         much."""
         import torch
 
-        captions: list[list[ScoredCaption]] = []
+        captions: Found = []
         while len(captions) < len(images):
             now = slice(len(captions), len(captions) + self.size)
             part = images[now]
             try:
-                captions += self.decode(torch.stack(part), ids=ids[now])
+                captions += self.decode(part, ids=ids[now])
                 continue
             except torch.OutOfMemoryError:
                 if len(part) == 1:

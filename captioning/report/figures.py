@@ -118,22 +118,20 @@ def caption_files(
     options: DecodingOptions,
     figure: str | None = None,
     with_scores: bool = False,
-    **search,
 ) -> list[str]:
     """Print the captions of each image file, and draw where the model looked for the first of them.
 
     Args:
         figure: name of the figure, if there is a single image; otherwise they are attention_NAME.png.
         with_scores: print log-probabilities too.
-        search: more arguments of `describe_prepared`.
 
     Returns:
         The figures' names.
     """
     figures = [figure] if figure else figure_names(images)
     for image, file in zip(images, figures):
-        prepared = captioner.prepare(image).unsqueeze(0)
-        (best,) = captioner.describe_prepared(prepared, options, [Path(image).stem], **search)
+        prepared = captioner.prepare(image)
+        (best,) = captioner.describe_prepared([prepared], options, [Path(image).stem])
         for caption in best.n_best[: options.num_captions]:
             scored = ScoredCaption.of(caption.text, caption.log_prob, len(caption.words))
             say(caption_line(scored, with_scores, "" if len(images) == 1 else image))

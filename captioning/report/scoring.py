@@ -400,15 +400,13 @@ def decode_files(
 ) -> tuple[Decoded, dict[Any, float]]:
     """Do what `decode_split` does from image files, for a captioner that prepares them itself. Each image is
     encoded anew for each of the options."""
-    import torch  # here, as it takes longer than all that a file of captions needs
-
     decoded: Decoded = {name: [] for name in options}
     seconds = dict.fromkeys(("encoding", *options), 0.0)
     batches = [records[start : start + batch_size] for start in range(0, len(records), batch_size)]
     for name, options_of_name in options.items():
         began = time.perf_counter()
         for batch in progress_bar(batches, desc=f"evaluation, {name}", unit="batch"):
-            images = torch.stack([captioner.prepare(record.path) for record in batch])
+            images = [captioner.prepare(record.path) for record in batch]
             ids = [record.image_id for record in batch]
             decoded[name] += captioner.decode_prepared(images, options_of_name, ids, with_scores)
         seconds[name] = time.perf_counter() - began

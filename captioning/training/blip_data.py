@@ -1,4 +1,5 @@
-"""What BLIP is trained on: images, or a frozen vision model's outputs, and captions as tokens."""
+"""What a pretrained captioner is trained on: images, or a frozen vision model's outputs, and captions as
+tokens. BLIP has a data set of its own; all other families have one of prompted images."""
 
 from __future__ import annotations
 
@@ -8,12 +9,12 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from captioning.data.features import REMEDY, is_up_to_date, weights_digest, write_features
 from captioning.data.image_names import require_image
@@ -24,12 +25,15 @@ from utils import UserError, pick_device, processes, progress_bar, say
 
 if TYPE_CHECKING:
     from captioning.captioners.blip import BlipCaptioner
+    from captioning.captioners.vision_language import VisionLanguageCaptioner
+
+Inputs = dict[str, Tensor]
 
 KEPT_BYTES = 2**31  # of resized images in memory; further ones are read from their files in every epoch
 
 
-class BlipDataset:
-    """The images of a training; those that cannot be read are left out.
+class PromptedDataset:
+    """The images of a training, each with its prompt; those that cannot be read are left out.
 
     Args:
         records: images with their captions.
@@ -38,29 +42,24 @@ class BlipDataset:
     Attributes:
         records: those whose images can be read.
         problems: what is wrong with the others, a line each.
-        features: after `cache_features` the vision model's outputs, else None.
+        features: the vision model's outputs, where they are kept on disk.
     """
 
-    def __init__(self, captioner: BlipCaptioner, records: list[Record], workers: int):
+    features: Rows | None = None
+
+    def __init__(self, captioner: VisionLanguageCaptioner, records: list[Record], workers: int):
         self.captioner = captioner
         self.workers = workers
-        self.kept: dict[str, Tensor] = {}  # path -> resized image, uint8 (3, S, S)
-        self.bytes_left = KEPT_BYTES
-        self.features: Rows | None = None
         problems = self._find_problems(records)
         self.problems = list(problems.values())
         self.records = [record for record in records if record.image_id not in problems]
-        self.may_flip = [
-            not any(LEFT_OR_RIGHT.search(word) for tokens in record.tokens for word in tokens)
-            for record in self.records
-        ]
 
     def _find_problems(self, records: list[Record]) -> dict[str, str]:
         """Read all images, each process a share: image_id -> what is wrong, for those that cannot be read."""
 
         def problem(record: Record) -> tuple[str, str] | None:
             try:
-                self._resized(record)
+                self.read(record)
             except UserError as error:
                 return record.image_id, str(error)
             return None
@@ -77,7 +76,59 @@ class BlipDataset:
             problems = gather_object(problems)
         return dict(problems)
 
-    def _resized(self, record: Record) -> Tensor:
+    def read(self, record: Record) -> Any:
+        """An image as `batches` needs it."""
+        return self.captioner.prepare(require_image(record.image_id, record.path))
+
+    def batches(self, batches: list[list[int]], augment_seed: str | None = None) -> Iterator[list[Inputs]]:
+        """For each batch of indices what `prepare` gives of its images; threads read ahead."""
+        return parallel_map(
+            lambda batch: [self.read(self.records[index]) for index in batch], batches, self.workers
+        )
+
+    def encode_captions(self, max_length: int, log: Callable[[str], None] = say) -> list[list[list[int]]]:
+        """For each record its captions, as they are written, as the tokens that the model is to answer."""
+        texts = [[text for text in record.captions if text.strip()] for record in self.records]
+        return [[self.captioner.encode_caption(text, max_length) for text in own] for own in texts]
+
+    def inputs(self, images: list[Inputs], captions: list[list[list[int]]]) -> Inputs:
+        """A batch for the model: each image once for each of its captions, padded on the right."""
+        rows = [
+            self.captioner.training_inputs(image, tokens)
+            for image, own in zip(images, captions, strict=True)
+            for tokens in own
+        ]
+        return self.captioner.join(rows)
+
+    def predicted(self, tokens: list[int]) -> int:
+        """How many of a caption's tokens the loss is on: GIT is given the first."""
+        return len(tokens) - (self.captioner.model.config.model_type == "git")
+
+
+class BlipDataset(PromptedDataset):
+    """The images of a training of BLIP, resized once; after `cache_features`, its vision model's outputs."""
+
+    def __init__(self, captioner: BlipCaptioner, records: list[Record], workers: int):
+        self.kept: dict[str, Tensor] = {}  # path -> resized image, uint8 (3, S, S)
+        self.bytes_left = KEPT_BYTES
+        super().__init__(captioner, records, workers)
+        self.may_flip = [
+            not any(LEFT_OR_RIGHT.search(word) for tokens in record.tokens for word in tokens)
+            for record in self.records
+        ]
+
+    def encode_captions(self, max_length: int, log: Callable[[str], None] = say) -> list[list[list[int]]]:
+        return encode_captions(self.captioner, self.records, max_length, log)
+
+    def inputs(self, images: Tensor, captions: list[list[list[int]]]) -> Inputs:
+        """images: pixels (N, 3, S, S) or the vision model's outputs (N, tokens, D)."""
+        texts = [tokens for own in captions for tokens in own]
+        return {"images": images} | pad_captions(texts, self.captioner.tokenizer.pad_token_id)
+
+    def predicted(self, tokens: list[int]) -> int:
+        return len(tokens) - 1  # it is given the first
+
+    def read(self, record: Record) -> Tensor:
         """The image as the processor resizes it, uint8 (3, S, S)."""
         path = require_image(record.image_id, record.path)
         if path in self.kept:
@@ -101,7 +152,7 @@ class BlipDataset:
         """
 
         def image(index: int) -> Tensor:
-            pixels = self._resized(self.records[index])
+            pixels = self.read(self.records[index])
             if augment_seed is None:
                 return pixels
             return augment_image(pixels, random.Random(f"{augment_seed} {index}"), self.may_flip[index])
@@ -150,6 +201,48 @@ class BlipDataset:
                 )
         self.kept.clear()
         self.features = open_dataset(file, "features", np.float16, 3, REMEDY)
+
+
+# --- losses -------------------------------------------------------------------------------------------------
+
+
+class CaptionLoss(nn.Module):
+    """BLIP's own training loss, with one encoding of an image for all its captions."""
+
+    def __init__(self, blip: nn.Module):
+        """blip: a transformers.BlipForConditionalGeneration."""
+        super().__init__()
+        self.blip = blip
+
+    def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy () over the tokens of the captions.
+
+        Args:
+            images: pixels (N, 3, S, S) or the vision model's output (N, tokens, D).
+            input_ids, attention_mask, labels: (N * G, L), G captions of each image in turn; padding has 0
+                in the mask and -100 in the labels.
+        """
+        images = images.float()
+        if images.dim() == 4:
+            images = self.blip.vision_model(pixel_values=images).last_hidden_state
+        states = images.repeat_interleave(len(input_ids) // len(images), dim=0)
+        return self.blip.text_decoder(
+            input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=states, labels=labels
+        ).loss
+
+
+class ModelLoss(nn.Module):
+    """The loss that a model of another family computes of its own inputs and labels."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """Mean cross-entropy () over the labels."""
+        dtype = self.model.dtype
+        inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+        return self.model(**inputs, return_dict=True).loss
 
 
 # --- captions -----------------------------------------------------------------------------------------------

@@ -13,14 +13,11 @@ from PIL import Image
 import direct_caption
 import train_model
 from captioning.captioners import blip
-from captioning.captioners.blip import load_captioner
-from captioning.captioners.tiny_blip import tiny_captioner
+from captioning.captioners.loading import load_captioner
 from captioning.data.images import list_images
 from captioning.data.submissions import read_submission
 from captioning.folders.plan import find_images
 from utils import UserError
-
-CAPTIONS = ["a red circle on grass", "two blue squares on gravel", "a large star above a small circle"]
 
 
 @pytest.fixture(scope="module")
@@ -131,69 +128,6 @@ def test_bad_images_keep_their_rows(trained, demo, run_main, tmp_path):
     assert [bool(caption) for _, caption in rows] == [False, False, True, True, True]
     assert result.stderr.count("no caption: ") == 2
     assert "1_text.jpg" in result.stderr and "2_cut.jpg" in result.stderr
-
-
-def tiny_vit_gpt2(folder, gpt2):
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    vision = transformers.ViTConfig(**sizes, image_size=32, patch_size=16)
-    text = transformers.GPT2Config(
-        vocab_size=len(gpt2), n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=1.0
-    )
-    both = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(vision, text)
-    both.decoder_start_token_id = both.eos_token_id = both.pad_token_id = 0
-    transformers.VisionEncoderDecoderModel(config=both).save_pretrained(folder)
-    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
-    gpt2.save_pretrained(folder)
-
-
-def tiny_git(folder, gpt2):
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    bert = tiny_captioner(CAPTIONS).tokenizer
-    start, end, pad = bert.cls_token_id, bert.sep_token_id, bert.pad_token_id
-    vision = {**sizes, "image_size": 32, "patch_size": 16}
-    ids = {"bos_token_id": start, "eos_token_id": end, "pad_token_id": pad, "vocab_size": len(bert)}
-    config = transformers.GitConfig(vision_config=vision, **ids, **sizes, initializer_range=1.0)
-    transformers.GitForCausalLM(config).save_pretrained(folder)
-    square = {"height": 32, "width": 32}
-    transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=square).save_pretrained(folder)
-    bert.save_pretrained(folder)
-
-
-def tiny_blip2(folder, gpt2):
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    vision = {**sizes, "intermediate_size": 64, "image_size": 32, "patch_size": 16, "initializer_range": 0.2}
-    former = {**sizes, "intermediate_size": 64, "encoder_hidden_size": 32, "vocab_size": len(gpt2)}
-    ids = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "vocab_size": len(gpt2) + 1}
-    text = {**sizes, **ids, "ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 64}
-    config = transformers.Blip2Config(
-        vision_config=vision, qformer_config=former, num_query_tokens=4, image_token_index=len(gpt2),
-        text_config=text | {"model_type": "opt", "init_std": 1.0},
-    )  # fmt: skip
-    transformers.Blip2ForConditionalGeneration(config).save_pretrained(folder)
-    transformers.BlipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
-    gpt2.save_pretrained(folder)
-
-
-@pytest.mark.parametrize("build", [tiny_git, tiny_vit_gpt2, tiny_blip2])
-def test_other_captioners_work_by_their_path(build, demo, tmp_path):
-    from tokenizers import ByteLevelBPETokenizer
-
-    pieces = ByteLevelBPETokenizer()
-    pieces.train_from_iterator(CAPTIONS, 300, special_tokens=["<|endoftext|>"], show_progress=False)
-    build(tmp_path, transformers.GPT2TokenizerFast(tokenizer_object=pieces._tokenizer))
-    other = load_captioner(tmp_path)
-    assert other.model.config.model_type != "blip"
-    paths = list_images(demo / "test" / "test")[:4]
-    together = other.caption_prepared(torch.stack([other.prepare(path) for path in paths]), 2, 8)
-    plain = []
-    for path in paths:
-        inputs = other.image_processor(Image.open(path).convert("RGB"), return_tensors="pt")
-        found = other.model.generate(**inputs, num_beams=2, max_new_tokens=8)
-        plain.append(other.tokenizer.decode(found[0], skip_special_tokens=True).strip())
-    assert together == plain
-    output, folder = tmp_path / "out.csv", demo / "test" / "test"
-    with pytest.raises(UserError, match="--prompt is for BLIP"):
-        direct_caption.caption_images(tmp_path, folder, output, prompt="a photo of")
 
 
 # --- what is refused ----------------------------------------------------------------------------------------

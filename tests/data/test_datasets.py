@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from captioning.captioners.tiny_blip import tiny_captioner
+from captioning.captioners.blip import tiny_captioner
 from captioning.data import features
 from captioning.data import prepared as prepared_data
 from captioning.data.annotations import read_annotations

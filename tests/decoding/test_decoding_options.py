@@ -3,6 +3,7 @@
 import csv
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import direct_caption
 import eval as evaluation
 import run_pipeline
 from captioning.captioners.attention import Captioner
-from captioning.captioners.blip import load_captioner
+from captioning.captioners.loading import load_captioner
 from captioning.command_line import parse_settings
 from captioning.data.images import list_images
 from captioning.data.prepared import END as END_WORD
@@ -106,7 +107,8 @@ def test_blip_takes_the_options_that_transformers_has(blip, paths):
     end = blip.tokenizer.sep_token_id
 
     def tokens(**options) -> list[list[int]]:
-        found = blip._generate(pixels, DecodingOptions(**options), ids, 1, 30).sequences.tolist()
+        inputs = blip.batch(pixels)
+        found = blip.generate(inputs, DecodingOptions(**options), ids, 1).sequences.tolist()
         return [own[1 : own.index(end) if end in own else None] for own in found]
 
     assert any(has_repeated(own, 2) for own in tokens())
@@ -140,10 +142,10 @@ def test_blip_takes_the_options_that_transformers_has(blip, paths):
 
 
 def test_blip_with_a_prompt_scores_what_follows_it(blip, paths):
-    pixels = blip.prepare(paths[0]).unsqueeze(0)
-    search = {"with_scores": True, "max_new_tokens": 8, "prompt": "a red"}
+    pixels = [blip.prepare(paths[0])]
+    asked = replace(blip, max_new_tokens=8, prompt="a red")
     kept, cut = (
-        blip.decode_prepared(pixels, DecodingOptions(), **search, keep_prompt=keep)[0][0]
+        replace(asked, keep_prompt=keep).decode_prepared(pixels, DecodingOptions(), with_scores=True)[0][0]
         for keep in (True, False)
     )
     assert kept.text == f"a red {cut.text}".strip() and kept.log_prob == cut.log_prob
@@ -225,16 +227,27 @@ def test_single_images_print_their_captions(models, paths, run_main, tmp_path):
 def test_blip_writes_them_too(blip, blip_folder, demo, paths, run_main, tmp_path):
     output = tmp_path / "out.csv"
     command = ["--model_path", blip_folder, "--test_folder", demo / "test" / "test", "--output_csv", output]
+    command += ["--checks", "none"]  # its weights are random
     result = run_main(direct_caption, *command, "--num_captions", 2, "--with_scores", "--no_repeat_ngram", 2)
     assert result.returncode == 0, result.stderr
     rows = read_csv(output)
     expected = blip.caption(paths, num_captions=2, no_repeat_ngram=2)
     assert [row["caption"] for row in rows] == [text for own in expected for text in own]
     assert all(float(row["log_prob"]) < 0 for row in rows)
-    result = run_main(direct_caption, *command, "--min_length", 40)
+    result = run_main(direct_caption, *command, "--min_length", 40, "--max_new_tokens", 30)
     assert_one_line(result, "--min_length is 40", "--max_new_tokens")
     result = run_main(
-        direct_caption, paths[0], *command[:2], "--prompt", "a red", "--num_captions", 2, "--top_p", 0.5
+        direct_caption,
+        paths[0],
+        *command[:2],
+        "--checks",
+        "none",
+        "--prompt",
+        "a red",
+        "--num_captions",
+        2,
+        "--top_p",
+        0.5,
     )
     assert result.returncode == 0 and len(result.stdout.splitlines()) == 2
 

@@ -19,7 +19,7 @@ from PIL import Image
 import caption
 import caption_from_checkpoint
 import direct_caption
-from captioning.captioners.tiny_blip import tiny_captioner
+from captioning.captioners.blip import tiny_captioner
 from captioning.command_line import parse_settings
 from captioning.data.images import read_image, walk_images
 from captioning.data.submissions import read_submission

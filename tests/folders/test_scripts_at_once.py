@@ -40,7 +40,7 @@ class Command:
         model = {
             "caption.py": ("--model", models / "checkpoint_epoch_1.pth"),
             "caption_from_checkpoint.py": ("--checkpoint", models / "checkpoint_epoch_4.pth"),
-            "direct_caption.py": ("--model_path", blip_folder),
+            "direct_caption.py": ("--model_path", blip_folder, "--checks", "none"),
         }[script]
         self.script, self.place = script, place
         self.given = [*model, "--batch_size", 4, "--workers", 1]

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from conftest import ROOT, TWO_PROCESSES, as_arguments, blip_settings, read_history
 
 import train_model
-from captioning.captioners.blip import load_captioner
-from captioning.captioners.tiny_blip import tiny_captioner
+from captioning.captioners.blip import tiny_captioner
+from captioning.captioners.loading import load_captioner
 from captioning.data.prepared import Record
 from captioning.training.blip_data import draw_captions, encode_captions, pad_captions
 from captioning.training.optimization import Run

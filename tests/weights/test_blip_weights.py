@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from captioning.captioners.blip import load_captioner
-from captioning.captioners.tiny_blip import tiny_captioner
+from captioning.captioners.blip import tiny_captioner
+from captioning.captioners.loading import load_captioner
 from utils import UserError
 
 
