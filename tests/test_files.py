@@ -75,7 +75,7 @@ def test_a_folder_has_one_writer_or_many_readers(tmp_path, first, second, refuse
         with lock_folder(tmp_path, reading=second):
             pass
     holder.kill()  # -9: the lock dies with it, whatever lies there
-    holder.wait()
+    holder.communicate()
     assert (tmp_path / LOCK_FILE).exists()
     with lock_folder(tmp_path):
         pass
@@ -87,7 +87,7 @@ def test_a_worker_that_outlives_its_training_holds_no_lock(tmp_path):
     holder = start_python(fork, tmp_path, "writing", 60)
     assert holder.stdout.readline() == "held\n"
     holder.kill()
-    holder.wait()
+    holder.communicate()
     with lock_folder(tmp_path):
         pass
 
@@ -114,7 +114,7 @@ def test_an_output_has_one_run(tmp_path):
     with lock_output(output.with_name("other.csv"), "taken"):
         assert not is_locked(lock_file_of(output.with_name("third.csv")))
     holder.kill()
-    holder.wait()
+    holder.communicate()
     assert lock_file_of(output).exists() and not is_locked(lock_file_of(output))
     with lock_output(output, "taken"):
         pass
@@ -135,7 +135,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
 
 def test_what_killed_runs_left_is_removed(tmp_path):
     dead = start_python("")
-    dead.wait()
+    dead.communicate()
     mine, theirs = tmp_path / f".a.{os.getpid()}.partial", tmp_path / f".b.{dead.pid}.partial"
     mine.touch(), theirs.touch(), (tmp_path / ".notes.partial").touch()
     (tmp_path / f".c.{dead.pid}.partial").mkdir()
@@ -149,6 +149,7 @@ def test_preparing_during_a_training_is_refused(demo, tmp_path, run_main):
     options = ("--annotations", demo / "train.csv", "--image_folder", demo / "train" / "train")
     result = run_main(preparation, *options, "--output_folder", tmp_path)
     holder.kill()
+    holder.communicate()
     assert_one_line(result, tmp_path, "another run")
 
 
