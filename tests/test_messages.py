@@ -106,7 +106,8 @@ def test_a_script_before_head(arguments, unbuffered, tmp_path, monkeypatch):
     with subprocess.Popen(command, cwd=tmp_path, **pipes) as process:
         process.stdout.close()
         printed = process.stderr.read()
-    assert (printed, process.returncode) == ("", 141 if arguments[0] != "--help" or not unbuffered else 0)
+    swallowed = (0,) if unbuffered and arguments == ["--help"] else ()  # by the argparse of newer Pythons
+    assert printed == "" and process.returncode in (141, *swallowed)
 
 
 def test_a_broken_pipe_of_another_kind_is_shown(keep_signals, monkeypatch):
