@@ -395,11 +395,11 @@ LARGEST = {  # of settings; more is a slip, or asks for more memory than there i
     **dict.fromkeys(("beam_size", "num_beams", "max_new_tokens", "max_length", "max_len"), 1000),
     **dict.fromkeys(("encoder_lr", "decoder_lr", "self_critical_lr", "learning_rate"), 1000),
     **dict.fromkeys(("weight_decay", "alpha_c", "reward_bleu4", "self_critical_samples"), 1000),
-    **dict.fromkeys(("lambda_r", "lambda_e", "lora_rank", "lora_alpha", "captions_per_image"), 1000),
-    **{"image_size": 4096, "max_pixels": 2**28, "workers": 256, "seed": 2**32 - 1},
+    **dict.fromkeys(("lambda_r", "lambda_e", "lora_rank", "lora_alpha", "diversity"), 1000),
+    **{"image_size": 4096, "workers": 256, "captions_per_image": 1000, "seed": 2**32 - 1},
     **dict.fromkeys(("epochs", "self_critical_after", "save_every"), 10**6),
-    **{"cached_views": 1000, "length_penalty": 100, "decay": 1, "temperature": 100, "top_p": 1},
-    **{"no_repeat_ngram": 50, "min_length": 50, "num_captions": 1000, "diversity": 1000, "retries": 100},
+    **{"max_pixels": 2**28, "cached_views": 1000, "length_penalty": 100, "decay": 1, "temperature": 100},
+    **{"top_p": 1, "no_repeat_ngram": 50, "min_length": 50, "num_captions": 1000, "retries": 100},
 }
 
 
