@@ -2,8 +2,8 @@
 
 Written to be read beside the paper, with three differences: beta is a vector, with one gate per channel of
 the encoding; the output layer is linear in h, without equation 7's terms for the word and the context; h0 and
-c0 come from one linear layer each. This file needs torch and torchvision alone. It is what runs, in training
-and in search: change a formula here, and it holds everywhere (docs/change_the_model.md).
+c0 come from one linear layer each. This file needs torch and torchvision alone. Change a formula here, and
+it holds in training and in search; unchanged ones run as faster equivalents (docs/change_the_model.md).
 
 Sizes: batch_size images with num_captions each, decoded side by side (ground truth in training, hypotheses
 in a beam search, samples); num_pixels locations to look at, 14 x 14 = 196; encoder_dim channels, 2048 for
@@ -28,14 +28,14 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def normalize_images(images: Tensor) -> Tensor:
-    """uint8 images (N, 3, H, W) in [0, 255] -> float32 with ImageNet's mean 0 and deviation 1 per channel."""
+    """uint8 images (N, 3, H, W) in [0, 255] -> float32, normalized with ImageNet's mean and deviation."""
     mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return (images.float() / 255 - mean) / std
 
 
 def pool_grid(grid: Tensor) -> Tensor:
     """A network's grid (N, h, w, encoder_dim) -> encoding (N, 14, 14, encoder_dim). At 256 pixels the grid is
-    8 x 8: adaptive average pooling to 14 x 14 enlarges it, and neighbouring pixels share cells."""
+    8 x 8: adaptive average pooling to 14 x 14 enlarges it, and neighbouring locations share cells."""
     return F.adaptive_avg_pool2d(grid.permute(0, 3, 1, 2), ENCODED_SIZE).permute(0, 2, 3, 1)
 
 
@@ -146,8 +146,8 @@ class Attention(nn.Module):
 
 
 class HardAttention(Attention):
-    """Hard attention (section 4.1): in training a word sees one location, a sample of alpha. In a search it
-    sees the likeliest one if `takes_maximum`, else the expected value."""
+    """Hard attention (section 4.1): within `sampling`, a word sees one location, drawn from alpha; elsewhere
+    the likeliest one if `takes_maximum`, else the expected value."""
 
     def __init__(self, *sizes: int, takes_maximum: bool = False):
         super().__init__(*sizes)

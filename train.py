@@ -57,7 +57,7 @@ class Stage(NamedTuple):
     """What the epochs of a stage have in common."""
 
     is_fine_tuned: bool  # the encoder is trained too
-    is_self_critical: bool  # the training is towards the metric
+    is_self_critical: bool  # the training maximizes CIDEr-D
 
 
 @dataclass
@@ -151,7 +151,7 @@ class Settings(TrainingSettings):  # more, such as --resume: captioning/training
 
     @property
     def scheduled_epochs(self) -> int:
-        """Those of cross-entropy."""
+        """The epochs before the self-critical stage."""
         return min(self.epochs, self.epochs if self.self_critical_after is None else self.self_critical_after)
 
     @property
@@ -210,10 +210,10 @@ def run_training(settings: Settings) -> dict:
                         encoder, decoder, settings, run, word_map, epoch=epoch.number, totals=epoch.totals
                     )
                 else:
-                    share, epochs_in_all = settings.scheduled_sampling, settings.scheduled_epochs
-                    replaced = sampling_probability(share, epoch.number, epochs_in_all)
+                    largest, epochs_in_all = settings.scheduled_sampling, settings.scheduled_epochs
+                    probability = sampling_probability(largest, epoch.number, epochs_in_all)
                     hard = location_loss(settings, run, training.history, epoch.totals)
-                    objective = CrossEntropy(encoder, decoder, settings, run, word_map, replaced, hard)
+                    objective = CrossEntropy(encoder, decoder, settings, run, word_map, probability, hard)
                 train_one_epoch(epoch, train_loader, objective, optimizer, settings, run)
                 models = training.weights.averaged("encoder"), training.weights.averaged("decoder")
                 scores, captions = evaluate(*models, val_loader, val_records, word_map, settings, run)
@@ -276,12 +276,12 @@ def build_models(
     decoder.embedding.requires_grad_(settings.fine_tune_embeddings)
     drop_embeddings(decoder, settings.embedding_dropout)
     if not use_fast_energies(decoder):
-        log("the attention's energies are not the paper's: they are computed as models.py has them")
+        log("the attention formula was changed: it runs as models.py has it, without the faster version")
     return settings, encoder, decoder
 
 
 def build_optimizer(encoder: Encoder, decoder: DecoderWithAttention, settings: Settings) -> torch.optim.AdamW:
-    """Adam with a group for each model; what is frozen has no gradients, and does not change."""
+    """AdamW with a group for each model; frozen parameters get no gradient and no update."""
     groups = [
         {"params": list(decoder.parameters()), "lr": settings.decoder_lr},
         {"params": list(encoder.parameters()), "lr": settings.encoder_lr},
@@ -341,9 +341,9 @@ def location_loss(settings: Settings, run: Run, history: list[dict], totals: dic
 def start_self_critical(
     training: Training, dataset: CaptionDataset, settings: Settings
 ) -> Callable[..., SelfCritical]:
-    """Hold the stage's learning rate; return its objective, without the arguments that it shares with
-    `CrossEntropy`. Where the stage begins, it has a new Adam, and the weights of the best epoch or of the
-    checkpoint that the user chose."""
+    """Fix the stage's learning rate; return `SelfCritical` with its own arguments bound. Where the
+    stage begins, it has a new Adam, and the weights of the best epoch or of the checkpoint that the user
+    chose."""
     from captioning.training.reinforce import Reward, SelfCritical  # most trainings have no such stage
 
     run, history = training.run, training.history

@@ -1,4 +1,4 @@
-"""Text in whatever encoding it comes, and back again in the same one; word vectors."""
+"""Text of any encoding, decoded and encoded again; rows of tables, JSON lines; word vectors."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ SCRIPTS = {  # without an alphabet: the first and last character, those of what 
 }
 COMMON = {"gb18030": "gb2312", "cp949": "iso2022_kr"}  # of those that take nearly any bytes, the usual part
 CASED = ("cp1251", "cp1253", "koi8_r")  # in which a text is nearly all beyond ASCII, and has capitals
-LARGEST_DOUBT = 0.4  # share of a text's characters that look wrong above which it is not told
+LARGEST_DOUBT = 0.4  # share of characters that look wrong, above which an encoding is rejected
 
 
 def read_text(path: str | Path) -> tuple[str, str]:
@@ -320,8 +320,7 @@ def _is_common(character: str) -> bool:
 
 
 def _older_codec(data: bytes) -> str | None:
-    """The encoding in which the least of a text looks wrong, None where much does in all, and where the text
-    would not give the same bytes again.
+    """The legacy encoding that fits best; None where none fits well, or gives the same bytes again.
 
     That is as charset-normalizer sees it, which cannot tell the languages of Europe apart in a few lines, and
     the share of characters beyond ASCII that do not belong to one language of the encoding.
@@ -391,10 +390,10 @@ def load_embeddings(path: str | Path, word_map: dict[str, int]) -> tuple[Tensor,
     Returns:
         embeddings (len(word_map), width) float32; a word with capitals that the file lacks gets the vector of
         the same word in lower case, other such words are drawn from U(-sqrt(3/width), sqrt(3/width)). How
-        many words the file has.
+        many of the words were found.
 
     Raises:
-        UserError: the file is missing, its lines have no or different widths, or it has none of the words.
+        UserError: the file is missing, the line of a word is malformed, or it has none of the words.
     """
     import torch
 

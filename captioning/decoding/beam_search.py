@@ -2,8 +2,8 @@
 
 The rule, as in the published Show, Attend and Tell programs: hypotheses are ranked by summed
 log-probability; one that ends is set aside and its image's beam narrows by one; when the beam is used up
-the best ended one wins; where none ended within the step limit, the best unfinished one does. `sampling.py`
-draws captions at random instead.
+the best ended one wins; where none ended within the step limit, the best unfinished one does. With a length
+penalty the sums are divided (`normalized_score`). `sampling.py` draws captions at random instead.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def beam_search_n_best(
 ) -> list[list[Hypothesis]]:
     """The best captions of each of N images: up to `n_best`, no two alike, by descending score.
 
-    Captions that ended come before unfinished ones: those that the step limit cut, or that by the rules no
-    word may follow. An image's captions do not depend on the others in the batch, nor the best one on
+    Finished captions come before unfinished ones, which the step limit cut or which have no permitted next
+    word. An image's captions do not depend on the others in the batch, nor the best one on
     `n_best`. One beam is greedy decoding.
 
     Args:
@@ -69,8 +69,8 @@ def beam_search_n_best(
         beam_size: hypotheses an image, at least 1.
         max_steps: steps of the search, at least 1; a caption that has not ended by then has that many words.
         rules: what captions must not be like.
-        length_penalty: ended hypotheses are compared by `normalized_score`, `<end>` counted as a word; 0 is
-            the plain sum.
+        length_penalty: scores are divided by length ** this (`normalized_score`), `<end>` counted as a word;
+            0 is the plain sum.
         keep_alphas: return attention too (of several decoders, the mean).
         n_best: captions for each image; there are never more than `beam_size`.
 

@@ -1,9 +1,9 @@
 """The logits of all tokens of a batch of captions, where the ground-truth tokens are fed.
 
 `token_logits` runs `DecoderWithAttention.teacher_forcing` and computes all logits in one product after the
-last step. So are, on a CPU, the gradients of the weights that each step uses: automatic differentiation would
-compute them at every step and add them up, 21 MB each time for an LSTM of width 512. `encoder_out_of` gives
-the pixels that the decoder looks at, here and in the search, in a form that is faster to compute with.
+last step. On a CPU, weight gradients too are computed in one product: autograd would compute them at every
+step and add them up, 21 MB each time for an LSTM of width 512. `encoder_out_of` gives the pixels that the
+decoder looks at, here and in the search, in a form that is faster to compute with.
 """
 
 from __future__ import annotations

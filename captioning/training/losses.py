@@ -1,8 +1,9 @@
-"""What the attention model minimizes on the ground-truth captions, and what makes it memorize them less.
+"""Cross-entropy on the ground-truth captions, which the attention model minimizes, and its regularization.
 
     objective = CrossEntropy(encoder, decoder, settings, run, word_map)
     objective.start_step(lengths)                           # of all the step's captions
     loss = objective(indices, images, captions, lengths)    # this batch's part of the step's loss
+    divisor = objective.finish_step()                       # of the step's gradients
 
 `reinforce.SelfCritical` is used in the same way.
 """
@@ -134,9 +135,8 @@ def sample_inputs(
     """Scheduled sampling (Bengio et al., 2015): captions (N, G, L) in which every word but the first is
     replaced, with `probability`, by one that the decoder predicts in its place.
 
-    The predictions are drawn from the decoder's distribution when the ground-truth tokens are fed, for all
-    steps at once, so that training stays fast (Mihaylova and Martins, 2019). The paper's sequential form
-    draws them after the words that were replaced before.
+    All predictions are drawn in one pass in which the ground-truth tokens are fed (Mihaylova and Martins,
+    2019). The paper's sequential form draws each one after the words that were replaced before.
     """
     tokens = token_logits(decoder, grid, captions, lengths)
     torch.clear_autocast_cache()  # or, before torch 2.11, the loss gets its 16-bit weights without gradients

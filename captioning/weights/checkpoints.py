@@ -1,8 +1,10 @@
-"""Checkpoint files: writing them, reading them without running what they say, models out of them.
+"""Checkpoints: what they hold, writing them, loading them without executing code, models from them.
 
 A checkpoint is a dictionary of tensors and plain values: `settings` of the training, `word_map`, `data` (the
-record of the prepared data), `history` (a line an epoch), the state_dicts `encoder`, `decoder`, `optimizer`,
-and what else a training needs to go on. `encoder.pth` and `decoder.pth` have one of the models each.
+record of the prepared data), `history` (a dictionary an epoch), the state_dicts `encoder`, `decoder`,
+`optimizer`, `unaveraged` where weights are averaged, and the states of the schedule and the generators;
+`last.pth` also `progress`, the mid-epoch state. docs/file_formats.md lists all keys; `training/loop.py`
+collects them. `encoder.pth` and `decoder.pth` have one of the models each.
 """
 
 from __future__ import annotations
