@@ -316,6 +316,8 @@ def check_config(name: str, config: PretrainedConfig) -> None:
 def check_preparation(name: str, captioner: VisionLanguageCaptioner) -> None:
     """Raise UserError where the processor's sizes, numbers or tokens are not the model's."""
     config = captioner.model.config
+    if not isinstance(captioner.tokenizer.model_max_length, (int, float)):
+        raise UserError(f"{name}: its tokenizer_config.json is damaged (model_max_length); fetch it anew")
     inputs = captioner.batch([captioner.prepare_array(np.full((3, 40, 30), 100, np.uint8))])
     pixels = inputs["pixel_values"]
     side = config.vision_config.image_size if config.model_type == "blip" else pixels.shape[-1]

@@ -59,6 +59,10 @@ def damaged_tokenizer(folder, trace):
     file.write_bytes(file.read_bytes()[:300])
 
 
+def length_that_is_a_list(folder, trace):
+    change_json(folder / "tokenizer_config.json", model_max_length=[1])
+
+
 def larger_tokenizer(folder, trace):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens([f"more{number}" for number in range(50)])
@@ -116,7 +120,7 @@ def processor_of_another_size(folder, trace):
     "damage",
     [
         pickled_weights, code_for_an_unknown_type, code_for_the_processor, damaged_tokenizer,
-        larger_tokenizer, other_tokenizer, wrong_architecture, weights_of_another_family, no_processor,
+        length_that_is_a_list, larger_tokenizer, other_tokenizer, wrong_architecture, weights_of_another_family, no_processor,
         no_tokenizer, unknown_family, other_model, template_that_looks_around, template_without_end,
         processor_of_another_size,
     ],
