@@ -120,7 +120,8 @@ def processor_of_another_size(folder, trace):
     "damage",
     [
         pickled_weights, code_for_an_unknown_type, code_for_the_processor, damaged_tokenizer,
-        length_that_is_a_list, larger_tokenizer, other_tokenizer, wrong_architecture, weights_of_another_family, no_processor,
+        length_that_is_a_list, larger_tokenizer, other_tokenizer, wrong_architecture,
+        weights_of_another_family, no_processor,
         no_tokenizer, unknown_family, other_model, template_that_looks_around, template_without_end,
         processor_of_another_size,
     ],
