@@ -14,7 +14,7 @@ numbers. With --figures each image's attention is drawn as a PNG too.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,7 @@ from captioning.report.figures import draw_attention, draw_maps
 from captioning.report.gallery import ShownCaption, ShownModel, check_folder, write_gallery
 from captioning.report.quality import attention_summary, caption_quality
 from captioning.report.scoring import (
+    find_common,
     find_image_folders,
     match_submission,
     names_of,
@@ -234,12 +235,22 @@ def source(settings: Settings) -> str:
 
 
 def score_models(models: Sequence[ShownModel], records: Sequence[Record]) -> None:
-    """Score each model on the images that it has captioned and that have references."""
+    """Score each model on the images that it has captioned and that have references; its scores of all images
+    together are of those that all models have captioned, where there are any."""
     references = {record.image_id: record.captions for record in records if record.captions}
-    for model in models:
-        texts = {key: caption.text for key, caption in model.captions.items() if key in references}
-        if texts:
-            model.scores = report_scores({key: references[key] for key in texts}, texts)
+    texts = [
+        {key: caption.text for key, caption in model.captions.items() if key in references}
+        for model in models
+    ]
+    common = find_common([model.name for model in models], texts)
+    for model, own in zip(models, texts):
+        if not own:
+            continue
+        model.scores = report_scores({key: references[key] for key in own}, own)
+        if 0 < len(common) < len(own):
+            own = {key: text for key, text in own.items() if key in common}
+            shared = report_scores({key: references[key] for key in own}, own)
+            model.scores = replace(model.scores, overall=shared.overall)
 
 
 def judge_captions(models: Sequence[ShownModel], records: Sequence[Record], settings: Settings) -> None:

@@ -194,26 +194,37 @@ def score_files(
     `whose`. Several files are scored on the images that all of them have; lines say what is left out."""
     texts = {record.image_id: record.captions for record in records}
     matched = [match_submission(file, records, whose, partial, columns) for file in submissions]
-    common = set.intersection(*(set(captions) for captions, _, _ in matched))
-    left_out, rows = [], []
+    common = find_common(submissions, [captions for captions, _, _ in matched])
+    if not common:
+        raise UserError(f"{', '.join(map(str, submissions))}: no image that all have; score each by itself")
+    rows = []
     for file, (captions, missing, unknown) in zip(submissions, matched):
         apart = [f"{len(missing)} missing"] if missing else []
         apart += [f"{counted(len(unknown), 'unknown row')} left out"] if unknown else []
         if apart:
             images = counted(len(texts), "image")
             say(f"PARTIAL: {file} has captions of {len(captions)} of {images}, {', '.join(apart)}")
-        left_out += [f"{len(captions) - len(common)} of {file}"] if len(captions) > len(common) else []
         captions = {image_id: caption for image_id, caption in captions.items() if image_id in common}
         row = {"beam_size": None, "images": len(common), "missing": len(missing), "unknown": len(unknown)}
         rows.append(row | {"captions": captions})
-    if not common:
-        raise UserError(f"{', '.join(map(str, submissions))}: no image that all have; score each by itself")
-    if left_out:
-        what = counted(len(common), "image")
-        say(f"PARTIAL: scored on the {what} that all files have; left out: {', '.join(left_out)}")
     for row in rows:
         row["scores"] = report_scores({key: texts[key] for key in row["captions"]}, row["captions"])
     return rows
+
+
+def find_common(names: Sequence[str | Path], captions: Sequence[Mapping[str, str]]) -> set[str]:
+    """The images that all have, so that their scores can be compared; a line says how many are left out.
+
+    Args:
+        names: of the files or models. captions: of each, by image id.
+    """
+    common = set.intersection(*map(set, captions))
+    left_out = [f"{len(own) - len(common)} of {name}" for name, own in zip(names, captions)]
+    left_out = [part for part in left_out if not part.startswith("0 ")]
+    if common and left_out:
+        images = counted(len(common), "image")
+        say(f"PARTIAL: scored on the {images} that all have; left out: {', '.join(left_out)}")
+    return common
 
 
 def match_submission(

@@ -285,7 +285,7 @@ def test_several_files_are_scored_on_the_images_that_all_have(demo, captions, tm
     for line in (
         f"PARTIAL: {files[0]} has captions of 9 of 12 images, 3 missing\n",
         f"PARTIAL: {files[1]} has captions of 11 of 12 images, 1 missing, 1 unknown row left out\n",
-        f"PARTIAL: scored on the 8 images that all files have; left out: 1 of {files[0]}, 3 of {files[1]}\n",
+        f"PARTIAL: scored on the 8 images that all have; left out: 1 of {files[0]}, 3 of {files[1]}\n",
         "\n8 images\n",
     ):
         assert line in result.stdout

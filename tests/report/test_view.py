@@ -129,6 +129,26 @@ def test_few_images_and_no_references(count, demo, models, tmp_path, monkeypatch
     assert data["models"][0]["quality"]["captions"] == count
 
 
+def test_models_of_different_images_are_scored_on_those_that_all_have(demo, submission, tmp_path, capsys):
+    records = read_annotations(demo / "test_captions.csv")
+    other = tmp_path / "other.csv"
+    write_submission(
+        other, [(r.image_id, r.captions[0] if n < 9 else "a cat") for n, r in enumerate(records)][2:]
+    )
+    write_submission(submission, [(record.image_id, record.captions[0]) for record in records[:9]])
+    settings = {"references": str(demo / "test_captions.csv"), "output_folder": str(tmp_path / "g")}
+    view_captions.main(view_captions.Settings(submission=(str(submission), str(other)), **settings))
+    data = data_of(tmp_path / "g")
+    first, second = (model["overall"] for model in data["models"])
+    assert first == second, "their captions differ where the other has none"
+    assert (
+        "scored on the 7 images that all have; left out: 2 of s.csv, 3 of other.csv"
+        in capsys.readouterr().out
+    )
+    own = [image["captions"] for image in data["images"]]
+    assert len(own) == 12
+
+
 def test_images_that_are_missing_or_damaged(demo, submission, tmp_path, capsys):
     folder = tmp_path / "images"
     shutil.copytree(demo / "test" / "test", folder)
