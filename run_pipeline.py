@@ -325,7 +325,8 @@ def caption_with_blip(settings: Settings, announce: Callable[..., None]) -> None
         decided["num_beams"] = settings.step_values["beam_size"]  # the two are compared
     decided |= captioning_places(settings)
     wanted = step_settings(settings, direct_caption.Settings, "blip_", **decided)
-    models = [Path(settings.blip_folder) / "model.safetensors"]
+    folder = Path(settings.blip_folder)  # of weights in one file or in several, or of an adapter
+    models = sorted(folder.glob("*.safetensors")) or [folder / "model.safetensors"]
     caption_test_images("BLIP captions", direct_caption.main, wanted, models, announce)
 
 
@@ -368,7 +369,9 @@ def record_file(wanted: AnySettings, models: list[Path]) -> Path:
 
 
 def deciding_settings(wanted: AnySettings) -> dict[str, object]:
-    return {name: value for name, value in asdict(wanted).items() if name not in SET_BY_PIPELINE}
+    """In the terms of JSON."""
+    values = {name: value for name, value in asdict(wanted).items() if name not in SET_BY_PIPELINE}
+    return {name: [*value] if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def inputs_of_captions(wanted: AnySettings, models: list[Path]) -> list[str | Path]:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tiny_families import BUILDERS, save_tiny
 
 import direct_caption
+import run_pipeline
 import train_model
 from captioning.captioners.loading import load_captioner
 from captioning.captioners.model_inputs import NO_LABEL
@@ -122,6 +123,20 @@ def test_a_chat_model_learns_ten_images_by_heart(data, tmp_path, run_main):
     captioner = load_captioner(output)
     paths = [str(data / "images" / f"{number}.png") for number in range(10)]
     assert captioner.caption(paths, beam_size=1) == [CAPTIONS[number % len(CAPTIONS)] for number in range(10)]
+
+
+def test_the_pipeline_takes_any_base(data, tmp_path, run_main, monkeypatch):
+    base = save_tiny("llava", tmp_path / "base", 2.0)
+    monkeypatch.chdir(tmp_path)
+    command = [run_pipeline, "--model", "blip", "--blip_base", base, "--blip_lora", "--blip_epochs", 1]
+    command += ["--annotations", data / "train.csv", "--image_folder", data / "images"]
+    command += ["--test_folder", data / "images", "--blip_checks", "none", "--blip_max_new_tokens", 4]
+    result = run_main(*command, "--blip_batch_size", 4, "--workers", 1, "--blip_num_beams", 1)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "blip_finetuned_model" / "adapter_model.safetensors").is_file()
+    assert len((tmp_path / "blip_submission.csv").read_text().splitlines()) == 11
+    again = run_main(*command, "--blip_batch_size", 4, "--workers", 1, "--blip_num_beams", 1)
+    assert again.returncode == 0 and "blip_submission.csv is up to date" in again.stdout
 
 
 def test_what_cannot_be_trained_is_refused(data, tmp_path, run_main, monkeypatch):
