@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -165,8 +166,8 @@ def announce_steps(count: int) -> Callable[..., None]:
 
 def non_default_settings(step: AnySettings) -> dict[str, object]:
     """The settings of a step that are not the defaults, without those in SET_BY_PIPELINE."""
-    values, defaults = deciding_settings(step), type(step)
-    return {name: value for name, value in values.items() if value != getattr(defaults, name)}
+    names = [name for name in step.__dataclass_fields__ if name not in SET_BY_PIPELINE]
+    return {name: getattr(step, name) for name in names if getattr(step, name) != getattr(type(step), name)}
 
 
 def choose_data(settings: Settings, announce: Callable[..., None]) -> Settings:
@@ -325,8 +326,7 @@ def caption_with_blip(settings: Settings, announce: Callable[..., None]) -> None
         decided["num_beams"] = settings.step_values["beam_size"]  # the two are compared
     decided |= captioning_places(settings)
     wanted = step_settings(settings, direct_caption.Settings, "blip_", **decided)
-    folder = Path(settings.blip_folder)  # of weights in one file or in several, or of an adapter
-    models = sorted(folder.glob("*.safetensors")) or [folder / "model.safetensors"]
+    models = sorted(Path(settings.blip_folder).glob("*.safetensors"))  # of the model, or of an adapter
     caption_test_images("BLIP captions", direct_caption.main, wanted, models, announce)
 
 
@@ -369,9 +369,8 @@ def record_file(wanted: AnySettings, models: list[Path]) -> Path:
 
 
 def deciding_settings(wanted: AnySettings) -> dict[str, object]:
-    """In the terms of JSON."""
     values = {name: value for name, value in asdict(wanted).items() if name not in SET_BY_PIPELINE}
-    return {name: [*value] if isinstance(value, tuple) else value for name, value in values.items()}
+    return json.loads(json.dumps(values))  # tuples as lists, as they are read again
 
 
 def inputs_of_captions(wanted: AnySettings, models: list[Path]) -> list[str | Path]:
@@ -440,11 +439,8 @@ def find_references(settings: Settings) -> Sequence[str]:
     """The test annotations, where they have captions."""
     if settings.own_test:
         return settings.annotations
-    annotations, _ = create_input_files.find_test(
-        create_input_files.Settings(
-            annotations=settings.annotations, test_annotations=settings.test_annotations
-        )
-    )
+    given = {"annotations": settings.annotations, "test_annotations": settings.test_annotations}
+    annotations, _ = create_input_files.find_test(create_input_files.Settings(**given))
     images = read_annotations(annotations, None, columns(settings)) if annotations else []
     return annotations if any(image.captions for image in images) else ()
 
