@@ -1,4 +1,4 @@
-"""Files that survive two runs at once, a killed run and a full disk."""
+"""Files that survive two runs at once, a killed run and a full disk; checks of untrusted values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trained models ready to caption: one, or an ensemble of several (Vinyals et al., 2015, section 4.3.3).
+"""Attention models ready to caption, one or an ensemble (as Vinyals et al., 2015); `load` gives others too.
 
     captioner = Captioner.load("output_models/best_checkpoint.pth")         # an attention model
     captioner = Captioner.load(["seed_1.pth", "seed_2.pth"])                # an ensemble of them

@@ -1,6 +1,6 @@
-"""By what a later run knows that files are as they were: names, sizes and times.
+"""How a later run tells that files have not changed: by their names, sizes and times.
 
-Where of a file the time alone differs, as after a copy or a checkout, its content decides.
+If only the time of a file differs, as after a copy or a checkout, its content is compared.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Captions for a folder of images, by any captioner: what caption.py, caption_from_checkpoint.py and
 direct_caption.py do with one.
 
-The main process plans (plan.py). Every process captions its share into a journal (journal.py) and writes the
-sidecars (journal.py). The main process makes the output of the journals.
+The main process plans (plan.py). Every process captions its share: first into a journal, then into sidecars
+(both in journal.py). At the end the main process writes the output file from the journals.
 """
 
 from __future__ import annotations

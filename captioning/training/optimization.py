@@ -157,6 +157,8 @@ def sum_gradients(parameters: list[nn.Parameter]) -> None:
 class LearningRate:
     """Learning-rate schedule of an optimizer's groups; their rates at construction are the base rates.
 
+    train.py takes plateau and train_model.py cosine, unless `--lr_schedule` says otherwise.
+
     plateau: times `decay` after every `decay_after` epochs without a better score.
     cosine: rises over the first `warmup` share of the `total_steps`, then falls to 0 along a half cosine
     (Loshchilov and Hutter, 2017, without restarts).
