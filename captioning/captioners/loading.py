@@ -3,8 +3,8 @@
     captioner = load_captioner("blip_finetuned_model")                     # or "Qwen/Qwen2.5-VL-3B-Instruct"
 
 transformers trusts the files that it reads: a pipe makes it wait for ever, a compressed archive can fill the
-memory, and a wrong size shows only at the first image. So the files are checked before. No code that comes with a model is run, and weights
-are read from safetensors, or by torch with `weights_only`.
+memory, and a wrong size shows only at the first image. So the files are checked before. No code that comes
+with a model is run, and weights are read from safetensors, or by torch with `weights_only`.
 """
 
 from __future__ import annotations

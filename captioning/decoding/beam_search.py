@@ -1,9 +1,10 @@
 """Beam search over one attention decoder, or several at once, for a whole batch of images.
 
 The rule, as in the published Show, Attend and Tell programs: hypotheses are ranked by summed
-log-probability; one that ends is set aside and its image's beam narrows by one; when the beam is used up
-the best ended one wins; where none ended within the step limit, the best unfinished one does. With a length
-penalty p the sums are divided by length ** p, `<end>` counted. `sampling.py` draws captions at random instead.
+log-probability; one that ends is set aside and its image's beam narrows by one; when the beam is used up the
+best ended one wins; where none ended within the step limit, the best unfinished one does. With a length
+penalty p the sums are divided by length ** p, `<end>` counted. `sampling.py` draws captions at random
+instead.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ A checkpoint is a dictionary of tensors and plain values: `settings` of the trai
 record of the prepared data), `history` (a dictionary an epoch), the state_dicts `encoder`, `decoder`,
 `optimizer`, `unaveraged` where weights are averaged, `rates` and `scaler`, the states of the schedule and of
 mixed precision; in `last.pth` also `progress`, the mid-epoch state with that of the random generators.
-docs/file_formats.md lists all keys; `training/loop.py` collects them. `encoder.pth` and `decoder.pth` have one of the models each.
+docs/file_formats.md lists all keys; `training/loop.py` collects them. `encoder.pth` and `decoder.pth` have
+one of the models each.
 """
 
 from __future__ import annotations
