@@ -1,1 +1,1 @@
-"""The loop of both trainings, learning rates, precision, losses, self-critical training, resuming, reports."""
+"""The loop of both trainings, learning rates, precision, losses, self-critical training, resuming."""
