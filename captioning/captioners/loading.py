@@ -39,7 +39,7 @@ from captioning.captioners.model_inputs import FAMILIES, first_line
 from captioning.captioners.vision_language import VISION, VisionLanguageCaptioner
 from captioning.files import Number, find_mismatch
 from captioning.weights.pretrained import check_archive
-from utils import UserError, pick_device, read_json, require_regular_file
+from utils import UserError, pick_device, processes, read_json, require_regular_file
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -109,6 +109,8 @@ def _placement(dtype: Precision, load_in: int, device_map: str | None) -> dict[s
     device = pick_device()
     how: dict[str, Any] = {"dtype": DTYPES.get(dtype, "auto" if device.type == "cuda" else torch.float32)}
     if device_map:
+        if processes().num_processes > 1:
+            raise UserError("--device_map is for one process, which then has all GPUs: leave torchrun out")
         how["device_map"] = device_map
     if load_in:
         if importlib.util.find_spec("bitsandbytes") is None:
