@@ -223,10 +223,13 @@ def _peft() -> ModuleType:
 def _load_with_adapter(folder: str, *how: Any) -> VisionLanguageCaptioner:
     """The base model that an adapter names, with the adapter beside its layers."""
     check_files(folder)
-    base = read_json(Path(folder) / ADAPTER)
-    base = base.get("base_model_name_or_path") if isinstance(base, dict) else None
+    config = read_json(Path(folder) / ADAPTER)
+    config = config if isinstance(config, dict) else {}
+    base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or (Path(base) / ADAPTER).is_file():
         raise UserError(f"{folder}: its {ADAPTER} names no base model; train it anew")
+    if config.get("peft_type") != "LORA" or config.get("megatron_config"):  # which would import what it names
+        raise UserError(f"{folder}: its {ADAPTER} is not that of a LoRA adapter; train it anew")
     captioner = load_captioner(base, *how)
     try:
         captioner.adapter = _peft().PeftModel.from_pretrained(captioner.model, folder, use_safetensors=True)

@@ -1,6 +1,7 @@
 """Fine-tuning of every family of captioners, with and without adapters."""
 
 import csv
+import json
 import shutil
 
 import pytest
@@ -94,6 +95,14 @@ def test_an_adapter_is_small_and_resumes(data, tmp_path, run_main):
     options = ["--checks", "none", "--max_new_tokens", 4, "--num_beams", 1]
     result = run_main(direct_caption, image, "--model_path", tmp_path / "whole", *options)
     assert result.returncode == 0, result.stderr
+    config = tmp_path / "parts" / "adapter_config.json"
+    content, weights = json.loads(config.read_text()), tmp_path / "parts" / adapter.name
+    single = (direct_caption, image, "--model_path", config.parent)
+    weights.write_bytes(weights.read_bytes()[:200])
+    assert_one_line(run_main(*single), "not an adapter of")
+    for change in ({"peft_type": "XLORA"}, {"megatron_config": {"a": 1}}, {"base_model_name_or_path": None}):
+        config.write_text(json.dumps(content | change))
+        assert_one_line(run_main(*single), "adapter_config.json")
     shutil.move(base, tmp_path / "elsewhere")
     assert_one_line(run_main(direct_caption, image, "--model_path", tmp_path / "whole"), str(base))
 
