@@ -71,10 +71,11 @@ class BlipCaptioner(VisionLanguageCaptioner):
         Args:
             options: the processor's, such as `do_resize=False`.
         """
-        # some would guess, and take one row of pixels for the one channel of a grey image
-        order = "channels_last" if isinstance(images, Image.Image) else "channels_first"
-        options = {"input_data_format": order, "return_tensors": "pt", **options}
-        return self.image_processor(images=images, **options)["pixel_values"]
+        if not isinstance(
+            images, Image.Image
+        ):  # some would guess, and take one row of pixels for one channel
+            options["input_data_format"] = "channels_first"
+        return self.image_processor(images=images, return_tensors="pt", **options)["pixel_values"]
 
     def prepare(self, path: str | Path) -> Tensor:
         return self.prepare_array(read_image(path))

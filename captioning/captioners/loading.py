@@ -39,7 +39,7 @@ from captioning.captioners.model_inputs import FAMILIES, first_line
 from captioning.captioners.vision_language import VISION, VisionLanguageCaptioner
 from captioning.files import Number, find_mismatch
 from captioning.weights.pretrained import check_archive
-from utils import UserError, pick_device, read_json, require_regular_file
+from utils import UserError, pick_device, processes, read_json, require_regular_file
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -109,6 +109,8 @@ def _placement(dtype: Precision, load_in: int, device_map: str | None) -> dict[s
     device = pick_device()
     how: dict[str, Any] = {"dtype": DTYPES.get(dtype, "auto" if device.type == "cuda" else torch.float32)}
     if device_map:
+        if processes().num_processes > 1:
+            raise UserError("--device_map is for one process, which then has all GPUs: leave torchrun out")
         how["device_map"] = device_map
     if load_in:
         if importlib.util.find_spec("bitsandbytes") is None:
@@ -221,10 +223,13 @@ def _peft() -> ModuleType:
 def _load_with_adapter(folder: str, *how: Any) -> VisionLanguageCaptioner:
     """The base model that an adapter names, with the adapter beside its layers."""
     check_files(folder)
-    base = read_json(Path(folder) / ADAPTER)
-    base = base.get("base_model_name_or_path") if isinstance(base, dict) else None
+    config = read_json(Path(folder) / ADAPTER)
+    config = config if isinstance(config, dict) else {}
+    base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or (Path(base) / ADAPTER).is_file():
         raise UserError(f"{folder}: its {ADAPTER} names no base model; train it anew")
+    if config.get("peft_type") != "LORA" or config.get("megatron_config"):  # which would import what it names
+        raise UserError(f"{folder}: its {ADAPTER} is not that of a LoRA adapter; train it anew")
     captioner = load_captioner(base, *how)
     try:
         captioner.adapter = _peft().PeftModel.from_pretrained(captioner.model, folder, use_safetensors=True)

@@ -148,7 +148,9 @@ class ModelInputs:
     def _check_words(self, text: str, where: str) -> None:
         """Raise UserError where a text has a token in it that steers the model, such as <image>."""
         own = [getattr(self.processor, name, None) for name in ("image_token", "video_token", "boi_token")]
-        for token in {*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab(), *own, "<image>"}:
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = [token.content for token in added if token.special]
+        for token in {*self.tokenizer.all_special_tokens, *special, *own, "<image>"}:
             if isinstance(token, str) and token.strip() and token in text:
                 raise UserError(
                     f"{where}: has {token} in it, which is a mark of the model's own; leave it out"

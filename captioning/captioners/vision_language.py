@@ -71,7 +71,8 @@ class VisionLanguageCaptioner(ModelInputs, BaseCaptioner):
             if not pending:
                 break
             if attempt:  # search would find the same again
-                options = replace(options, seed=options.seed + 1, **RETRY)
+                drawn = {} if options.samples else RETRY
+                options = replace(options, seed=options.seed + 1, **drawn)
             decoded = self._decode(
                 [images[i] for i in pending], options, [ids[i] for i in pending], with_scores
             )

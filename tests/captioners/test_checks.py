@@ -192,6 +192,13 @@ def test_images_are_prepared_while_the_model_works(scripted, run_main, monkeypat
     assert threads and threading.main_thread() not in threads
 
 
+def test_samples_are_drawn_again_as_the_user_draws_them(scripted, run_main, tmp_path):
+    model, folder, asked = scripted
+    command = ["--model_path", model, "--test_folder", folder, "--output_csv", tmp_path / "out.csv"]
+    run_main(direct_caption, *command, "--temperature", 1.3)
+    assert {options.temperature for _, options in asked} == {1.3}
+
+
 def test_one_caption_of_several_that_is_sound_is_enough(load_scripted):
     captioner, options = load_scripted
     (found,) = captioner.decode_prepared([None], options, ["x"])
