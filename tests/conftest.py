@@ -110,11 +110,11 @@ TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", 
 
 
 def as_arguments(settings) -> list[str]:
-    """The arguments that give a script these settings."""
+    """The arguments that give a script these settings; a tuple that is empty is one by default."""
     arguments = []
     for name, value in asdict(settings).items():
         if isinstance(value, tuple):
-            arguments += [f"--{name}", *map(str, value)]
+            arguments += [f"--{name}", *map(str, value)] if value else []
         else:
             arguments.append(f"--{name}={value}")
     return arguments

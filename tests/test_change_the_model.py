@@ -64,7 +64,9 @@ def test_a_changed_decoder_is_taken_by_everything(prepared, demo, tmp_path, sect
     image = next((demo / "test" / "test").iterdir())
     checked = run(copy, "changed_model.py", prepared, image)
     assert checked.returncode == 0, checked.stderr
-    (line,) = re.findall(r"^    (the attention's energies .*)$", PAGE.read_text("utf-8"), re.MULTILINE)
+    (line,) = re.findall(
+        r"^    (the attention formula was changed.*)$", PAGE.read_text("utf-8"), re.MULTILINE
+    )
     for output in ("whole", "hard"):
         assert (line in (copy / output / "train.log").read_text("utf-8")) == other_energies
 
