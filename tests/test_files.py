@@ -82,6 +82,7 @@ def test_a_folder_has_one_writer_or_many_readers(tmp_path, first, second, refuse
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_worker_that_outlives_its_training_holds_no_lock(tmp_path):
     fork = HOLD.replace("print(", "import os\n    if os.fork() == 0: time.sleep(20); os._exit(0)\n    print(")
     holder = start_python(fork, tmp_path, "writing", 60)

@@ -283,6 +283,7 @@ def test_wrong_input_of_training(run_script, prepared, tmp_path):
     assert not output.exists()
 
 
+@pytest.mark.slow
 def test_wrong_input_of_captioning(run_script, models, demo, prepared, tmp_path):
     folder = demo / "test" / "test"
     out = tmp_path / "out.csv"

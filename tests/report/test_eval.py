@@ -114,6 +114,7 @@ def test_the_table_and_its_files(prepared, models, tmp_path, run_script):
         assert captions == {row["image_id"]: row["caption"] for row in own}
 
 
+@pytest.mark.slow
 def test_two_processes_score_each_image_once(prepared, models, tmp_path):
     command = [str(ROOT / "eval.py"), "--checkpoint", str(models / "best_checkpoint.pth")]
     command += ["--data_folder", str(prepared), "--beam_sizes", "2", "--output_json"]
@@ -159,6 +160,7 @@ def test_wrong_input_for_models(prepared, demo, models, other, tmp_path, run_scr
         evaluation.evaluate(evaluation.Settings((str(bad),), data_folder=str(prepared)))
 
 
+@pytest.mark.slow
 def test_checkpoints_are_chosen(prepared, demo, models, other, tmp_path, run_script):
     folder = tmp_path / "output_models"
     shutil.copytree(other, folder)

@@ -34,7 +34,10 @@ CASES = {  # settings, and the steps in which the training is interrupted: of 4 
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+LONG = [pytest.param("augmented", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("name", [*(name for name in CASES if name != "augmented"), *LONG])
 def test_a_training_goes_on_in_mid_epoch(name, prepared, tmp_path, monkeypatch):
     options, steps = CASES[name]
     options = {"dropout": 0.5, "batch_size": 8, **options}

@@ -86,6 +86,7 @@ def test_a_training_ends_after_the_step_and_goes_on(name, prepared, tmp_path, mo
     assert_same_training(tmp_path / "whole", tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_a_death_in_the_validation_ends_the_run_after_it(prepared, tmp_path, monkeypatch):
     whole, cut = (
         small_settings(prepared, tmp_path / run, **SMALL | {"batch_size": 1}) for run in ("whole", "cut")

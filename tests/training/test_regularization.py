@@ -260,6 +260,7 @@ def test_the_average_follows_its_formula_and_is_what_is_kept(prepared, tmp_path,
             assert torch.equal(value, of_epoch["decoder"][name]), name
 
 
+@pytest.mark.slow
 def test_the_average_of_a_trainable_encoder_resumes_to_the_bit(prepared, tmp_path):
     options = {"encoder_name": "resnet18", "encoder_weights": "none", "average_weights": 0.9}
     options |= {"fine_tune_encoder": True, "batch_size": 8}

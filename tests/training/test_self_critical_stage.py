@@ -85,6 +85,7 @@ def assert_same_weights(file, other) -> None:
         assert torch.equal(tensor, theirs[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("average_weights", [0.0, 0.9])
 def test_a_resumed_stage_is_the_uninterrupted_one(prepared, tmp_path, average_weights):
     """Resumed where the stage begins, and within it. With dropout, and the optimizer's state."""

@@ -81,6 +81,7 @@ def test_checkpoints_are_complete_and_load_without_running_code(prepared, tmp_pa
     assert float(history[1]["train_loss"]) < float(history[0]["train_loss"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fine_tune", [False, True])
 def test_a_resumed_training_is_the_uninterrupted_one(prepared, tmp_path, fine_tune):
     options = {"fine_tune_encoder": fine_tune, "encoder_name": "resnet18", "encoder_weights": "none"}
