@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import multiprocessing
 import os
@@ -9,7 +10,6 @@ import re
 import signal
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
@@ -211,8 +211,7 @@ class BatchLoader(DataLoader):
         self.processes: list[multiprocessing.Process] = []
         if workers:
             require_open_files(FILES_PER_WORKER * workers + OTHER_FILES)
-            # before torch ends them, which waits five seconds for each where the loader was part of a cycle
-            weakref.finalize(self, end_processes, self.processes)
+            atexit.register(kill_children)
 
     def __iter__(self) -> Iterator[list[Tensor]]:
         if not self.num_workers:
@@ -237,7 +236,7 @@ class BatchLoader(DataLoader):
             signals = self._signals_of_the_dead()
             if not signals:
                 raise  # it is an error of the dataset's
-            end_processes(self.processes)  # they may wait for what the dead one held
+            kill_children()  # they may wait for what the dead one held
             self.on_death(max(signals))
 
     def _signals_of_the_dead(self) -> list[int]:
@@ -260,12 +259,11 @@ def describe_death(number: int) -> str:
     return f"a process that loads batches {how}{reason}"
 
 
-def end_processes(processes: list[multiprocessing.Process]) -> None:
-    """End a loader's worker processes, with the loader and at exit: they take no SIGTERM, and multiprocessing
-    would wait for them without end where somebody still holds the loader, as a shell holds its last
-    traceback."""
+def kill_children() -> None:
+    """End the loaders' worker processes: at exit, as they take no SIGTERM, and multiprocessing would wait for
+    them without end where somebody still holds the loader, as a shell holds its last traceback."""
     ignore_ends_of_children()
-    for child in processes:
+    for child in multiprocessing.active_children():
         child.kill()
 
 

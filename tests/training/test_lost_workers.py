@@ -1,6 +1,5 @@
 """A process that loads batches is killed, as the system does where memory is full: one line, nothing lost."""
 
-import gc
 import itertools
 import multiprocessing
 import os
@@ -49,19 +48,12 @@ def kill_in_call(patch, owner, name: str, count: int, number: int = signal.SIGKI
 
 def train_until_killed(monkeypatch, settings, *call, **options) -> str:
     """What the user is told."""
-    for child in multiprocessing.active_children():  # of trainings that other tests have interrupted
-        child.kill()
-        child.join()
+    datasets.kill_children()  # of trainings that other tests have interrupted
     with monkeypatch.context() as patch, pytest.raises(UserError) as raised:
         kill_in_call(patch, *call, **options)
         train.train(settings)
-    told = str(raised.value)
-    del raised
-    gc.collect()  # the training's frames, and with them its loaders
-    for child in multiprocessing.active_children():
-        child.join(3)
-        assert not child.is_alive()
-    return told
+    assert not multiprocessing.active_children()
+    return str(raised.value)
 
 
 CASES = {  # settings, and the step in which a worker is killed: of 8 an epoch
