@@ -81,8 +81,8 @@ class Settings(TrainingSettings):  # more, such as --resume: captioning/training
     prompt: str = ""  # what models other than BLIP are asked; empty: as direct_caption.py asks them
     system_prompt: str = ""  # how a chat model is to answer
     # low-rank adapters
-    lora: bool = False  # train small matrices beside the layers, and save these alone; needs peft
-    lora_rank: int = 16  # of the matrices
+    lora: bool = False  # train low-rank adapters of the layers, and save these alone; needs peft
+    lora_rank: int = 16  # of the adapters
     lora_alpha: float = 32.0  # what they give is multiplied by this / rank
     lora_dropout: float = 0.05  # share of their inputs that is dropped
     lora_targets: tuple[str, ...] = ()  # ends of layers' names; none: all linear ones of the language model

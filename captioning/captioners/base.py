@@ -103,7 +103,8 @@ class BaseCaptioner(ABC):
             these are in `n_best`). For a list, also for a list of one, the list of these.
 
         Raises:
-            UserError: something that is no such image, a file that cannot be read, a value that cannot be.
+            UserError: something that is no such image, a file that cannot be read, a value that cannot be; no
+                caption of an image keeps to the captioner's checks.
         """
         options = DecodingOptions(beam_size, **decoding)
         if batch_size < 1:
@@ -117,7 +118,11 @@ class BaseCaptioner(ABC):
             if details:
                 found += self.describe_prepared(prepared, options, ids)
                 continue
-            texts = [[one.text for one in own] for own in self.decode_prepared(prepared, options, ids)]
+            decoded = self.decode_prepared(prepared, options, ids)
+            rejected = next((own for own in decoded if isinstance(own, UserError)), None)
+            if rejected:
+                raise rejected
+            texts = [[one.text for one in own] for own in decoded]
             found += texts if options.num_captions > 1 else [own[0] for own in texts]
         return found if several else found[0]
 

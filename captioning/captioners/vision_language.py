@@ -42,7 +42,7 @@ class VisionLanguageCaptioner(ModelInputs, BaseCaptioner):
     Attributes:
         checks: rules of decoding/options.py that a caption must keep to. One that does not is drawn again,
             up to `retries` times.
-        adapter: PEFT's model, where trained matrices stand beside the layers of `model`; else None.
+        adapter: PEFT's model, where low-rank adapters of `model` are trained or loaded; else None.
     """
 
     checks: Sequence[str] = ()

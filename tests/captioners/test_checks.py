@@ -10,6 +10,7 @@ from PIL import Image
 from tiny_families import save_tiny
 
 import direct_caption
+from captioning.captioners.loading import load_captioner
 from captioning.captioners.vision_language import VisionLanguageCaptioner
 from captioning.data.submissions import ScoredCaption, read_submission
 from captioning.decoding.options import CHECKS, check_names, find_fault
@@ -220,3 +221,13 @@ def test_the_tiny_blip_is_checked_too(blip_folder, demo, run_main):
     image = next(Path(demo / "test" / "test").iterdir())
     result = run_main(direct_caption, image, "--model_path", blip_folder, "--prompt", "a", "--retries", 1)
     assert result.returncode == 1 and "after 2 attempts" in result.stderr
+
+
+def test_from_python_too(blip_folder, demo):
+    captioner = load_captioner(blip_folder)
+    captioner.checks, captioner.retries, captioner.max_new_tokens = ("cut", "empty"), 0, 1
+    image = next((demo / "test" / "test").glob("*.jpg"))
+    with pytest.raises(UserError, match=r"cut|empty"):
+        captioner.caption(image)
+    captioner.checks = ()
+    assert isinstance(captioner.caption(image), str)

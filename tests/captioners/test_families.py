@@ -115,7 +115,7 @@ def test_padding_on_the_right_would_be_seen(load, images, family, monkeypatch):
 def test_a_batch_is_what_the_processor_makes_of_all_images(load, images, family):
     captioner = load(family)
     takes_names(captioner)
-    pictures = [fit_image(Image.fromarray(read_image(path).transpose(1, 2, 0))) for path in images]
+    photos = [fit_image(Image.fromarray(read_image(path).transpose(1, 2, 0))) for path in images]
     prompts = [captioner._prompt_of(path) for path in images]
     side = "right" if captioner.is_encoder_decoder else "left"
     captioner.tokenizer.padding_side = side
@@ -124,10 +124,10 @@ def test_a_batch_is_what_the_processor_makes_of_all_images(load, images, family)
             [
                 {
                     "role": "user",
-                    "content": [{"type": "image", "image": picture}, {"type": "text", "text": prompt}],
+                    "content": [{"type": "image", "image": photo}, {"type": "text", "text": prompt}],
                 }
             ]
-            for picture, prompt in zip(pictures, prompts)
+            for photo, prompt in zip(photos, prompts)
         ]
         apply = captioner.processor.apply_chat_template
         padding = {"padding": True}
@@ -138,7 +138,7 @@ def test_a_batch_is_what_the_processor_makes_of_all_images(load, images, family)
             **padding,
         )  # fmt: skip
     else:
-        expected = captioner.processor(pictures, prompts, return_tensors="pt", padding=True)
+        expected = captioner.processor(photos, prompts, return_tensors="pt", padding=True)
     captioner.tokenizer.padding_side = "right"
     batch = captioner.batch([captioner.prepare(path) for path in images])
     assert batch.keys() == expected.keys() - {"labels"}
@@ -152,15 +152,15 @@ def test_captions_are_those_of_the_plain_loop(load, images, family):
     captioner = load(family)
     asked = takes_names(captioner)
     for path in images[:3]:
-        picture = Image.open(path)
+        photo = Image.open(path)
         prompt = captioner.prompt.replace("{name}", path.stem)
         if captioner.family.form == "pixels":
-            inputs = captioner.image_processor(picture, return_tensors="pt")
+            inputs = captioner.image_processor(photo, return_tensors="pt")
         elif captioner.family.form == "text":
-            inputs = captioner.processor(picture, prompt, return_tensors="pt")
+            inputs = captioner.processor(photo, prompt, return_tensors="pt")
             inputs.pop("labels", None)
         else:
-            content = [{"type": "image", "image": picture}, {"type": "text", "text": prompt}]
+            content = [{"type": "image", "image": photo}, {"type": "text", "text": prompt}]
             inputs = captioner.processor.apply_chat_template(
                 [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True,
                 return_dict=True, return_tensors="pt",

@@ -34,7 +34,7 @@ def touch(path, seconds: int = 10) -> None:
 
 
 def replace_image(path) -> None:
-    """Another picture in a file of the same name, size and time."""
+    """Another image in a file of the same name, size and time."""
     status = path.stat()
     size, time_ns = status.st_size, status.st_mtime_ns
     with Image.open(path) as image:

@@ -1,4 +1,4 @@
-"""One picture in every format, orientation and colour profile: one array."""
+"""One photo in every format, orientation and colour profile: one array."""
 
 import io
 import os
@@ -35,7 +35,7 @@ needs_heif = pytest.mark.skipif(register_heif_opener is None, reason="pillow-hei
 
 
 @pytest.fixture(scope="module")
-def picture() -> Image.Image:
+def photo() -> Image.Image:
     """Smooth, colourful, and different when it is turned or mirrored."""
     values = np.random.default_rng(0).integers(0, 256, (3, 4, 3), dtype=np.uint8)
     return Image.fromarray(values).resize((64, 48), Image.Resampling.BICUBIC)
@@ -65,10 +65,10 @@ LOSSY = {  # and the mean difference, of 255, that is allowed
 
 
 @pytest.mark.parametrize("name", LOSSLESS)
-def test_lossless_formats_give_the_same_array(picture, name, tmp_path):
-    picture.save(tmp_path / name, **LOSSLESS[name])
-    assert (read_image(tmp_path / name) == pixels_of(picture)).all()
-    picture.save(tmp_path / "reference.png")
+def test_lossless_formats_give_the_same_array(photo, name, tmp_path):
+    photo.save(tmp_path / name, **LOSSLESS[name])
+    assert (read_image(tmp_path / name) == pixels_of(photo)).all()
+    photo.save(tmp_path / "reference.png")
     assert (read_image(tmp_path / name, 32) == read_image(tmp_path / "reference.png", 32)).all()
 
 
@@ -78,14 +78,14 @@ def lossy(name: str):
 
 
 @pytest.mark.parametrize("name", [lossy(name) for name in LOSSY])
-def test_lossy_formats_give_nearly_the_same_array(picture, name, tmp_path):
+def test_lossy_formats_give_nearly_the_same_array(photo, name, tmp_path):
     options, allowed = LOSSY[name]
     if name.endswith("heic"):
         register_heif_opener()
-    picture.save(tmp_path / name, **options)
+    photo.save(tmp_path / name, **options)
     found = read_image(tmp_path / name).astype(int)
     assert found.shape == (3, 48, 64)
-    assert np.abs(found - pixels_of(picture)).mean() < allowed
+    assert np.abs(found - pixels_of(photo)).mean() < allowed
 
 
 ANIMATED = [
@@ -95,22 +95,22 @@ ANIMATED = [
 
 
 @pytest.mark.parametrize("name, options", ANIMATED)
-def test_of_an_animation_the_first_frame(picture, name, options, tmp_path):
-    others = [picture.rotate(180), picture.convert("L").convert("RGB")]
-    picture.save(tmp_path / name, save_all=True, append_images=others, duration=100, **options)
+def test_of_an_animation_the_first_frame(photo, name, options, tmp_path):
+    others = [photo.rotate(180), photo.convert("L").convert("RGB")]
+    photo.save(tmp_path / name, save_all=True, append_images=others, duration=100, **options)
     found = read_image(tmp_path / name).astype(int)
-    assert np.abs(found - pixels_of(picture)).mean() < 8
+    assert np.abs(found - pixels_of(photo)).mean() < 8
 
 
-def test_deep_and_separated_tiffs(picture, tmp_path):
+def test_deep_and_separated_tiffs(photo, tmp_path):
     """16 bits of grey and of colour, and CMYK."""
-    grey = np.asarray(picture.convert("L"))
+    grey = np.asarray(photo.convert("L"))
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "grey.tif")
     assert (read_image(tmp_path / "grey.tif") == grey).all()
-    write_deep_tiff(tmp_path / "deep.tif", np.asarray(picture).astype(np.uint16) * 257)
-    assert (read_image(tmp_path / "deep.tif") == pixels_of(picture)).all()
-    picture.convert("CMYK").save(tmp_path / "cmyk.tif")
-    assert np.abs(read_image(tmp_path / "cmyk.tif").astype(int) - pixels_of(picture)).max() <= 1
+    write_deep_tiff(tmp_path / "deep.tif", np.asarray(photo).astype(np.uint16) * 257)
+    assert (read_image(tmp_path / "deep.tif") == pixels_of(photo)).all()
+    photo.convert("CMYK").save(tmp_path / "cmyk.tif")
+    assert np.abs(read_image(tmp_path / "cmyk.tif").astype(int) - pixels_of(photo)).max() <= 1
 
 
 def write_deep_tiff(path: Path, values: np.ndarray) -> None:
@@ -130,10 +130,10 @@ def write_deep_tiff(path: Path, values: np.ndarray) -> None:
 # --- orientation --------------------------------------------------------------------------------------------
 
 
-def turned(picture: Image.Image, orientation: int) -> np.ndarray:
+def turned(photo: Image.Image, orientation: int) -> np.ndarray:
     """What a viewer shows of these stored pixels, by the words of the EXIF standard: which side of the
-    picture row 0 and column 0 are."""
-    stored = pixels_of(picture)
+    photo row 0 and column 0 are."""
+    stored = pixels_of(photo)
     rows, columns = stored[:, ::-1], stored[:, :, ::-1]
     return {
         1: stored, 2: columns, 3: rows[:, :, ::-1], 4: rows,
@@ -146,33 +146,33 @@ def turned(picture: Image.Image, orientation: int) -> np.ndarray:
 @pytest.mark.parametrize(
     "name", ["a.png", "a.webp", "a.tif", "a.jpg", pytest.param("a.avif", marks=needs_avif)]
 )
-def test_orientation(picture, name, orientation, tmp_path):
+def test_orientation(photo, name, orientation, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
     lossless = {"a.png": {}, "a.webp": {"lossless": True}, "a.tif": {}}
-    picture.save(tmp_path / name, exif=exif, **lossless.get(name, {"quality": 95}))
-    found, expected = read_image(tmp_path / name).astype(int), turned(picture, orientation)
+    photo.save(tmp_path / name, exif=exif, **lossless.get(name, {"quality": 95}))
+    found, expected = read_image(tmp_path / name).astype(int), turned(photo, orientation)
     assert found.shape == expected.shape
     assert np.abs(found - expected).mean() <= (0 if name in lossless else 3)
 
 
 @needs_heif
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_orientation_of_heic(picture, orientation, tmp_path):
+def test_orientation_of_heic(photo, orientation, tmp_path):
     register_heif_opener()
     exif = Image.Exif()
     exif[0x0112] = orientation
-    picture.save(tmp_path / "a.heic", exif=exif.tobytes(), quality=95)
-    found, expected = read_image(tmp_path / "a.heic").astype(int), turned(picture, orientation)
+    photo.save(tmp_path / "a.heic", exif=exif.tobytes(), quality=95)
+    found, expected = read_image(tmp_path / "a.heic").astype(int), turned(photo, orientation)
     assert found.shape == expected.shape and np.abs(found - expected).mean() < 4
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_damaged_exif_data_do_not_cost_the_image(picture, tmp_path):
+def test_damaged_exif_data_do_not_cost_the_image(photo, tmp_path):
     stream = io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture.save(stream, "JPEG", quality=95, exif=exif)
+    photo.save(stream, "JPEG", quality=95, exif=exif)
     content = stream.getvalue()
     start = content.index(b"Exif\0\0") + 6
     rng = np.random.default_rng(0)
@@ -195,15 +195,15 @@ def test_damaged_exif_data_do_not_cost_the_image(picture, tmp_path):
         pytest.param("a.avif", marks=needs_avif), pytest.param("a.heic", marks=needs_heif),
     ],
 )  # fmt: skip
-def test_colours_of_a_profile_become_srgb(picture, name, primaries, gamma, tmp_path):
+def test_colours_of_a_profile_become_srgb(photo, name, primaries, gamma, tmp_path):
     if name.endswith("heic"):
         register_heif_opener()
-    profile, image = rgb_profile(primaries, gamma), picture
+    profile, image = rgb_profile(primaries, gamma), photo
     options = {"a.webp": {"lossless": True}, "a.jpg": {"quality": 95}, "a.heic": {"quality": 95}}
     if name == "palette.png":
-        image = picture.quantize(64)
+        image = photo.quantize(64)
     if name == "clear.png":
-        image = picture.convert("RGBA")
+        image = photo.convert("RGBA")
         image.putpixel((0, 0), (0, 0, 0, 254))
     image.save(tmp_path / name, icc_profile=profile, **options.get(name, {}))
     expected = reckon_srgb(np.asarray(image.convert("RGB")), primaries, gamma).transpose(2, 0, 1).astype(int)
@@ -214,18 +214,18 @@ def test_colours_of_a_profile_become_srgb(picture, name, primaries, gamma, tmp_p
     assert np.abs(found - pixels_of(image)).mean() > 2 * difference.mean() + 1  # as it was without
 
 
-def test_a_profile_of_srgb_changes_nothing(picture, tmp_path):
+def test_a_profile_of_srgb_changes_nothing(photo, tmp_path):
     """Most photographs have one; ours is a gamma of 2.2, not quite sRGB's curve, and Pillow's is exact."""
     own = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    picture.save(tmp_path / "a.png", icc_profile=own)
-    assert (read_image(tmp_path / "a.png") == pixels_of(picture)).all()
-    picture.save(tmp_path / "b.png", icc_profile=rgb_profile(SRGB, 2.2))
-    expected = reckon_srgb(np.asarray(picture), SRGB, 2.2).transpose(2, 0, 1).astype(int)
+    photo.save(tmp_path / "a.png", icc_profile=own)
+    assert (read_image(tmp_path / "a.png") == pixels_of(photo)).all()
+    photo.save(tmp_path / "b.png", icc_profile=rgb_profile(SRGB, 2.2))
+    expected = reckon_srgb(np.asarray(photo), SRGB, 2.2).transpose(2, 0, 1).astype(int)
     assert np.abs(read_image(tmp_path / "b.png").astype(int) - expected).max() <= 2
 
 
-def test_grey_and_printed_profiles(picture, tmp_path):
-    grey = picture.convert("L")
+def test_grey_and_printed_profiles(photo, tmp_path):
+    grey = photo.convert("L")
     values = np.asarray(grey)[..., np.newaxis].repeat(3, axis=2)
     expected = reckon_srgb(values, SRGB, 1.0).transpose(2, 0, 1).astype(int)
     for name, image in (("grey.png", grey), ("clear.png", grey.convert("LA"))):
@@ -248,27 +248,27 @@ def test_lab_colours(tmp_path):
     assert np.abs(read_image(tmp_path / "lab.tif").astype(int) - pixels_of(colours)).max() <= 4
 
 
-def test_damaged_profiles_are_ignored(picture, tmp_path):
+def test_damaged_profiles_are_ignored(photo, tmp_path):
     rng = np.random.default_rng(0)
     for number in range(40):
         profile = bytearray(rgb_profile(ADOBE_RGB, 2.2))
         for place in rng.integers(0, len(profile), 1 + number // 4):
             profile[place] = rng.integers(256)
-        picture.save(tmp_path / "a.png", icc_profile=bytes(profile))
+        photo.save(tmp_path / "a.png", icc_profile=bytes(profile))
         assert read_image(tmp_path / "a.png").shape == (3, 48, 64)
     for profile in (b"x", cmyk_profile(), grey_profile(2.0)):  # of another kind of image
-        picture.save(tmp_path / "a.png", icc_profile=profile)
-        assert (read_image(tmp_path / "a.png") == pixels_of(picture)).all() or profile == grey_profile(2.0)
+        photo.save(tmp_path / "a.png", icc_profile=profile)
+        assert (read_image(tmp_path / "a.png") == pixels_of(photo)).all() or profile == grey_profile(2.0)
 
 
 # --- packages -----------------------------------------------------------------------------------------------
 
 
 @needs_heif
-def test_what_is_heic_is_read_whatever_its_name_says(picture, tmp_path):
+def test_what_is_heic_is_read_whatever_its_name_says(photo, tmp_path):
     """In a process of its own: there nobody has registered the package yet."""
     register_heif_opener()
-    picture.save(tmp_path / "a.heic", quality=95)
+    photo.save(tmp_path / "a.heic", quality=95)
     (tmp_path / "a.heic").rename(tmp_path / "photo.jpg")
     code = "import sys; from captioning.data.images import read_image; print(read_image(sys.argv[1]).shape)"
     command = [sys.executable, "-c", code, str(tmp_path / "photo.jpg")]
